@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module spo_ext._C: importing it registers the operators; it answers how it was built.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/head_kernels.h"
+
+#ifndef SPO_VERSION
+#define SPO_VERSION "unknown"
+#endif
+#ifndef SPO_CUDA_TOOLKIT
+#define SPO_CUDA_TOOLKIT ""
+#endif
+#ifndef SPO_CUDA_ARCHS
+#define SPO_CUDA_ARCHS ""
+#endif
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = SPO_VERSION;
+  info["compiler"] = compiler();
+  info["cpu_isa"] = spo::head_kernels<float>().isa;
+  info["cuda_toolkit"] = std::string(SPO_CUDA_TOOLKIT);
+  info["cuda_archs"] = std::string(SPO_CUDA_ARCHS);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops of the LM head, compiled once per instruction set (head_kernels_*.cpp) and picked at
+// run time. Everything works on packed panels in the arithmetic type (float, or double for double):
+//   A  tiles of `tile_rows` rows;  element (row, k) of a tile at row * a_row + k * a_depth
+//   B  panels of `panel_cols` columns, [panel][k][panel_cols], zero-padded at the right edge
+//   C  one pointer per row, so that a result can be scattered without a copy
+// Each element of C is a chain of fused multiply-adds in the order of k, in steps of kDepthStep, whatever
+// the number of rows and columns around it: this is what makes a token's result independent of its batch.
+#pragma once
+#include <cstdint>
+
+#include "../math/logit_map.h"
+#include "../math/logsumexp.h"
+
+namespace spo {
+
+constexpr int64_t kBlockCols = 256;  // vocabulary columns per block of statistics
+constexpr int64_t kDepthStep = 256;  // k-steps summed in registers before C is touched
+
+template <class Real>
+struct Gemm {
+  int64_t rows, cols, depth;
+  const Real* a;
+  int64_t a_tile, a_row, a_depth;  // strides between tiles, rows of a tile and k-steps
+  const Real* b;
+  int64_t b_panel;  // stride between panels
+  Real* const* c;   // [rows]
+  bool accumulate;  // C += A B instead of C = A B
+};
+
+// One token's logits in one vocabulary block: raw products on entry.
+template <class Real>
+struct LogitRow {
+  Real* logits;      // [kBlockCols]; the columns from `cols` on are padding
+  const Real* bias;  // [kBlockCols] or null
+  int64_t cols;
+  int64_t label;  // column of the label in this block, or -1
+};
+
+template <class Real>
+struct HeadKernels {
+  const char* isa;
+  int64_t tile_rows, panel_cols;
+  void (*gemm)(const Gemm<Real>&);
+  // Statistics over the columns other than the label; *label_logit is set if the label is in the block.
+  BlockStats<Real> (*statistics)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
+                                 Real* label_logit);
+  // Replaces the raw products by dL/draw.
+  void (*gradient)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
+                   const TokenGrad<Real>&);
+};
+
+// The kernels for the best instruction set this processor has (or the one that SPO_CPU_ISA names).
+template <class Real>
+const HeadKernels<Real>& head_kernels();
+
+}  // namespace spo

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Body of head_kernels.h for one instruction set. The including file sets SPO_ISA (a namespace),
+// SPO_VECTOR_BYTES and SPO_TILE_ROWS, and has turned the instruction set on.
+#pragma once
+#include "head_kernels.h"
+#include "simd.h"
+
+namespace spo {
+
+template <>
+struct Math<Vector<float, SPO_VECTOR_BYTES>::type>
+    : VectorMath<float, Vector<float, SPO_VECTOR_BYTES>::type> {};
+template <>
+struct Math<Vector<double, SPO_VECTOR_BYTES>::type>
+    : VectorMath<double, Vector<double, SPO_VECTOR_BYTES>::type> {};
+
+namespace SPO_ISA {
+
+template <class Real>
+struct Kernel {
+  using V = typename Vector<Real, SPO_VECTOR_BYTES>::type;
+  using Unaligned = typename Vector<Real, SPO_VECTOR_BYTES>::unaligned;
+  static constexpr int kLanes = SPO_VECTOR_BYTES / sizeof(Real);
+  static constexpr int kTileRows = SPO_TILE_ROWS;
+  static constexpr int kPanelCols = 2 * kLanes;
+
+  static SPO_HD V load(const Real* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static SPO_HD void store(Real* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // C[kRows, panel] (+)= A[kRows, depth] B[depth, panel]; the sums stay in registers.
+  template <int kRows>
+  static void multiply_tile(int64_t depth, const Real* a, int64_t a_row, int64_t a_depth,
+                            const Real* b, Real* const* c, int64_t col, int64_t cols, bool add) {
+    V sums[kRows][2] = {};
+    for (int64_t k = 0; k < depth; k++, a += a_depth, b += kPanelCols) {
+      __builtin_prefetch(a + 8 * a_depth);
+      const V left = load(b), right = load(b + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; i++) {
+        sums[i][0] += left * a[i * a_row];
+        sums[i][1] += right * a[i * a_row];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      Real* out = c[i] + col;
+      if (cols == kPanelCols) {
+        store(out, add ? load(out) + sums[i][0] : sums[i][0]);
+        store(out + kLanes, add ? load(out + kLanes) + sums[i][1] : sums[i][1]);
+      } else {
+        Real edge[kPanelCols];
+        store(edge, sums[i][0]), store(edge + kLanes, sums[i][1]);
+        for (int64_t j = 0; j < cols; j++) out[j] = add ? out[j] + edge[j] : edge[j];
+      }
+    }
+  }
+
+  using MultiplyTile = void (*)(int64_t, const Real*, int64_t, int64_t, const Real*, Real* const*,
+                                int64_t, int64_t, bool);
+
+  template <int kRows>
+  static MultiplyTile pick_tile(int64_t rows) {  // the last tile may have fewer rows
+    if constexpr (kRows > 1) {
+      if (rows < kRows) return pick_tile<kRows - 1>(rows);
+    }
+    return &multiply_tile<kRows>;
+  }
+
+  static void gemm(const Gemm<Real>& g) {
+    for (int64_t k = 0; k < g.depth; k += kDepthStep) {
+      const int64_t depth = g.depth - k < kDepthStep ? g.depth - k : kDepthStep;
+      for (int64_t col = 0; col < g.cols; col += kPanelCols) {
+        const int64_t cols = g.cols - col < kPanelCols ? g.cols - col : kPanelCols;
+        const Real* b = g.b + col / kPanelCols * g.b_panel + k * kPanelCols;
+        for (int64_t row = 0; row < g.rows; row += kTileRows) {
+          const int64_t rows = g.rows - row < kTileRows ? g.rows - row : kTileRows;
+          const Real* a = g.a + row / kTileRows * g.a_tile + k * g.a_depth;
+          pick_tile<kTileRows>(rows)(depth, a, g.a_row, g.a_depth, b, g.c + row, col, cols,
+                                     g.accumulate || k > 0);
+        }
+      }
+    }
+  }
+
+  static SPO_HD Real sum_of_lanes(V v) {
+    Real lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+
+  static SPO_HD Real max_of_lanes(V v) {
+    Real lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+    return lanes[0];
+  }
+
+  static SPO_HD V raw_logits(const LogitRow<Real>& row, int64_t j) {
+    return row.bias ? load(row.logits + j) + load(row.bias + j) : load(row.logits + j);
+  }
+
+  static BlockStats<Real> statistics(const LogitRow<Real>& row, const LogitMap<Real>& map,
+                                     bool entropy, Real* label_logit) {
+    const Real lowest = -std::numeric_limits<Real>::infinity();
+    V slope;
+    for (int64_t j = 0; j < kBlockCols; j += kLanes)
+      store(row.logits + j, map.template logit<V>(raw_logits(row, j), &slope));
+    for (int64_t j = row.cols; j < kBlockCols; j++) row.logits[j] = lowest;  // padding adds nothing
+    if (row.label >= 0) *label_logit = row.logits[row.label], row.logits[row.label] = lowest;
+
+    V top = V{} + lowest;
+    for (int64_t j = 0; j < kBlockCols; j += kLanes) {
+      const V z = load(row.logits + j);
+      top = z > top ? z : top;
+    }
+    BlockStats<Real> out = {max_of_lanes(top), 0, 0};
+    const Real base = out.max == lowest ? Real(0) : out.max;  // all -inf: exp(-inf - 0) is 0
+    V sum = {}, weighted = {};
+    for (int64_t j = 0; j < kBlockCols; j += kLanes) {
+      const V below = load(row.logits + j) - base;
+      const V e = Math<V>::exp(below);
+      sum += e;
+      if (entropy) weighted += e == V{} ? V{} : e * below;
+    }
+    out.sum = sum_of_lanes(sum);
+    if (entropy) out.weighted = sum_of_lanes(weighted);
+    return out;
+  }
+
+  template <bool kEntropy>
+  static void gradient_row(const LogitRow<Real>& row, const LogitMap<Real>& map,
+                           const TokenGrad<Real>& token) {
+    Real label_slope = 0;
+    if (row.label >= 0)
+      map.template logit<Real>(row.logits[row.label] + (row.bias ? row.bias[row.label] : Real(0)),
+                               &label_slope);
+    for (int64_t j = 0; j < kBlockCols; j += kLanes) {
+      V slope;
+      const V z = map.template logit<V>(raw_logits(row, j), &slope);
+      store(row.logits + j, slope * token.template other<V, kEntropy>(z));
+    }
+    if (row.label >= 0) row.logits[row.label] = label_slope * token.label();
+    for (int64_t j = row.cols; j < kBlockCols; j++) row.logits[j] = 0;
+  }
+
+  static void gradient(const LogitRow<Real>& row, const LogitMap<Real>& map, bool entropy,
+                       const TokenGrad<Real>& token) {
+    entropy ? gradient_row<true>(row, map, token) : gradient_row<false>(row, map, token);
+  }
+};
+
+template <class Real>
+const HeadKernels<Real>& kernels(const char* isa) {
+  using K = Kernel<Real>;
+  static const HeadKernels<Real> table = {isa,      K::kTileRows,   K::kPanelCols,
+                                          &K::gemm, &K::statistics, &K::gradient};
+  return table;
+}
+
+}  // namespace SPO_ISA
+}  // namespace spo

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the cumulative loss: checked as tensors, then read as arrays of one type.
+#pragma once
+#include <cmath>
+#include <string_view>
+#include <vector>
+
+#include "sequences.h"
+
+namespace spo {
+
+enum class Objective { kSquared, kCrossEntropy, kAdvantage, kGroup, kLinear };
+
+inline Objective objective_of(const char* op, std::string_view name) {
+  if (name == "squared") return Objective::kSquared;
+  if (name == "cross_entropy") return Objective::kCrossEntropy;
+  if (name == "advantage") return Objective::kAdvantage;
+  if (name == "group") return Objective::kGroup;
+  if (name == "linear") return Objective::kLinear;
+  TORCH_CHECK_VALUE(false, op, ": objective must be squared, cross_entropy, advantage, group or linear, got ",
+                    name);
+}
+
+struct LossArgs {
+  const char* op;
+  at::Tensor logprobs, ref_logprobs;
+  OptionalTensor rewards, q0;
+  Objective objective;
+  double beta, delta;
+  OptionalTensor groups, advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask;
+
+  at::ScalarType type() const { return result_type_of(logprobs); }
+  bool summed_reference() const { return ref_logprobs.sizes() != logprobs.sizes(); }
+  bool advantage_per_token() const { return advantages && advantages->sizes() == logprobs.sizes(); }
+
+  void check() const {
+    check_layout(op, logprobs, cu_seqlens, mask);
+    check_beta(op, beta);
+    TORCH_CHECK_VALUE(delta > 0, op, ": delta must be > 0, got ", delta);
+    const int64_t size = num_sequences(logprobs, cu_seqlens);
+    const auto per_token = [&](const char* name, const OptionalTensor& t) {
+      if (t) check_like(op, name, *t, logprobs.sizes(), logprobs);
+    };
+    const auto per_sequence = [&](const char* name, const OptionalTensor& t) {
+      if (t) check_like(op, name, *t, {size}, logprobs);
+    };
+    if (summed_reference()) {
+      per_sequence("ref_logprobs", ref_logprobs);
+      TORCH_CHECK_VALUE(objective != Objective::kAdvantage && !q_targets, op,
+                        ": ref_logprobs must be per token for this objective, got one per sequence");
+    } else {
+      per_token("ref_logprobs", ref_logprobs);
+    }
+    if (advantages && !advantage_per_token()) per_sequence("advantages", advantages);
+    per_sequence("rewards", rewards), per_sequence("q0", q0), per_sequence("weights", weights);
+    per_sequence("groups", groups);
+    per_token("q_targets", q_targets), per_token("q_weights", q_weights);
+    per_token("token_rewards", token_rewards);
+    if (cu_seqlens) check_cu_seqlens_values(op, *cu_seqlens, logprobs.numel());
+  }
+};
+
+// Host only: numbers that would make a loss silently wrong. Log-probabilities are not among them: a NaN there
+// comes out as a NaN.
+inline void check_loss_values(const LossArgs& a) {
+  const bool log_optimality = a.objective == Objective::kCrossEntropy;
+  const auto each = [&](const char* name, const OptionalTensor& t, bool is_log_optimality) {
+    if (!t) return;
+    const auto flat = t->to(at::kDouble).contiguous();
+    const double* value = flat.const_data_ptr<double>();
+    for (int64_t i = 0; i < flat.numel(); i++) {
+      const bool good = is_log_optimality ? value[i] <= 0 : std::isfinite(value[i]);
+      TORCH_CHECK_VALUE(good, a.op, ": ", name, " must be ",
+                        is_log_optimality ? "log-optimalities <= 0 for cross_entropy (-inf for none)"
+                                          : "finite",
+                        ", got ", value[i], " at position ", i);
+    }
+  };
+  each("rewards", a.rewards, log_optimality);
+  each("token_rewards", a.token_rewards, log_optimality);
+  each("q0", a.q0, false);
+  each("weights", a.weights, false);
+}
+
+// LossArgs as contiguous arrays; null where an argument is absent.
+template <class Real>
+struct LossData {
+  explicit LossData(const LossArgs& a)
+      : sequences(a.logprobs, a.cu_seqlens, a.mask),
+        objective(a.objective),
+        beta(a.beta),
+        delta(a.delta),
+        summed_reference(a.summed_reference()),
+        advantage_per_token(a.advantage_per_token()) {
+    logprobs = read(a.logprobs), ref_logprobs = read(a.ref_logprobs);
+    rewards = read(a.rewards), q0 = read(a.q0), weights = read(a.weights);
+    advantages = read(a.advantages), q_targets = read(a.q_targets);
+    q_weights = read(a.q_weights), token_rewards = read(a.token_rewards);
+  }
+
+  const Sequences sequences;
+  const Objective objective;
+  const double beta, delta;
+  const bool summed_reference, advantage_per_token;
+  const Real *logprobs, *ref_logprobs, *rewards, *q0, *weights;
+  const Real *advantages, *q_targets, *q_weights, *token_rewards;
+
+ private:
+  const Real* read(const OptionalTensor& t) {
+    if (!t) return nullptr;
+    kept_.push_back(t->to(c10::CppTypeToScalarType<Real>::value).contiguous());
+    return kept_.back().template const_data_ptr<Real>();
+  }
+  std::vector<at::Tensor> kept_;
+};
+
+template <class Real>
+struct LossOutputs {
+  LossOutputs(const at::Tensor& loss_, const at::Tensor& terminal_q_, const at::Tensor& log_ratio_,
+              const at::Tensor& used_q0_, const at::Tensor& num_tokens_)
+      : loss(loss_.mutable_data_ptr<Real>()),
+        terminal_q(terminal_q_.mutable_data_ptr<Real>()),
+        log_ratio(log_ratio_.mutable_data_ptr<Real>()),
+        used_q0(used_q0_.mutable_data_ptr<Real>()),
+        num_tokens(num_tokens_.mutable_data_ptr<int64_t>()) {}
+  Real *loss, *terminal_q, *log_ratio, *used_q0;
+  int64_t* num_tokens;
+};
+
+}  // namespace spo

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the LM head: the logits of one slice of the vocabulary are computed again, turned into dL/dz
+// in place, and multiplied into grad_hidden and grad_weight.
+//   dz = g (onehot - p) ...                 [rows, slice]   one tile per task
+//   grad_hidden += dz W                     [rows, d]       one chunk of rows per task, blocks in order
+//   grad_weight += dz^T hidden              [slice, d]      one block of words and d-range per task
+// No two tasks write the same number and each sum has one order, so the result is the same for any number
+// of threads. A 16-bit gradient is summed in float and rounded once.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <iterator>
+
+#include "head_problem.h"
+
+namespace spo {
+namespace {
+
+constexpr int64_t kDepthRange = 256;  // columns of hidden in one grad_weight task: C stays in L2
+
+struct HeadGrads {
+  at::Tensor hidden, weight;  // undefined where not wanted; hidden as [tokens, d]
+  at::Tensor bias;            // in double
+};
+
+template <class Real>
+class HeadBackward {
+ public:
+  HeadBackward(const HeadArgs& args, const Rows& rows, const TokenState& state, const HeadGrads& grads)
+      : args_(args),
+        rows_(rows),
+        state_(state),
+        grads_(grads),
+        kernels_(head_kernels<Real>()),
+        map_(logit_map<Real>(args)),
+        depth_(args.hidden.size(-1)),
+        vocabulary_(args.weight.size(0)) {}
+
+  void run() {
+    const bool hidden_side = grads_.hidden.defined();
+    const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
+    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
+    const int64_t most_sums = (args_.workspace_mib << 20) / sizeof(Real) / 3;
+    if (!rounded || rows_.size() * depth_ <= most_sums) {
+      pass(0, rows_.size(), hidden_side, weight_side);
+      return;
+    }
+    // The float sums of grad_hidden do not fit: finish it for one group of rows after the other, then
+    // make grad_weight over all rows. One more product, but neither gradient is rounded twice.
+    const int64_t group = std::max<int64_t>(most_sums / depth_, 1);
+    for (int64_t first = 0; first < rows_.size(); first += group)
+      pass(first, std::min(group, rows_.size() - first), true, false);
+    if (weight_side) pass(0, rows_.size(), false, true);
+  }
+
+ private:
+  struct Buffers {
+    int64_t group_rows, slice_cols, row_chunk;
+    std::optional<Workspace<Real>> workspace;
+    Real *hidden_rows, *hidden_cols;  // panels of the group's rows, for z and for grad_weight
+    Real *weight_rows, *weight_cols;  // panels of the slice's words, for z and for grad_hidden
+    Real* dz;                         // [blocks, group_rows, kBlockCols]
+    Real *weight_sums, *hidden_sums;  // float sums of 16-bit gradients; weight_sums null if there is none
+  };
+
+  Buffers allocate(int64_t rows, int64_t hidden_sums, bool hidden_side, bool weight_side) const {
+    const bool weight_sums = grads_.weight.defined() && weight_side && !is_sum_type<Real>(grads_.weight);
+    const int64_t padded = panels(depth_, kernels_.panel_cols) * kernels_.panel_cols;
+    const int64_t budget = (args_.workspace_mib << 20) / int64_t(sizeof(Real)) - hidden_sums;
+    const int64_t per_col = depth_ + (hidden_side ? padded : 0) + (weight_sums ? depth_ : 0);
+    Buffers b;
+    b.row_chunk = std::max<int64_t>(112 / kernels_.tile_rows, 1) * kernels_.tile_rows;
+    b.slice_cols = std::min<int64_t>(panels(vocabulary_, kBlockCols), 4) * kBlockCols;
+    while (b.slice_cols > kBlockCols && b.slice_cols * per_col > budget / 2) b.slice_cols -= kBlockCols;
+    const int64_t per_row = depth_ + (weight_side ? padded : 0) + b.slice_cols;
+    // Groups are whole depth steps, so that grad_weight's order of sums does not depend on them.
+    b.group_rows = (budget - b.slice_cols * per_col) / per_row / kDepthStep * kDepthStep;
+    const int64_t least = ((b.slice_cols * per_col + kDepthStep * per_row) * 3 * sizeof(Real) >> 20) + 1;
+    TORCH_CHECK_VALUE(b.group_rows > 0, args_.op, ": workspace_mib must be at least ", least,
+                      " for d = ", depth_, ", got ", args_.workspace_mib);
+    b.group_rows = std::min(b.group_rows, rows);
+    const int64_t tile_rows = panels(b.group_rows, kernels_.tile_rows) * kernels_.tile_rows;
+    b.workspace.emplace(std::vector<int64_t>{tile_rows * depth_, weight_side ? b.group_rows * padded : 0,
+                                             b.slice_cols * depth_, hidden_side ? b.slice_cols * padded : 0,
+                                             b.group_rows * b.slice_cols,
+                                             weight_sums ? b.slice_cols * depth_ : 0, hidden_sums});
+    Real** const arrays[] = {&b.hidden_rows, &b.hidden_cols, &b.weight_rows, &b.weight_cols, &b.dz,
+                             &b.weight_sums, &b.hidden_sums};
+    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = b.workspace->array(i);
+    if (!weight_sums) b.weight_sums = nullptr;
+    return b;
+  }
+
+  void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
+    const bool direct = hidden_side && is_sum_type<Real>(grads_.hidden);
+    const int64_t sums = hidden_side && !direct ? count * depth_ : 0;
+    const Buffers b = allocate(count, sums, hidden_side, weight_side);
+    std::fill_n(b.hidden_sums, sums, Real(0));
+    std::vector<Real*> hidden_out(hidden_side ? count : 0);
+    for (size_t i = 0; i < hidden_out.size(); i++)
+      hidden_out[i] = direct ? data_of<Real>(grads_.hidden) + rows_.token[first + i] * depth_
+                             : b.hidden_sums + i * depth_;
+    for (int64_t col = 0; col < vocabulary_; col += b.slice_cols)
+      run_slice(b, first, count, col, hidden_out, weight_side);
+    if (hidden_side && !direct)
+      write_rows(b.hidden_sums, count, grads_.hidden,
+                 [&](int64_t i) { return rows_.token[first + i]; });
+  }
+
+  void run_slice(const Buffers& b, int64_t first, int64_t count, int64_t col,
+                 const std::vector<Real*>& hidden_out, bool weight_side) {
+    const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
+    const auto words = MatrixView::of_weight(args_.weight);
+    const auto tokens = MatrixView::of_rows(args_.hidden, rows_);
+    pack_rows(words, col, cols, depth_, kernels_.panel_cols, b.weight_rows);
+    if (!hidden_out.empty()) pack_blocks(b, words, col, cols);
+    if (b.weight_sums) std::fill_n(b.weight_sums, cols * depth_, Real(0));
+    for (int64_t row = 0; row < count; row += b.group_rows) {
+      const int64_t rows = std::min(b.group_rows, count - row);
+      if (col == 0 || count > b.group_rows) {  // a single group stays packed for every slice
+        pack_rows(tokens, first + row, rows, depth_, kernels_.tile_rows, b.hidden_rows);
+        if (weight_side)
+          pack_cols(tokens, first + row, rows, depth_, kernels_.panel_cols, b.hidden_cols);
+      }
+      add_rows(b, first + row, rows, col, cols, hidden_out.empty() ? nullptr : hidden_out.data() + row);
+      if (weight_side && grads_.weight.defined()) add_weight(b, rows, col, cols);
+      if (weight_side && grads_.bias.defined()) add_bias(b, rows, col, cols);
+    }
+    if (b.weight_sums)
+      write_rows(b.weight_sums, cols, grads_.weight, [&](int64_t v) { return col + v; });
+  }
+
+  // weight for grad_hidden: one set of panels per block, since blocks are multiplied one by one.
+  void pack_blocks(const Buffers& b, const MatrixView& words, int64_t col, int64_t cols) const {
+    for (int64_t block = 0; block * kBlockCols < cols; block++)
+      pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols), depth_,
+                kernels_.panel_cols, block_panels(b, block));
+  }
+
+  Real* block_panels(const Buffers& b, int64_t block) const {
+    return b.weight_cols +
+           block * kBlockCols * panels(depth_, kernels_.panel_cols) * kernels_.panel_cols;
+  }
+
+  Real* dz_block(const Buffers& b, int64_t block) const {  // [group_rows, kBlockCols]
+    return b.dz + block * b.group_rows * kBlockCols;
+  }
+
+  // One task per chunk of rows: dz of a block is still in cache when it is multiplied into grad_hidden.
+  void add_rows(const Buffers& b, int64_t first, int64_t rows, int64_t slice, int64_t cols,
+                Real* const* hidden_out) const {
+    at::parallel_for(0, panels(rows, b.row_chunk), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; chunk++) {
+        const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
+        for (int64_t block = 0; block * kBlockCols < cols; block++) {
+          gradient_tile(b, first, row, count, slice, block);
+          if (hidden_out) add_hidden(b, row, count, block, cols, hidden_out + row);
+        }
+      }
+    });
+  }
+
+  void gradient_tile(const Buffers& b, int64_t first, int64_t row, int64_t rows, int64_t slice,
+                     int64_t block) const {
+    const int64_t col = slice + block * kBlockCols, cols = std::min(kBlockCols, vocabulary_ - col);
+    std::vector<Real*> out(rows);
+    for (int64_t i = 0; i < rows; i++) out[i] = dz_block(b, block) + (row + i) * kBlockCols;
+    kernels_.gemm({rows, cols, depth_, b.hidden_rows + row * depth_,
+                   depth_ * kernels_.tile_rows, 1, kernels_.tile_rows,
+                   b.weight_rows + block * kBlockCols * depth_,
+                   depth_ * kernels_.panel_cols, out.data(), false});
+    const auto bias = bias_block<Real>(args_.bias, col, cols);
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t label = rows_.label[first + row + i] - col;
+      const bool inside = label >= 0 && label < cols;
+      kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1}, map_,
+                        state_.grad_entropy.has_value(), state_.grad_of<Real>(rows_.token[first + row + i]));
+    }
+  }
+
+  void add_hidden(const Buffers& b, int64_t row, int64_t rows, int64_t block, int64_t cols,
+                  Real* const* out) const {
+    const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
+    kernels_.gemm({rows, depth_, words, dz_block(b, block) + row * kBlockCols,
+                   kernels_.tile_rows * kBlockCols, kBlockCols, 1, block_panels(b, block),
+                   words * kernels_.panel_cols, out, true});
+  }
+
+  void add_weight(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
+    Real* base = b.weight_sums ? b.weight_sums : data_of<Real>(grads_.weight) + slice * depth_;
+    const int64_t ranges = panels(depth_, kDepthRange);
+    at::parallel_for(0, panels(cols, kBlockCols) * ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t block = task / ranges, k = task % ranges * kDepthRange;
+        const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
+        std::vector<Real*> out(words);
+        for (int64_t v = 0; v < words; v++) out[v] = base + (block * kBlockCols + v) * depth_ + k;
+        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, dz_block(b, block),
+                       kernels_.tile_rows, 1, kBlockCols, b.hidden_cols + k * rows,
+                       rows * kernels_.panel_cols, out.data(), true});
+      }
+    });
+  }
+
+  void add_bias(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
+    double* sums = data_of<double>(grads_.bias) + slice;
+    at::parallel_for(0, cols, kBlockCols, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; v++) {
+        const Real* column = dz_block(b, v / kBlockCols) + v % kBlockCols;
+        for (int64_t i = 0; i < rows; i++) sums[v] += column[i * kBlockCols];
+      }
+    });
+  }
+
+  const HeadArgs& args_;
+  const Rows& rows_;
+  const TokenState& state_;
+  const HeadGrads& grads_;
+  const HeadKernels<Real>& kernels_;
+  const LogitMap<Real> map_;
+  const int64_t depth_, vocabulary_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const at::Tensor& hidden,
+    const at::Tensor& weight, const at::Tensor& targets, const OptionalTensor& bias,
+    const at::Tensor& logprobs, const at::Tensor& entropy, const at::Tensor& lse, double temperature,
+    double logit_scale, std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
+    int64_t workspace_mib) {
+  const HeadArgs args{"token_logprobs_backward", hidden,  weight,       targets,      bias, temperature,
+                      logit_scale,               softcap, ignore_index, workspace_mib};
+  check_head(args);
+  check_grads(args.op, grad_logprobs, grad_entropy, logprobs);
+  check_target_values(args.op, targets, weight.size(0), ignore_index);
+  const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, lse);
+  const auto like = [](const at::Tensor& t, bool wanted) {
+    return at::zeros(wanted ? t.sizes() : at::IntArrayRef{0}, t.options());
+  };
+  const auto grad_hidden = like(hidden, needs[0]), grad_weight = like(weight, needs[1]);
+  const auto bias_sums = at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  HeadGrads grads;
+  if (needs[0]) grads.hidden = grad_hidden.view({-1, hidden.size(-1)});
+  if (needs[1]) grads.weight = grad_weight;
+  if (needs[2]) grads.bias = bias_sums;
+
+  AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "token_logprobs_backward", [&] {
+    const Rows rows = collect_rows(hidden, targets, [&](int64_t i, int64_t label) {
+      return label != ignore_index && state.needs_gradient<scalar_t>(i);
+    });
+    if (rows.size() > 0) HeadBackward<scalar_t>(args, rows, state, grads).run();
+  });
+  const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
+  return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
+}
+
+TORCH_LIBRARY_IMPL(spo, CPU, m) {
+  m.impl("token_logprobs_backward", &token_logprobs_backward_cpu);
+}
+
+}  // namespace
+}  // namespace spo
