@@ -1,6 +1,8 @@
-"""Builds spo_ext._C from csrc/sources.txt: the CPU kernels always, the CUDA kernels where they can be compiled.
+"""Builds spo_ext._C from csrc/sources.txt: the CPU kernels always, the CUDA kernels where they can
+be compiled.
 
-SPO_CUDA=1 insists on CUDA, SPO_CUDA=0 refuses it; otherwise CUDA is built when nvcc and a CUDA build of torch are
+SPO_CUDA=1 insists on CUDA, SPO_CUDA=0 refuses it; otherwise CUDA is built when nvcc and a CUDA
+build of torch are
 there. Whether a GPU is present never matters. TORCH_CUDA_ARCH_LIST picks the architectures.
 SPO_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
 """
@@ -63,7 +65,14 @@ def extension() -> object:
     check_compiler()
     macros = [("SPO_VERSION", f'"{VERSION}"')]
     # OpenMP is compiled in but not linked: torch has loaded the one runtime that both must share.
-    flags = ["-O3", "-fopenmp", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-fopenmp",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        "-fvisibility=hidden",
+    ]
     link: list[str] = []
     if os.environ.get("SPO_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]

@@ -15,9 +15,9 @@ bool is_index(const at::Tensor& t) {
 
 void check_float(const char* op, const char* name, const at::Tensor& t) {
   const auto type = t.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf ||
-                       type == at::kBFloat16,
-                   op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op,
+      ": ", name, " must be float32, float64, float16 or bfloat16, got ", type);
 }
 
 void check_positive(const char* op, const char* name, double value) {
@@ -64,7 +64,8 @@ void check_head(const HeadArgs& a) {
   TORCH_CHECK_VALUE(std::isfinite(a.logit_scale) && a.logit_scale != 0, a.op,
                     ": logit_scale must be a finite number other than 0, got ", a.logit_scale);
   if (a.softcap) check_positive(a.op, "softcap", *a.softcap);
-  TORCH_CHECK_VALUE(a.workspace_mib > 0, a.op, ": workspace_mib must be > 0, got ", a.workspace_mib);
+  TORCH_CHECK_VALUE(a.workspace_mib > 0, a.op, ": workspace_mib must be > 0, got ",
+                    a.workspace_mib);
 }
 
 void check_logits(const char* op, const at::Tensor& logits, const at::Tensor& targets,
@@ -97,7 +98,8 @@ void check_layout(const char* op, const at::Tensor& tokens, const OptionalTensor
   check_float(op, "logprobs", tokens);
   if (cu_seqlens) {
     TORCH_CHECK_VALUE(tokens.dim() == 1, op,
-                      ": logprobs must be packed [N] when cu_seqlens is given, got ", tokens.sizes());
+                      ": logprobs must be packed [N] when cu_seqlens is given, got ",
+                      tokens.sizes());
     TORCH_CHECK_TYPE(is_index(*cu_seqlens), op, ": cu_seqlens must be int64 or int32, got ",
                      cu_seqlens->scalar_type());
     TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1, op,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every kernel, on every device, checks before it allocates or computes anything. A message names the
-// op, the argument, what it must be and what it got. Wrong kinds raise TypeError, wrong shapes and
-// numbers ValueError, wrong labels IndexError.
+// What every kernel, on every device, checks before it allocates or computes anything. A message
+// names the op, the argument, what it must be and what it got. Wrong kinds raise TypeError, wrong
+// shapes and numbers ValueError, wrong labels IndexError.
 #pragma once
 #include <ATen/core/Tensor.h>
 

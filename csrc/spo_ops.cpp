@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of every operator, and nothing else. Kernels register themselves in cpu/ and cuda/;
-// fake kernels and autograd are in spo_ext/_ops.py. Dims: N tokens, S sequences, V vocabulary, d hidden;
+// fake kernels and autograd are in spo_ext/_ops.py. Dims: N tokens, S sequences, V vocabulary, d
+// hidden;
 // [..] stands for [N] or [B, T], alike for every tensor of one call.
 #include <torch/library.h>
 
 TORCH_LIBRARY(spo, m) {
-  // hidden [.., d], weight [V, d], targets [..], bias [V] -> logprobs [..], entropy [..] or [0], lse [..]
+  // hidden [.., d], weight [V, d], targets [..], bias [V] -> logprobs [..], entropy [..] or [0],
+  // lse [..]
   m.def(
-      "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
-      "float logit_scale, float? softcap, int ignore_index, bool return_entropy, int workspace_mib) "
+      "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float "
+      "temperature, "
+      "float logit_scale, float? softcap, int ignore_index, bool return_entropy, int "
+      "workspace_mib) "
       "-> (Tensor logprobs, Tensor entropy, Tensor lse)");
   // needs: gradients wanted for (hidden, weight, bias); the others come back as [0]
   m.def(
@@ -20,7 +24,8 @@ TORCH_LIBRARY(spo, m) {
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], lse [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "
-      "bool return_entropy, bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor lse)");
+      "bool return_entropy, bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor "
+      "lse)");
   m.def(
       "logprobs_from_logits_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
       "Tensor targets, Tensor logprobs, Tensor entropy, Tensor lse, float temperature, "
@@ -30,7 +35,8 @@ TORCH_LIBRARY(spo, m) {
       "Tensor(a!) logits, Tensor targets, Tensor logprobs, Tensor entropy, Tensor lse, "
       "float temperature, int ignore_index) -> ()");
 
-  // logprobs, ref_logprobs [..], q0 [S], cu_seqlens [S + 1] or none (then [B, T]), mask [..] -> q_values [..]
+  // logprobs, ref_logprobs [..], q0 [S], cu_seqlens [S + 1] or none (then [B, T]), mask [..] ->
+  // q_values [..]
   m.def(
       "soft_q(Tensor logprobs, Tensor ref_logprobs, Tensor q0, float beta, Tensor? cu_seqlens, "
       "Tensor? mask) -> Tensor q_values");
@@ -38,7 +44,8 @@ TORCH_LIBRARY(spo, m) {
       "soft_q_backward(Tensor grad_q_values, float beta, Tensor? cu_seqlens, Tensor? mask) "
       "-> (Tensor grad_logprobs, Tensor grad_q0)");
 
-  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, number of tokens; each [S].
+  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, number of tokens; each
+  // [S].
   m.def(
       "cumulative_loss(Tensor logprobs, Tensor ref_logprobs, Tensor? rewards, Tensor? q0, "
       "str objective, float beta, float delta, Tensor? groups, bool leave_one_out, "

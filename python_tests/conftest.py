@@ -6,8 +6,10 @@ from torch import Tensor
 
 DEVICES = ["cpu"]
 
-# Largest relative error against the reference in float64 on the same (rounded) inputs. Log-probabilities come out in
-# float32 whatever the input, so only gradients are coarser for 16-bit types: they are rounded once to that type.
+# Largest relative error against the reference in float64 on the same (rounded) inputs.
+# Log-probabilities come out in
+# float32 whatever the input, so only gradients are coarser for 16-bit types: they are rounded once
+# to that type.
 LOGPROB_TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 3e-6,
@@ -34,7 +36,8 @@ def _seeded() -> None:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; the difference itself where the truth is 0."""
+    """Norm of the difference over the norm of the truth; the difference itself where the truth is
+    0."""
     difference = (got.detach().double() - want.detach().double()).norm()
     scale = want.detach().double().norm()
     return float(difference / scale) if scale > 0 else float(difference)
@@ -56,7 +59,8 @@ def doubled(tensor: Tensor) -> Tensor:
 def head_inputs(
     tokens: int, vocabulary: int, depth: int, dtype: torch.dtype, scale: float = 2.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, d], weight [V, d] (leaves) and targets [N]; logits have standard deviation `scale`."""
+    """hidden [N, d], weight [V, d] (leaves) and targets [N]; logits have standard deviation
+    `scale`."""
     hidden = torch.randn(tokens, depth).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, depth) * scale / depth**0.5).to(dtype).requires_grad_()
     return hidden, weight, torch.randint(vocabulary, (tokens,))

@@ -12,10 +12,14 @@ FORMS: dict[str, tuple[str, list[str]]] = {
     "squared, token rewards": ("squared", ["rewards", "q0", "token_rewards"]),
     "squared, per-token targets": ("squared", ["q0", "q_targets"]),
     "squared, per-token targets and weights": (
-        "squared", ["q0", "q_targets", "q_weights", "token_rewards", "weights"]
+        "squared",
+        ["q0", "q_targets", "q_weights", "token_rewards", "weights"],
     ),
     "cross_entropy": ("cross_entropy", ["rewards", "q0"]),
-    "cross_entropy, token rewards": ("cross_entropy", ["rewards", "q0", "token_rewards", "weights"]),
+    "cross_entropy, token rewards": (
+        "cross_entropy",
+        ["rewards", "q0", "token_rewards", "weights"],
+    ),
     "cross_entropy, per-token targets": ("cross_entropy", ["q0", "q_targets", "q_weights"]),
     "advantage, shared gain": ("advantage", ["rewards", "q0", "weights"]),
     "advantage, per token": ("advantage", ["advantages"]),
@@ -59,7 +63,7 @@ def packed_case(form: str, lengths: list[int] = LENGTHS) -> tuple[Tensor, Tensor
 def pad(packed: Tensor, lengths: list[int], fill: float) -> Tensor:
     """[N] -> [B, T], ragged rows at the left, `fill` in the rest."""
     rows = packed.new_full((len(lengths), max(lengths, default=0)), fill)
-    for row, piece in zip(rows, packed.split(lengths)):
+    for row, piece in zip(rows, packed.split(lengths), strict=True):
         row[: len(piece)] = piece
     return rows
 
@@ -67,7 +71,8 @@ def pad(packed: Tensor, lengths: list[int], fill: float) -> Tensor:
 def padded(
     logprobs: Tensor, ref_logprobs: Tensor, arguments: dict[str, Any], lengths: list[int] = LENGTHS
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The same case as [B, T] with a mask; masked log-probabilities are NaN, which must not matter."""
+    """The same case as [B, T] with a mask; masked log-probabilities are NaN, which must not
+    matter."""
     out = {k: v for k, v in arguments.items() if k != "cu_seqlens"}
     for name in ("advantages", "q_targets", "q_weights", "token_rewards"):
         per_sequence = name == "advantages" and out.get(name, logprobs).shape != logprobs.shape

@@ -28,11 +28,11 @@ def test_alone_in_any_batch_order_or_slice(dtype):
     whole = run(hidden, weight, targets)[:3]
     order = torch.randperm(130)
     permuted = run(hidden[order], weight, targets[order])[:3]
-    for together, shuffled in zip(whole, permuted):
+    for together, shuffled in zip(whole, permuted, strict=True):
         assert torch.equal(together[order], shuffled)
     for rows in (slice(0, 1), slice(57, 58), slice(129, 130), slice(13, 29), slice(0, 113)):
         part = run(hidden[rows], weight, targets[rows])[:3]
-        for together, alone in zip(whole, part):
+        for together, alone in zip(whole, part, strict=True):
             assert torch.equal(together[rows], alone)
 
 
@@ -41,7 +41,7 @@ def test_layout_does_not_matter(dtype):
     hidden, weight, targets = head_inputs(24, 300, 40, dtype)
     packed = run(hidden, weight, targets)
     padded = run(hidden.view(4, 6, 40), weight, targets.view(4, 6))
-    for a, b in zip(packed, padded):
+    for a, b in zip(packed, padded, strict=True):
         assert torch.equal(a, b.view(a.shape))
 
 
@@ -57,26 +57,31 @@ def test_threads_and_workspace_do_not_matter(dtype):
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        for a, b in zip(results[0], other):
+        for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
 
 
 def test_two_runs_are_equal():
     inputs = head_inputs(200, 1500, 80, torch.float32)
-    for a, b in zip(run(*inputs), run(*inputs)):
+    for a, b in zip(run(*inputs), run(*inputs), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_advantages_are_exactly_zero_at_equal_weights(dtype):
-    """Policy and reference score in different batches, yet A_t = 0 and Q_t = Q_0 to the last bit."""
+    """Policy and reference score in different batches, yet A_t = 0 and Q_t = Q_0 to the last
+    bit."""
     hidden, weight, targets = head_inputs(64, 500, 48, dtype)
     policy = spo_ext.token_logprobs(hidden.view(8, 8, 48), weight, targets.view(8, 8))
     with torch.no_grad():
-        reference = torch.stack([
-            spo_ext.token_logprobs(hidden[i * 8 : i * 8 + 8], weight, targets[i * 8 : i * 8 + 8])
-            for i in range(8)
-        ])
+        reference = torch.stack(
+            [
+                spo_ext.token_logprobs(
+                    hidden[i * 8 : i * 8 + 8], weight, targets[i * 8 : i * 8 + 8]
+                )
+                for i in range(8)
+            ]
+        )
     q0 = torch.randn(8)
     q = spo_ext.soft_q(policy, reference, q0, beta=0.37)
     assert torch.equal(q, q0[:, None].expand(8, 8))
@@ -91,7 +96,8 @@ def test_logprobs_from_logits_agrees_bitwise_with_the_head():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set_is_right(isa):
-    """The kernels are compiled once per instruction set; run the head's tests on each that works here."""
+    """The kernels are compiled once per instruction set; run the head's tests on each that works
+    here."""
     probe = "import spo_ext; print(spo_ext.build_info()['cpu_isa'])"
     environment = {**os.environ, "SPO_CPU_ISA": isa}
     asked = subprocess.run(
@@ -109,8 +115,18 @@ def test_every_instruction_set_is_right(isa):
         "test_invariance.py::test_alone_in_any_batch_order_or_slice",
     ]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         *(os.path.join(here, name) for name in tests)],
-        env=environment, capture_output=True, text=True, cwd=os.path.dirname(here),
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(os.path.join(here, name) for name in tests),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(here),
     )
     assert result.returncode == 0, result.stdout[-2000:]

@@ -22,18 +22,33 @@ def test_matches_reference_end_to_end(objective):
     hidden, weight, targets, ref, rewards, q0 = case()
     mask = torch.rand(4, 6) < 0.8
     got = spo_ext.linear_loss(
-        hidden, weight, targets, ref, rewards, q0, beta=0.2, objective=objective, temperature=0.8, mask=mask
+        hidden,
+        weight,
+        targets,
+        ref,
+        rewards,
+        q0,
+        beta=0.2,
+        objective=objective,
+        temperature=0.8,
+        mask=mask,
     )
     truth = [doubled(hidden), doubled(weight)]
     counted = mask & (targets != -100)
     logprobs, _ = reference.token_logprobs(*truth, targets, temperature=0.8)
     losses = reference.loss(
-        logprobs, ref.double(), rewards.double(), q0.double(), beta=0.2, objective=objective, mask=counted
+        logprobs,
+        ref.double(),
+        rewards.double(),
+        q0.double(),
+        beta=0.2,
+        objective=objective,
+        mask=counted,
     )
     want = losses.sum() / counted.any(1).sum()
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     grads = torch.autograd.grad(got, (hidden, weight))
-    for a, b in zip(grads, torch.autograd.grad(want, truth)):
+    for a, b in zip(grads, torch.autograd.grad(want, truth), strict=True):
         assert relative_error(a, b) <= 2e-5
 
 
@@ -43,18 +58,36 @@ def test_packed_equals_padded():
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counted.sum(1).cumsum(0)])
     padded = spo_ext.linear_loss(hidden, weight, targets, ref, rewards, q0, beta=0.2)
     packed = spo_ext.linear_loss(
-        hidden[counted], weight, targets[counted], ref[counted], rewards, q0, beta=0.2, cu_seqlens=offsets
+        hidden[counted],
+        weight,
+        targets[counted],
+        ref[counted],
+        rewards,
+        q0,
+        beta=0.2,
+        cu_seqlens=offsets,
     )
     assert torch.equal(packed, padded)
-    for a, b in zip(torch.autograd.grad(packed, (hidden, weight)), torch.autograd.grad(padded, (hidden, weight))):
+    grads = [torch.autograd.grad(total, (hidden, weight)) for total in (packed, padded)]
+    for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
 
 
 def test_stats_and_loss_arguments_pass_through():
     hidden, weight, targets, ref, rewards, _ = case()
     total, stats = spo_ext.linear_loss(
-        hidden, weight, targets, ref, rewards, None, beta=0.2, objective="group",
-        groups=torch.tensor([0, 0, 1, 1]), weights=torch.full((4,), 0.5), reduction="sum", denominator=8,
+        hidden,
+        weight,
+        targets,
+        ref,
+        rewards,
+        None,
+        beta=0.2,
+        objective="group",
+        groups=torch.tensor([0, 0, 1, 1]),
+        weights=torch.full((4,), 0.5),
+        reduction="sum",
+        denominator=8,
         return_stats=True,
     )
     assert stats.num_tokens.tolist() == [6, 3, 6, 0]
@@ -62,7 +95,8 @@ def test_stats_and_loss_arguments_pass_through():
 
 
 def test_solved_sequences_cost_no_head_work():
-    """A clipped sequence sends back zeros, whose rows the head's backward skips: a NaN there does no harm."""
+    """A clipped sequence sends back zeros, whose rows the head's backward skips: a NaN there does
+    no harm."""
     hidden, weight, targets, ref, _, _ = case()
     rewards = torch.tensor([0.0, -0.5, -0.5, -0.5])
     q0 = torch.tensor([1e6, -1.0, -1.0, -1.0])  # sequence 0: y = 1 and Q_T > 0
@@ -74,6 +108,8 @@ def test_solved_sequences_cost_no_head_work():
 def test_refuses():
     hidden, weight, targets, ref, rewards, q0 = case()
     with pytest.raises(ValueError, match="linear_loss: mask must be bool of shape"):
-        spo_ext.linear_loss(hidden, weight, targets, ref, rewards, q0, beta=1.0, mask=torch.ones(4, 6))
+        spo_ext.linear_loss(
+            hidden, weight, targets, ref, rewards, q0, beta=1.0, mask=torch.ones(4, 6)
+        )
     with pytest.raises(TypeError, match="unexpected keyword"):
         spo_ext.linear_loss(hidden, weight, targets, ref, rewards, q0, beta=1.0, betta=2.0)

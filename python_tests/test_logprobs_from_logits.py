@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from conftest import DTYPES, GRAD_TOLERANCE, LOGPROB_TOLERANCE, doubled, logprob_error, relative_error
+from conftest import (
+    DTYPES,
+    GRAD_TOLERANCE,
+    LOGPROB_TOLERANCE,
+    doubled,
+    logprob_error,
+    relative_error,
+)
 
 import spo_ext
 from spo_ext import reference
@@ -17,12 +24,14 @@ def test_matches_reference(vocabulary, dtype):
     got = spo_ext.logprobs_from_logits(logits, targets, temperature=0.8, return_entropy=True)
     truth = doubled(logits)
     want = reference.logprobs_from_logits(truth, targets, temperature=0.8)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert logprob_error(a, b) <= LOGPROB_TOLERANCE[dtype]
     upstream = [torch.randn(2, 3, dtype=torch.float64) for _ in range(2)]
     grad = torch.autograd.grad(got, logits, [u.to(got[0].dtype) for u in upstream])[0]
     rounded = [u.to(got[0].dtype).double() for u in upstream]
-    assert relative_error(grad, torch.autograd.grad(want, truth, rounded)[0]) <= GRAD_TOLERANCE[dtype]
+    assert (
+        relative_error(grad, torch.autograd.grad(want, truth, rounded)[0]) <= GRAD_TOLERANCE[dtype]
+    )
     assert (grad[1, 2] == 0).all()
 
 
@@ -52,9 +61,9 @@ def test_inplace_backward_is_noticed_by_whoever_saved_the_logits():
     leaf = torch.randn(4, 30, requires_grad=True)
     logits = leaf * 1.0
     squares = logits.square().sum()  # saves logits
-    spo_ext.logprobs_from_logits(
-        logits, torch.arange(4), inplace_backward=True
-    ).sum().backward(retain_graph=True)
+    spo_ext.logprobs_from_logits(logits, torch.arange(4), inplace_backward=True).sum().backward(
+        retain_graph=True
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squares.backward()
 

@@ -1,4 +1,5 @@
-"""The loss of every objective against the reference in float64, its reductions, layouts and refusals."""
+"""The loss of every objective against the reference in float64, its reductions, layouts and
+refusals."""
 
 import math
 
@@ -26,8 +27,10 @@ def test_packed_matches_reference(form, dtype):
     losses = spo_ext.loss(leaf, ref_logprobs.to(dtype), **arguments, reduction="none")
     grad = torch.autograd.grad(losses.sum(), leaf)[0]
     # float32: the truth starts from the same rounded numbers
-    rounded = {k: v.to(dtype).double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-               for k, v in arguments.items()}
+    rounded = {
+        k: v.to(dtype).double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in arguments.items()
+    }
     want, want_grad = truth_of(leaf.double(), ref_logprobs.to(dtype).double(), rounded)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert losses.dtype == grad.dtype == dtype
@@ -47,7 +50,9 @@ def test_padded_equals_packed(form):
     assert torch.equal(padded_grad, pad(grad, LENGTHS, 0.0))  # and 0 at masked tokens
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if "per-token" not in f and "advantage" not in f])
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS if "per-token" not in f and "advantage" not in f]
+)
 def test_summed_reference_equals_per_token_reference(form):
     logprobs, ref_logprobs, arguments = packed_case(form)
     sums = torch.stack([piece.sum() for piece in ref_logprobs.split(LENGTHS)])
@@ -55,12 +60,19 @@ def test_summed_reference_equals_per_token_reference(form):
     for ref in (ref_logprobs, sums):
         losses = spo_ext.loss(logprobs, ref, **arguments, reduction="none")
         results.append((losses, torch.autograd.grad(losses.sum(), logprobs)[0]))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["squared", "cross_entropy", "advantage, shared gain",
-                                  "squared, per-token targets and weights"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "squared",
+        "cross_entropy",
+        "advantage, shared gain",
+        "squared, per-token targets and weights",
+    ],
+)
 def test_gradient_of_q0(form):
     """q0 may be learned."""
     logprobs, ref_logprobs, arguments = packed_case(form)
@@ -75,26 +87,47 @@ def test_gradient_of_q0(form):
 
 
 def test_cross_entropy_at_the_clip():
-    """Solved (y = 1, Q_T > 0): no gradient. Failed (y = 0, Q_T > 0): still pushed down, at the slope of the tangent."""
+    """Solved (y = 1, Q_T > 0): no gradient. Failed (y = 0, Q_T > 0): still pushed down, at the
+    slope of the tangent."""
     logprobs = torch.tensor([2.0, 2.0, -0.5, -3.0], dtype=torch.float64, requires_grad=True)
     rewards = torch.tensor([0.0, -math.inf, -math.inf, 0.0], dtype=torch.float64)
     losses = spo_ext.loss(
-        logprobs[:, None], torch.zeros(4, 1, dtype=torch.float64), rewards, 0.0, beta=1.0,
-        delta=0.2, reduction="none",
+        logprobs[:, None],
+        torch.zeros(4, 1, dtype=torch.float64),
+        rewards,
+        0.0,
+        beta=1.0,
+        delta=0.2,
+        reduction="none",
     )
     grad = torch.autograd.grad(losses.sum(), logprobs)[0]
     tangent = 1 / math.expm1(0.2)
-    want_loss = [0.0, -math.log(-math.expm1(-0.2)) + tangent * 2.2, -math.log(-math.expm1(-0.5)), 3.0]
+    want_loss = [
+        0.0,
+        -math.log(-math.expm1(-0.2)) + tangent * 2.2,
+        -math.log(-math.expm1(-0.5)),
+        3.0,
+    ]
     assert losses.tolist() == pytest.approx(want_loss, rel=1e-12)
     assert grad.tolist() == pytest.approx([0.0, tangent, 1 / math.expm1(0.5), -1.0], rel=1e-12)
 
 
 def test_group_gradient_is_that_of_the_centred_pairs():
-    """The group objective equals the mean over all pairs of ((r_i - beta R_i) - (r_j - beta R_j))^2 / 2."""
+    """The group objective equals the mean over all pairs of ((r_i - beta R_i) - (r_j - beta
+    R_j))^2 / 2."""
     logprobs = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    ref_logprobs, rewards = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    ref_logprobs, rewards = (
+        torch.randn(6, 5, dtype=torch.float64),
+        torch.randn(6, dtype=torch.float64),
+    )
     mean = spo_ext.loss(
-        logprobs, ref_logprobs, rewards, None, beta=0.3, objective="group", groups=torch.zeros(6).int()
+        logprobs,
+        ref_logprobs,
+        rewards,
+        None,
+        beta=0.3,
+        objective="group",
+        groups=torch.zeros(6).int(),
     )
     gain = rewards - 0.3 * (logprobs - ref_logprobs).sum(1)
     pairs = ((gain[:, None] - gain[None, :]) ** 2).mean() / 2
@@ -109,21 +142,30 @@ def test_reductions():
     losses = call(reduction="none")
     assert losses[2] == 0  # the empty sequence
     assert call(reduction="sum").item() == pytest.approx(losses.sum().item())
-    assert call(reduction="mean").item() == pytest.approx(losses.sum().item() / 5)  # five have tokens
+    assert call(reduction="mean").item() == pytest.approx(
+        losses.sum().item() / 5
+    )  # five have tokens
     assert call(reduction="sum", denominator=32).item() == pytest.approx(losses.sum().item() / 32)
     by_tensor = call(reduction="sum", denominator=torch.tensor(32.0, dtype=torch.float64))
     assert by_tensor.item() == pytest.approx(losses.sum().item() / 32)
 
 
 def test_gradient_accumulation_is_exact():
-    """Micro-batches with the global sequence count as denominator add up to the whole batch's gradient."""
+    """Micro-batches with the global sequence count as denominator add up to the whole batch's
+    gradient."""
     logprobs = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     ref, rewards, q0 = torch.randn(8, 6).double(), -torch.rand(8).double(), -torch.rand(8).double()
     whole = torch.autograd.grad(spo_ext.loss(logprobs, ref, rewards, q0, beta=1.0), logprobs)[0]
     total = torch.zeros_like(whole)
     for rows in (slice(0, 3), slice(3, 4), slice(4, 8)):
         part = spo_ext.loss(
-            logprobs[rows], ref[rows], rewards[rows], q0[rows], beta=1.0, reduction="sum", denominator=8
+            logprobs[rows],
+            ref[rows],
+            rewards[rows],
+            q0[rows],
+            beta=1.0,
+            reduction="sum",
+            denominator=8,
         )
         total += torch.autograd.grad(part, logprobs)[0]
     torch.testing.assert_close(total, whole, rtol=1e-13, atol=1e-15)
@@ -152,8 +194,12 @@ def test_empty_batch(shape):
 def test_stats():
     logprobs, ref_logprobs, arguments = packed_case("squared")
     _, stats = spo_ext.loss(logprobs, ref_logprobs, **arguments, return_stats=True)
-    log_ratio = torch.stack([(logprobs - ref_logprobs)[p].sum()
-                             for p in reference.sequences(logprobs, arguments["cu_seqlens"])])
+    log_ratio = torch.stack(
+        [
+            (logprobs - ref_logprobs)[p].sum()
+            for p in reference.sequences(logprobs, arguments["cu_seqlens"])
+        ]
+    )
     assert stats.num_tokens.tolist() == LENGTHS and not stats.terminal_q.requires_grad
     torch.testing.assert_close(stats.log_ratio, log_ratio)
     torch.testing.assert_close(stats.terminal_q, arguments["q0"] + BETA * log_ratio)
@@ -178,7 +224,12 @@ def test_long_sums_keep_their_digits():
 def test_sixteen_bit_logprobs_are_summed_in_double():
     logprobs = torch.full((1, 4096), -0.1, dtype=torch.bfloat16, requires_grad=True)
     total, stats = spo_ext.loss(
-        logprobs, torch.zeros_like(logprobs), torch.zeros(1), 0.0, beta=0.01, objective="squared",
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.zeros(1),
+        0.0,
+        beta=0.01,
+        objective="squared",
         return_stats=True,
     )
     assert stats.log_ratio.item() == pytest.approx(logprobs[0, 0].item() * 4096, rel=1e-6)
@@ -193,8 +244,11 @@ REFUSED = [
     ("squared", dict(leave_one_out=True), "leave_one_out must be False"),
     ("squared", dict(q0=None), "q0 must be given for objective 'squared', got None"),
     ("squared", dict(rewards=None), "rewards must be given"),
-    ("squared, per-token targets", dict(rewards=torch.zeros(6)), "rewards must be None for objective "
-     "'squared' with q_targets"),
+    (
+        "squared, per-token targets",
+        dict(rewards=torch.zeros(6)),
+        "rewards must be None for objective 'squared' with q_targets",
+    ),
     ("group", dict(q0=torch.zeros(6)), "q0 must be None for objective 'group'"),
     ("group", dict(groups=None), "groups must be given"),
     ("advantage, per token", dict(rewards=torch.zeros(6)), "rewards must be None"),
@@ -207,15 +261,27 @@ REFUSED = [
     ("squared", dict(beta=math.nan), "beta must be a finite number > 0"),
     ("cross_entropy", dict(delta=0.0), "delta must be > 0, got 0"),
     ("squared", dict(rewards=torch.zeros(5)), r"rewards must have shape \[6\], got \[5\]"),
-    ("squared", dict(rewards=torch.full((6,), math.nan)), "rewards must be finite, got nan at position 0"),
+    (
+        "squared",
+        dict(rewards=torch.full((6,), math.nan)),
+        "rewards must be finite, got nan at position 0",
+    ),
     ("cross_entropy", dict(rewards=torch.ones(6)), "rewards must be log-optimalities <= 0"),
     ("squared", dict(q0=torch.full((6,), math.inf)), "q0 must be finite, got inf"),
     ("squared", dict(mask=torch.ones(22)), "mask must be bool"),
     ("squared", dict(mask=torch.ones(21).bool()), r"mask must have shape \[22\], got \[21\]"),
     ("squared", dict(cu_seqlens=None), r"logprobs must be padded \[B, T\], or packed \[N\]"),
-    ("squared", dict(cu_seqlens=torch.tensor([0, 5, 4, 22])), "cu_seqlens must not fall, got 5 then 4"),
+    (
+        "squared",
+        dict(cu_seqlens=torch.tensor([0, 5, 4, 22])),
+        "cu_seqlens must not fall, got 5 then 4",
+    ),
     ("squared", dict(cu_seqlens=torch.tensor([1, 22])), "cu_seqlens must start at 0, got 1"),
-    ("squared", dict(cu_seqlens=torch.tensor([0, 21])), "cu_seqlens must end at the number of tokens 22"),
+    (
+        "squared",
+        dict(cu_seqlens=torch.tensor([0, 21])),
+        "cu_seqlens must end at the number of tokens 22",
+    ),
     ("squared", dict(cu_seqlens=torch.tensor([0.0, 22.0])), "cu_seqlens must be int64 or int32"),
     ("squared", dict(weights=torch.zeros(6, requires_grad=True)), "weights must not require grad"),
 ]
@@ -245,10 +311,13 @@ def test_refuses_a_reference_that_is_neither_per_token_nor_per_sequence():
 
 def test_taper_weights():
     weights = spo_ext.taper_weights(
-        torch.tensor([-5.0, -5.0, -1.0]), torch.tensor([-3.0, -3.0, -2.0]),
-        torch.tensor([-1.0, 0.0, -1.0]), threshold=0.0,
+        torch.tensor([-5.0, -5.0, -1.0]),
+        torch.tensor([-3.0, -3.0, -2.0]),
+        torch.tensor([-1.0, 0.0, -1.0]),
+        threshold=0.0,
     )
-    # the failure the policy has left fades; a success and a failure it now prefers keep their weight
+    # the failure the policy has left fades; a success and a failure it now prefers keep their
+    # weight
     assert weights.tolist() == pytest.approx([math.exp(-2), 1.0, 1.0])
     with pytest.raises(ValueError, match=r"taper_weights: rewards must have shape \[3\]"):
         spo_ext.taper_weights(torch.zeros(3), torch.zeros(3), torch.zeros(2), threshold=0.0)

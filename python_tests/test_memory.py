@@ -1,4 +1,5 @@
-"""The memory contract: forward and backward stay within the workspace plus O(N), whatever N and V."""
+"""The memory contract: forward and backward stay within the workspace plus O(N), whatever N and
+V."""
 
 import subprocess
 import sys
@@ -15,7 +16,8 @@ def status_mib(name):
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
 
-tokens, vocabulary, depth, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
+tokens, vocabulary, depth, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
+getattr(torch, sys.argv[4])
 targets = torch.randint(vocabulary, (tokens,))
 
 def run(hidden, weight, labels):
@@ -23,7 +25,8 @@ def run(hidden, weight, labels):
     return torch.autograd.grad(logprobs.sum(), (hidden, weight))
 
 def leaves(n, v, d):
-    return (torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_())
+    return (torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v,
+    d).to(dtype).requires_grad_())
 
 run(*leaves(300, 600, 64), targets[:300] % 600)  # threads, libraries and the allocator are warm
 hidden, weight = leaves(tokens, vocabulary, depth)

@@ -1,4 +1,5 @@
-"""What PyTorch and its users expect of an operator: opcheck, gradcheck, torch.compile, clear refusals."""
+"""What PyTorch and its users expect of an operator: opcheck, gradcheck, torch.compile, clear
+refusals."""
 
 import pytest
 import torch
@@ -18,8 +19,22 @@ def head_arguments(dtype=torch.float32):
 
 def loss_arguments(form):
     logprobs, ref, a = packed_case(form)
-    names = ["rewards", "q0", "objective", "beta", "delta", "groups", "leave_one_out", "advantages",
-             "q_targets", "q_weights", "token_rewards", "weights", "cu_seqlens", "mask"]
+    names = [
+        "rewards",
+        "q0",
+        "objective",
+        "beta",
+        "delta",
+        "groups",
+        "leave_one_out",
+        "advantages",
+        "q_targets",
+        "q_weights",
+        "token_rewards",
+        "weights",
+        "cu_seqlens",
+        "mask",
+    ]
     defaults = dict(delta=0.2, leave_one_out=False)
     return logprobs, ref, *(a.get(name, defaults.get(name)) for name in names)
 
@@ -29,12 +44,26 @@ def samples():
     logits = torch.randn(4, 9, requires_grad=True)
     labels = torch.tensor([0, 3, -100, 8])
     yield "token_logprobs", head
-    yield "token_logprobs", (*head[:3], torch.randn(9, requires_grad=True), 1.0, 1.0, 5.0, -100, False, 64)
+    yield (
+        "token_logprobs",
+        (*head[:3], torch.randn(9, requires_grad=True), 1.0, 1.0, 5.0, -100, False, 64),
+    )
     out = OPS.token_logprobs(*head)
     detached = [t.detach() for t in (*head[:2], *out)]
     grads = (torch.randn(5), torch.randn(5))
-    yield "token_logprobs_backward", (
-        *grads, detached[0], detached[1], head[2], None, *detached[2:], *head[4:8], [True, True, False], 64
+    yield (
+        "token_logprobs_backward",
+        (
+            *grads,
+            detached[0],
+            detached[1],
+            head[2],
+            None,
+            *detached[2:],
+            *head[4:8],
+            [True, True, False],
+            64,
+        ),
     )
     yield "logprobs_from_logits", (logits, labels, 1.0, -100, True, False)
     saved = [t.detach() for t in OPS.logprobs_from_logits(logits, labels, 1.0, -100, True, False)]
@@ -60,14 +89,16 @@ def test_opcheck(index):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(softcap=2.0, temperature=0.7), dict(logit_scale=0.5, return_entropy=True)]
+    "options",
+    [dict(), dict(softcap=2.0, temperature=0.7), dict(logit_scale=0.5, return_entropy=True)],
 )
 def test_gradcheck_head(options):
     hidden, weight, targets = head_inputs(4, 11, 5, torch.float64)
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
     targets[2] = -100
     torch.autograd.gradcheck(
-        lambda h, w, b: spo_ext.token_logprobs(h, w, targets, bias=b, **options), (hidden, weight, bias)
+        lambda h, w, b: spo_ext.token_logprobs(h, w, targets, bias=b, **options),
+        (hidden, weight, bias),
     )
 
 
@@ -75,18 +106,21 @@ def test_gradcheck_logits_and_soft_q():
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 3, -100, 8])
     torch.autograd.gradcheck(
-        lambda z: spo_ext.logprobs_from_logits(z, labels, temperature=0.7, return_entropy=True), (logits,)
+        lambda z: spo_ext.logprobs_from_logits(z, labels, temperature=0.7, return_entropy=True),
+        (logits,),
     )
     logprobs, ref, a = packed_case("squared")
     q0 = a["q0"].requires_grad_()
     torch.autograd.gradcheck(
-        lambda lp, q: spo_ext.soft_q(lp, ref, q, beta=0.3, cu_seqlens=a["cu_seqlens"]), (logprobs, q0)
+        lambda lp, q: spo_ext.soft_q(lp, ref, q, beta=0.3, cu_seqlens=a["cu_seqlens"]),
+        (logprobs, q0),
     )
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if not f.startswith("group")])
 def test_gradcheck_loss(form):
-    """Not for "group", whose baseline is detached: its gradient is checked against the pairs in test_loss."""
+    """Not for "group", whose baseline is detached: its gradient is checked against the pairs in
+    test_loss."""
     logprobs, ref, arguments = packed_case(form)
     torch.autograd.gradcheck(
         lambda lp: spo_ext.loss(lp, ref, **arguments, reduction="none"), (logprobs,)
@@ -100,7 +134,10 @@ def scalar_ops():
     return {
         "token_logprobs": (hidden, spo_ext.token_logprobs(hidden, weight, targets)),
         "logprobs_from_logits": (logits, spo_ext.logprobs_from_logits(logits, targets)),
-        "soft_q": (logprobs, spo_ext.soft_q(logprobs, ref, 0.0, beta=1.0, cu_seqlens=a["cu_seqlens"])),
+        "soft_q": (
+            logprobs,
+            spo_ext.soft_q(logprobs, ref, 0.0, beta=1.0, cu_seqlens=a["cu_seqlens"]),
+        ),
         "cumulative_loss": (logprobs, spo_ext.loss(logprobs, ref, **a)),
     }
 
@@ -127,13 +164,21 @@ def test_torch_compile_fullgraph(objective):
 
     def step(h, w):
         return spo_ext.linear_loss(
-            h.view(4, 6, 16) * 1.5, w, targets, ref, rewards, q0, beta=0.2, objective=objective, groups=groups
+            h.view(4, 6, 16) * 1.5,
+            w,
+            targets,
+            ref,
+            rewards,
+            q0,
+            beta=0.2,
+            objective=objective,
+            groups=groups,
         )
 
     eager = torch.autograd.grad(step(hidden, weight), (hidden, weight))
     compiled = torch.compile(step, fullgraph=True)(hidden, weight)
     assert compiled.item() == pytest.approx(step(hidden, weight).item(), rel=1e-6)
-    for got, want in zip(torch.autograd.grad(compiled, (hidden, weight)), eager):
+    for got, want in zip(torch.autograd.grad(compiled, (hidden, weight)), eager, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
@@ -161,29 +206,59 @@ def test_autocast_leaves_the_numbers_alone():
 
 
 BAD_HEAD = [
-    (dict(weight=torch.randn(9, 5)), ValueError, r"weight must be \[V, d\] with d = 4 like hidden, got \[9, 5\]"),
+    (
+        dict(weight=torch.randn(9, 5)),
+        ValueError,
+        r"weight must be \[V, d\] with d = 4 like hidden, got \[9, 5\]",
+    ),
     (dict(weight=torch.randn(0, 4)), ValueError, "weight must have at least one row"),
-    (dict(weight=torch.randn(9, 4).double()), TypeError, "weight must be float64 exactly when hidden is"),
-    (dict(hidden=torch.ones(5, 4).int()), TypeError, "hidden must be float32, float64, float16 or bfloat16, got Int"),
+    (
+        dict(weight=torch.randn(9, 4).double()),
+        TypeError,
+        "weight must be float64 exactly when hidden is",
+    ),
+    (
+        dict(hidden=torch.ones(5, 4).int()),
+        TypeError,
+        "hidden must be float32, float64, float16 or bfloat16, got Int",
+    ),
     (dict(hidden=torch.tensor(1.0)), ValueError, r"hidden must be \[.., d\], got a scalar"),
-    (dict(targets=torch.zeros(4).long()), ValueError, r"targets must have shape \[5\], one label per row, got \[4\]"),
+    (
+        dict(targets=torch.zeros(4).long()),
+        ValueError,
+        r"targets must have shape \[5\], one label per row, got \[4\]",
+    ),
     (dict(targets=torch.zeros(5)), TypeError, "targets must be int64 or int32, got Float"),
-    (dict(targets=torch.tensor([0, 1, 9, 0, 0])), IndexError, r"targets must be in \[0, 9\) or ignore_index -100, got 9 at position 2"),
+    (
+        dict(targets=torch.tensor([0, 1, 9, 0, 0])),
+        IndexError,
+        r"targets must be in \[0, 9\) or ignore_index -100, got 9 at position 2",
+    ),
     (dict(targets=torch.tensor([0, 1, 8, 0, -1])), IndexError, "got -1 at position 4"),
     (dict(bias=torch.zeros(8)), ValueError, r"bias must have shape \[9\], got \[8\]"),
     (dict(temperature=0.0), ValueError, "temperature must be a finite number > 0, got 0"),
-    (dict(temperature=float("nan")), ValueError, "temperature must be a finite number > 0, got nan"),
+    (
+        dict(temperature=float("nan")),
+        ValueError,
+        "temperature must be a finite number > 0, got nan",
+    ),
     (dict(softcap=-1.0), ValueError, "softcap must be a finite number > 0, got -1"),
     (dict(logit_scale=0.0), ValueError, "logit_scale must be a finite number other than 0"),
     (dict(workspace_mib=0), ValueError, "workspace_mib must be > 0, got 0"),
     (dict(max_dropped_mass=1.0), ValueError, r"max_dropped_mass must be in \[0, 1\), got 1.0"),
-    (dict(targets=torch.zeros(5, device="meta").long()), ValueError, "targets must be on cpu like hidden, got meta"),
+    (
+        dict(targets=torch.zeros(5, device="meta").long()),
+        ValueError,
+        "targets must be on cpu like hidden, got meta",
+    ),
 ]
 
 
 @pytest.mark.parametrize("change, error, message", BAD_HEAD)
 def test_token_logprobs_refuses(change, error, message):
-    arguments = dict(hidden=torch.randn(5, 4), weight=torch.randn(9, 4), targets=torch.zeros(5).long())
+    arguments = dict(
+        hidden=torch.randn(5, 4), weight=torch.randn(9, 4), targets=torch.zeros(5).long()
+    )
     with pytest.raises(error, match=f"^token_logprobs: .*{message}"):
         spo_ext.token_logprobs(**{**arguments, **change})
 
@@ -194,11 +269,14 @@ def test_workspace_too_small_names_the_least():
         spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=1)
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (dict(logits=torch.randn(5, 0)), ValueError, r"logits must be \[.., V\] with V > 0"),
-    (dict(targets=torch.tensor([0, 1, 3])), IndexError, "got 3 at position 2"),
-    (dict(temperature=-1.0), ValueError, "temperature must be a finite number > 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(logits=torch.randn(5, 0)), ValueError, r"logits must be \[.., V\] with V > 0"),
+        (dict(targets=torch.tensor([0, 1, 3])), IndexError, "got 3 at position 2"),
+        (dict(temperature=-1.0), ValueError, "temperature must be a finite number > 0"),
+    ],
+)
 def test_logprobs_from_logits_refuses(change, error, message):
     arguments = dict(logits=torch.randn(3, 3), targets=torch.zeros(3).long())
     if "logits" in change:
@@ -209,7 +287,11 @@ def test_logprobs_from_logits_refuses(change, error, message):
 
 def test_build_info():
     info = spo_ext.build_info()
-    assert info["version"] == spo_ext.__version__ and info["cpu_isa"] in ("generic", "avx2", "avx512")
+    assert info["version"] == spo_ext.__version__ and info["cpu_isa"] in (
+        "generic",
+        "avx2",
+        "avx512",
+    )
     assert info["compiler"].split()[0] in ("gcc", "clang")
 
 

@@ -28,15 +28,21 @@ def test_reference_does_not_overflow():
 
 
 def test_optimal_policy_is_solved():
-    """At the exact Q_0 and the optimal policy pi_ref exp((r - Q_0) / beta), the residual Q_T - r is zero."""
+    """At the exact Q_0 and the optimal policy pi_ref exp((r - Q_0) / beta), the residual Q_T - r
+    is zero."""
     ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     rewards, beta = torch.tensor([-1.0, 0.0, -0.3], dtype=torch.float64), 0.7
     counts = (ref * 10).round().long()
     q0 = prompt_value(rewards.repeat_interleave(counts), beta=beta).double()
-    optimal = (ref.log() + (rewards - q0) / beta)
+    optimal = ref.log() + (rewards - q0) / beta
     assert optimal.exp().sum().item() == pytest.approx(1.0, rel=1e-6)
     loss = spo_ext.loss(
-        optimal[:, None], ref.log()[:, None], rewards, q0.expand(3).clone(), beta=beta, objective="squared"
+        optimal[:, None],
+        ref.log()[:, None],
+        rewards,
+        q0.expand(3).clone(),
+        beta=beta,
+        objective="squared",
     )
     assert loss.item() < 1e-12
 
@@ -54,7 +60,9 @@ def test_zero_successes_warn_or_refuse_and_smoothing_answers():
         assert smooth.tolist() == pytest.approx([math.log(1.5 / 3), math.log(0.5 / 3)])
         p = 0.5 / 5  # (k + s) / (n + 2 s)
         want = 0.1 * math.log(p + (1 - p) * math.exp(-10))
-        assert prompt_value(binary, beta=0.1, smoothing=0.5)[1].item() == pytest.approx(want, rel=1e-6)
+        assert prompt_value(binary, beta=0.1, smoothing=0.5)[1].item() == pytest.approx(
+            want, rel=1e-6
+        )
     with pytest.raises(ValueError, match="reward_range must be .worst, best."):
         prompt_value(binary[1:], beta=0.1, smoothing=0.5)
     ranged = prompt_value(binary[1:], beta=0.1, smoothing=0.5, reward_range=(-1.0, 0.0))
@@ -80,32 +88,57 @@ def test_group_value_is_the_baseline_of_the_group_objective():
     _, stats = spo_ext.loss(
         logprobs, ref, rewards, None, beta=0.3, objective="group", groups=groups, return_stats=True
     )
-    value = prompt_value(rewards, beta=0.3, groups=groups, estimator="group", log_ratios=stats.log_ratio)
+    value = prompt_value(
+        rewards, beta=0.3, groups=groups, estimator="group", log_ratios=stats.log_ratio
+    )
     torch.testing.assert_close(value[groups], stats.q0)
 
 
 def test_ema_keeps_prompts_without_samples():
     value, n = prompt_value(
-        torch.tensor([-1.0, 0.0]), beta=1.0, groups=torch.tensor([2, 2]), num_prompts=3, estimator="ema",
-        previous=torch.tensor([-0.1, -0.2, -0.3]), decay=0.75, return_n=True,
+        torch.tensor([-1.0, 0.0]),
+        beta=1.0,
+        groups=torch.tensor([2, 2]),
+        num_prompts=3,
+        estimator="ema",
+        previous=torch.tensor([-0.1, -0.2, -0.3]),
+        decay=0.75,
+        return_n=True,
     )
-    assert value.tolist() == pytest.approx([-0.1, -0.2, 0.75 * -0.3 + 0.25 * -0.5]) and n.tolist() == [0, 0, 2]
+    assert value.tolist() == pytest.approx(
+        [-0.1, -0.2, 0.75 * -0.3 + 0.25 * -0.5]
+    ) and n.tolist() == [0, 0, 2]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(estimator="median"), "estimator must be reference, group, leave_one_out or ema, got 'median'"),
-    (dict(beta=0.0), "beta must be a finite number > 0, got 0.0"),
-    (dict(smoothing=-1.0), "smoothing must be >= 0"),
-    (dict(smoothing=0.5, estimator="group"), "and 0 unless estimator is reference"),
-    (dict(log_ratios=torch.zeros(4)), "log_ratios must be None"),
-    (dict(previous=torch.zeros(1)), "previous must be given for ema and None otherwise, got a tensor"),
-    (dict(estimator="ema"), "previous must be given for ema and None otherwise, got None"),
-    (dict(estimator="ema", previous=torch.zeros(1), decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
-    (dict(groups=torch.zeros(3).long()), r"groups must be integers of shape \[4\]"),
-    (dict(groups=torch.tensor([0, 1, 2, 5]), num_prompts=4), r"groups must be in \[0, 4\), got 0..5"),
-    (dict(groups=torch.tensor([0, 0, 2, 2])), "every prompt must have a sample"),
-    (dict(rewards=torch.full((4,), math.nan)), "rewards must be finite or -inf, got nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            dict(estimator="median"),
+            "estimator must be reference, group, leave_one_out or ema, got 'median'",
+        ),
+        (dict(beta=0.0), "beta must be a finite number > 0, got 0.0"),
+        (dict(smoothing=-1.0), "smoothing must be >= 0"),
+        (dict(smoothing=0.5, estimator="group"), "and 0 unless estimator is reference"),
+        (dict(log_ratios=torch.zeros(4)), "log_ratios must be None"),
+        (
+            dict(previous=torch.zeros(1)),
+            "previous must be given for ema and None otherwise, got a tensor",
+        ),
+        (dict(estimator="ema"), "previous must be given for ema and None otherwise, got None"),
+        (
+            dict(estimator="ema", previous=torch.zeros(1), decay=1.0),
+            r"decay must be in \[0, 1\), got 1.0",
+        ),
+        (dict(groups=torch.zeros(3).long()), r"groups must be integers of shape \[4\]"),
+        (
+            dict(groups=torch.tensor([0, 1, 2, 5]), num_prompts=4),
+            r"groups must be in \[0, 4\), got 0..5",
+        ),
+        (dict(groups=torch.tensor([0, 0, 2, 2])), "every prompt must have a sample"),
+        (dict(rewards=torch.full((4,), math.nan)), "rewards must be finite or -inf, got nan"),
+    ],
+)
 def test_refuses(arguments, message):
     given = dict(rewards=torch.tensor([0.0, -1.0, 0.0, -1.0]), beta=1.0) | arguments
     with pytest.raises(ValueError, match=f"prompt_value: .*{message}"):

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import BETA, FORMS, pad, packed_case, padded
+from loss_cases import BETA, FORMS, packed_case, pad, padded
 
 import spo_ext
 
@@ -20,8 +20,12 @@ def test_advantages_telescope_to_terminal_q(lengths, seed):
     q = spo_ext.soft_q(logprobs, ref, a["q0"], beta=BETA, cu_seqlens=a["cu_seqlens"])
     _, stats = spo_ext.loss(logprobs, ref, **a, return_stats=True)
     advantages = BETA * (logprobs - ref)
-    for s, (steps, values) in enumerate(zip(advantages.split(lengths), q.split(lengths))):
-        torch.testing.assert_close(stats.terminal_q[s] - a["q0"][s], steps.sum(), rtol=1e-12, atol=1e-12)
+    for s, (steps, values) in enumerate(
+        zip(advantages.split(lengths), q.split(lengths), strict=True)
+    ):
+        torch.testing.assert_close(
+            stats.terminal_q[s] - a["q0"][s], steps.sum(), rtol=1e-12, atol=1e-12
+        )
         before = torch.cat([a["q0"][s : s + 1], values[:-1]])[: len(values)]
         torch.testing.assert_close(values - before, steps, rtol=1e-9, atol=1e-12)
 
@@ -81,8 +85,12 @@ def test_permuting_the_vocabulary_changes_nothing(tokens, vocabulary, depth, tem
 def test_probabilities_sum_to_one(vocabulary, seed):
     torch.manual_seed(seed)
     hidden, weight = torch.randn(1, 9), torch.randn(vocabulary, 9)
-    logprobs = spo_ext.token_logprobs(hidden.expand(vocabulary, 9), weight, torch.arange(vocabulary))
-    torch.testing.assert_close(logprobs.double().exp().sum(), torch.tensor(1.0).double(), rtol=2e-6, atol=0)
+    logprobs = spo_ext.token_logprobs(
+        hidden.expand(vocabulary, 9), weight, torch.arange(vocabulary)
+    )
+    torch.testing.assert_close(
+        logprobs.double().exp().sum(), torch.tensor(1.0).double(), rtol=2e-6, atol=0
+    )
 
 
 @FEW

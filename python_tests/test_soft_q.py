@@ -25,7 +25,7 @@ def test_matches_reference(layout, dtype, tolerance):
     upstream = torch.randn(got.shape, dtype=dtype)
     grads = torch.autograd.grad(got, (leaf, q0), upstream)
     wants = torch.autograd.grad(want, (truth, truth_q0), upstream.double())
-    for a, b in zip(grads, wants):
+    for a, b in zip(grads, wants, strict=True):
         assert a.isfinite().all() and relative_error(a, b) <= tolerance
 
 

@@ -50,7 +50,7 @@ def check_against_reference(hidden, weight, targets, grad_scale=1.0, bias=None, 
     )
     upstream = [g.to(logprobs.dtype).double() for g in upstream]
     want_grads = torch.autograd.grad([want, want_entropy], truth, upstream)
-    for tensor, got, expected in zip(inputs, got_grads, want_grads):
+    for tensor, got, expected in zip(inputs, got_grads, want_grads, strict=True):
         assert got.dtype == tensor.dtype and got.shape == tensor.shape
         assert relative_error(got, expected) <= GRAD_TOLERANCE[tensor.dtype]
 
@@ -78,7 +78,8 @@ def test_logit_options_and_bias(options, dtype):
 
 
 def test_mixed_precision_uses_every_operand_as_it_is():
-    """bf16 states on an fp32 head, as under autocast or with a master weight: no operand is rounded."""
+    """bf16 states on an fp32 head, as under autocast or with a master weight: no operand is
+    rounded."""
     hidden, weight, targets = head_inputs(30, 300, 40, torch.float32)
     hidden = hidden.detach().bfloat16().requires_grad_()
     check_against_reference(hidden, weight, targets)
@@ -119,7 +120,8 @@ def test_nothing_to_do(case):
 
 
 def test_strided_inputs_equal_contiguous_ones():
-    """Time-major states, a weight that is a view of a larger one, a transposed weight, a strided label."""
+    """Time-major states, a weight that is a view of a larger one, a transposed weight, a strided
+    label."""
     base = torch.randn(7, 3, 20)  # [T, B, d]
     hidden = base.transpose(0, 1)  # [B, T, d], not contiguous
     weight = torch.randn(90, 40)[::2, 1::2]
@@ -130,13 +132,14 @@ def test_strided_inputs_equal_contiguous_ones():
     for h, w in (strided, dense):
         logprobs = spo_ext.token_logprobs(h, w, targets)
         results.append((logprobs, *torch.autograd.grad(logprobs.square().sum(), (h, w))))
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("one_minus_p", [0.5, 1e-2, 1e-4, 1e-6, 1e-9, 1e-12])
 def test_confident_token_keeps_its_gradient(one_minus_p):
-    """p near 1: float32 log_softmax rounds 1 - p to 0 from about 1e-8 on; here it keeps three digits."""
+    """p near 1: float32 log_softmax rounds 1 - p to 0 from about 1e-8 on; here it keeps three
+    digits."""
     vocabulary = 300
     margin = torch.log(torch.tensor((vocabulary - 1) * (1 - one_minus_p) / one_minus_p)).item()
     hidden = torch.ones(1, 1, requires_grad=True)
@@ -167,12 +170,15 @@ def test_huge_logits():
 
 
 def test_words_ruled_out_by_bias():
-    """bias = -inf removes a word: no probability, no gradient, no NaN; as a label its log-probability is -inf."""
+    """bias = -inf removes a word: no probability, no gradient, no NaN; as a label its
+    log-probability is -inf."""
     hidden, weight, _ = head_inputs(3, 600, 10, torch.float32)
     bias = torch.zeros(600)
     bias[256:512] = -float("inf")  # one whole vocabulary block
     targets = torch.tensor([0, 255, 599])
-    logprobs, entropy = spo_ext.token_logprobs(hidden, weight, targets, bias=bias, return_entropy=True)
+    logprobs, entropy = spo_ext.token_logprobs(
+        hidden, weight, targets, bias=bias, return_entropy=True
+    )
     truth = [doubled(hidden), doubled(weight)]
     kept = torch.cat([torch.arange(256), torch.arange(512, 600)])
     moved = torch.tensor([0, 255, 343])
@@ -180,7 +186,7 @@ def test_words_ruled_out_by_bias():
     assert logprob_error(logprobs, want) <= 3e-6 and logprob_error(entropy, want_entropy) <= 1e-5
     grads = torch.autograd.grad((logprobs + entropy).sum(), (hidden, weight))
     want_grads = torch.autograd.grad((want + want_entropy).sum(), truth)
-    for got, expected in zip(grads, want_grads):
+    for got, expected in zip(grads, want_grads, strict=True):
         assert relative_error(got, expected) <= 1e-5
     assert (grads[1][256:512] == 0).all()
     impossible = spo_ext.token_logprobs(hidden, weight, torch.tensor([300, 300, 300]), bias=bias)
@@ -196,7 +202,8 @@ def test_nan_stays_in_its_row():
 
 
 def test_rows_without_upstream_gradient_are_skipped():
-    """A clipped or solved sequence sends zeros back: its rows are not computed, so its NaN does no harm."""
+    """A clipped or solved sequence sends zeros back: its rows are not computed, so its NaN does no
+    harm."""
     hidden, weight, targets = head_inputs(6, 40, 8, torch.float32)
     with torch.no_grad():
         hidden[4] = float("nan")
@@ -207,7 +214,9 @@ def test_rows_without_upstream_gradient_are_skipped():
 
 def test_only_the_wanted_gradients():
     hidden, weight, targets = head_inputs(9, 70, 12, torch.float32)
-    both = torch.autograd.grad(spo_ext.token_logprobs(hidden, weight, targets).sum(), (hidden, weight))
+    both = torch.autograd.grad(
+        spo_ext.token_logprobs(hidden, weight, targets).sum(), (hidden, weight)
+    )
     frozen = spo_ext.token_logprobs(hidden, weight.detach(), targets)
     assert torch.equal(torch.autograd.grad(frozen.sum(), hidden)[0], both[0])
     probe = spo_ext.token_logprobs(hidden.detach(), weight, targets)
@@ -216,13 +225,14 @@ def test_only_the_wanted_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_workspace_gives_the_same_result(dtype):
-    """Groups of rows, slices of words and the two-pass backward of 16-bit states change nothing, bit for bit."""
+    """Groups of rows, slices of words and the two-pass backward of 16-bit states change nothing,
+    bit for bit."""
     hidden, weight, targets = head_inputs(700, 900, 256, dtype)
     results = []
     for workspace_mib in (2, 64):
         logprobs = spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=workspace_mib)
         results.append((logprobs, *torch.autograd.grad(logprobs.square().sum(), (hidden, weight))))
-    for small, large in zip(*results):
+    for small, large in zip(*results, strict=True):
         assert torch.equal(small, large)
 
 

@@ -1,6 +1,8 @@
-"""The worked example of the README: one sequence of three tokens over four words, every number on its way.
+"""The worked example of the README: one sequence of three tokens over four words, every number on
+its way.
 
-weight is the identity, so that hidden[t] are the logits of token t; the second token is the one followed.
+weight is the identity, so that hidden[t] are the logits of token t; the second token is the one
+followed.
 """
 
 import math
@@ -32,15 +34,19 @@ def test_trace(device):
     torch.testing.assert_close(logprobs.double(), by_hand, rtol=1e-6, atol=1e-7)
 
     # advantage A_2 = beta (log p - log p_ref), Q_2 = Q_0 + A_1 + A_2
-    advantages = [BETA * (lp - r) for lp, r in zip(logprobs[0].tolist(), REF_LOGPROBS)]
+    advantages = [BETA * (lp - r) for lp, r in zip(logprobs[0].tolist(), REF_LOGPROBS, strict=True)]
     assert advantages[1] == pytest.approx(0.01950, abs=1e-5)
     q = spo_ext.soft_q(logprobs, ref, Q0, beta=BETA)
-    assert q[0].tolist() == pytest.approx([Q0 + sum(advantages[: t + 1]) for t in range(3)], rel=1e-6)
+    assert q[0].tolist() == pytest.approx(
+        [Q0 + sum(advantages[: t + 1]) for t in range(3)], rel=1e-6
+    )
     assert q[0].tolist() == pytest.approx([-0.32038, -0.30088, -0.17271], abs=1e-5)
 
-    # terminal Q_3 against the reward: squared loss, and its gradient at every token's log-probability
-    loss = spo_ext.linear_loss(hidden, weight, targets, ref, torch.tensor([REWARD]), Q0, beta=BETA,
-                               objective="squared")
+    # terminal Q_3 against the reward: squared loss, and its gradient at every token's
+    # log-probability
+    loss = spo_ext.linear_loss(
+        hidden, weight, targets, ref, torch.tensor([REWARD]), Q0, beta=BETA, objective="squared"
+    )
     residual = q[0, 2].item() - REWARD
     assert loss.item() == pytest.approx(residual**2, rel=1e-5) == pytest.approx(0.00529, abs=1e-5)
     upstream = 2 * residual * BETA

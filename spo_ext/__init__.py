@@ -1,18 +1,13 @@
-"""Token log-probabilities, soft-Q values and the loss of Soft Policy Optimization, without [N, V] logits."""
+"""Token log-probabilities, soft-Q values and the loss of Soft Policy Optimization, without [N, V]
+logits."""
 
 from spo_ext import _ops as _ops  # registers the operators first
 from spo_ext import reference
 from spo_ext._ops import build_info
-from spo_ext.functional import (
-    LossStats,
-    linear_loss,
-    logprobs_from_logits,
-    loss,
-    soft_q,
-    taper_weights,
-    token_logprobs,
-)
+from spo_ext.head import logprobs_from_logits, token_logprobs
+from spo_ext.losses import linear_loss, loss, soft_q, taper_weights
 from spo_ext.prompts import prompt_value
+from spo_ext.stats import LossStats
 
 __version__: str = build_info()["version"]
 

@@ -1,10 +1,12 @@
-"""Registration of the operators with PyTorch: the library, fake kernels and autograd, one block per op.
+"""Registration of the operators with PyTorch: the library, fake kernels and autograd, one block
+per op.
 
-Schemas are in csrc/spo_ops.cpp. A fake kernel answers with the shape and dtype of the real one, for torch.compile.
+Schemas are in csrc/spo_ops.cpp. A fake kernel answers with the shape and dtype of the real one,
+for torch.compile.
 The backward ops have no derivative of their own and say so.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ _OPS = torch.ops.spo
 
 
 def build_info() -> dict[str, str]:
-    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit and architectures.
+    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit
+    and architectures.
 
     `cuda_toolkit` and `cuda_archs` are empty for a build without CUDA.
     """
@@ -29,26 +32,53 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
 def _refuse_second_derivative(op: str) -> None:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"{op}: second derivatives are not implemented; call backward or grad without create_graph"
+            f"{op}: second derivatives are not implemented; "
+            "call backward or grad without create_graph"
         )
 
     torch.library.register_autograd(f"spo::{op}_backward", backward)
 
 
-# --- token_logprobs ---------------------------------------------------------------------------------------------
+# --- token_logprobs
+# ------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::token_logprobs")
-def _(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index,  # type: ignore[no-untyped-def]
-      return_entropy, workspace_mib):
+def _(
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    logit_scale,
+    softcap,
+    ignore_index,
+    return_entropy,
+    workspace_mib,
+):
     logprobs = hidden.new_empty(targets.shape, dtype=_result_dtype(hidden))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     return logprobs, entropy, torch.empty_like(logprobs)
 
 
 @torch.library.register_fake("spo::token_logprobs_backward")
-def _(grad_logprobs, grad_entropy, hidden, weight, targets, bias, logprobs, entropy, lse,  # type: ignore[no-untyped-def]
-      temperature, logit_scale, softcap, ignore_index, needs, workspace_mib):
+def _(
+    grad_logprobs,
+    grad_entropy,
+    hidden,
+    weight,
+    targets,
+    bias,
+    logprobs,
+    entropy,
+    lse,
+    temperature,
+    logit_scale,
+    softcap,
+    ignore_index,
+    needs,
+    workspace_mib,
+):
     bias_dtype = torch.float64 if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -64,16 +94,34 @@ def _token_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _token_logprobs_backward(
-    ctx: Any, grad_logprobs: Optional[Tensor], grad_entropy: Optional[Tensor], grad_lse: Optional[Tensor]
-) -> tuple[Optional[Tensor], ...]:
+    ctx: Any,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, logprobs, entropy, lse = ctx.saved_tensors
     temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib = ctx.options
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     grads = _OPS.token_logprobs_backward(
-        grad_logprobs, grad_entropy if return_entropy else None, hidden, weight, targets, bias,
-        logprobs, entropy, lse, temperature, logit_scale, softcap, ignore_index, needs, workspace_mib,
+        grad_logprobs,
+        grad_entropy if return_entropy else None,
+        hidden,
+        weight,
+        targets,
+        bias,
+        logprobs,
+        entropy,
+        lse,
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        needs,
+        workspace_mib,
     )
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
+    grad_hidden, grad_weight, grad_bias = (
+        g if need else None for g, need in zip(grads, needs, strict=True)
+    )
     return grad_hidden, grad_weight, None, grad_bias, *[None] * 6
 
 
@@ -83,35 +131,41 @@ torch.library.register_autograd(
 _refuse_second_derivative("token_logprobs")
 
 
-# --- logprobs_from_logits ---------------------------------------------------------------------------------------
+# --- logprobs_from_logits
+# ------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::logprobs_from_logits")
-def _(logits, targets, temperature, ignore_index, return_entropy, inplace_backward):  # type: ignore[no-untyped-def]
+def _(logits, targets, temperature, ignore_index, return_entropy, inplace_backward):
     logprobs = logits.new_empty(targets.shape, dtype=_result_dtype(logits))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     return logprobs, entropy, torch.empty_like(logprobs)
 
 
 @torch.library.register_fake("spo::logprobs_from_logits_backward")
-def _(grad_logprobs, grad_entropy, logits, *rest):  # type: ignore[no-untyped-def]
+def _(grad_logprobs, grad_entropy, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("spo::logprobs_from_logits_backward_")
-def _(*args):  # type: ignore[no-untyped-def]
+def _(*args):
     return None
 
 
-def _logprobs_from_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _logprobs_from_logits_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
     logits, targets, *ctx.options = inputs
     ctx.save_for_backward(logits, targets, *output)
     ctx.set_materialize_grads(False)
 
 
 def _logprobs_from_logits_backward(
-    ctx: Any, grad_logprobs: Optional[Tensor], grad_entropy: Optional[Tensor], grad_lse: Optional[Tensor]
-) -> tuple[Optional[Tensor], ...]:
+    ctx: Any,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     logits, *saved = ctx.saved_tensors
     temperature, ignore_index, return_entropy, inplace_backward = ctx.options
     grad_entropy = grad_entropy if return_entropy else None
@@ -130,22 +184,23 @@ torch.library.register_autograd(
 _refuse_second_derivative("logprobs_from_logits")
 
 
-# --- soft_q -----------------------------------------------------------------------------------------------------
+# --- soft_q
+# --------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::soft_q")
-def _(logprobs, ref_logprobs, q0, beta, cu_seqlens, mask):  # type: ignore[no-untyped-def]
+def _(logprobs, ref_logprobs, q0, beta, cu_seqlens, mask):
     return logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
 
 
 @torch.library.register_fake("spo::soft_q_backward")
-def _(grad_q_values, beta, cu_seqlens, mask):  # type: ignore[no-untyped-def]
+def _(grad_q_values, beta, cu_seqlens, mask):
     return grad_q_values.new_empty(grad_q_values.shape), grad_q_values.new_empty(
         _num_sequences(grad_q_values, cu_seqlens)
     )
 
 
-def _num_sequences(tokens: Tensor, cu_seqlens: Optional[Tensor]) -> int:
+def _num_sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
     return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
@@ -155,7 +210,7 @@ def _soft_q_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(cu_seqlens, mask)
 
 
-def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Optional[Tensor], ...]:
+def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Tensor | None, ...]:
     grad_logprobs, grad_q0 = _OPS.soft_q_backward(grad_q_values, ctx.beta, *ctx.saved_tensors)
     logprobs_dtype, q0_dtype = ctx.dtypes
     return grad_logprobs.to(logprobs_dtype), None, grad_q0.to(q0_dtype), None, None, None
@@ -165,27 +220,72 @@ torch.library.register_autograd("spo::soft_q", _soft_q_backward, setup_context=_
 _refuse_second_derivative("soft_q")
 
 
-# --- cumulative_loss --------------------------------------------------------------------------------------------
+# --- cumulative_loss
+# -----------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::cumulative_loss")
-def _(logprobs, ref_logprobs, rewards, q0, objective, beta, delta, groups, leave_one_out,  # type: ignore[no-untyped-def]
-      advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask):
+def _(
+    logprobs,
+    ref_logprobs,
+    rewards,
+    q0,
+    objective,
+    beta,
+    delta,
+    groups,
+    leave_one_out,
+    advantages,
+    q_targets,
+    q_weights,
+    token_rewards,
+    weights,
+    cu_seqlens,
+    mask,
+):
     size = _num_sequences(logprobs, cu_seqlens)
     columns = [logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)]
     return *columns, logprobs.new_empty(size, dtype=torch.int64)
 
 
 @torch.library.register_fake("spo::cumulative_loss_backward")
-def _(grad_loss, logprobs, ref_logprobs, rewards, q0, objective, beta, delta,  # type: ignore[no-untyped-def]
-      advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask):
+def _(
+    grad_loss,
+    logprobs,
+    ref_logprobs,
+    rewards,
+    q0,
+    objective,
+    beta,
+    delta,
+    advantages,
+    q_targets,
+    q_weights,
+    token_rewards,
+    weights,
+    cu_seqlens,
+    mask,
+):
     grad_q0 = grad_loss.new_empty(grad_loss.shape, dtype=_result_dtype(logprobs))
     return logprobs.new_empty(logprobs.shape), grad_q0
 
 
 def _cumulative_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (logprobs, ref_logprobs, rewards, q0, ctx.objective, ctx.beta, ctx.delta, groups, leave_one_out,
-     *per_token, weights, cu_seqlens, mask) = inputs
+    (
+        logprobs,
+        ref_logprobs,
+        rewards,
+        q0,
+        ctx.objective,
+        ctx.beta,
+        ctx.delta,
+        groups,
+        leave_one_out,
+        *per_token,
+        weights,
+        cu_seqlens,
+        mask,
+    ) = inputs
     ctx.q0_dtype = None if q0 is None else q0.dtype
     if ctx.objective == "group":  # the baseline is detached: from here on it is a given Q_0
         ctx.objective, q0 = "squared", output[3]
@@ -195,7 +295,7 @@ def _cumulative_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.set_materialize_grads(False)
 
 
-def _cumulative_loss_backward(ctx: Any, grad_loss: Optional[Tensor], *others: Any) -> tuple[Any, ...]:
+def _cumulative_loss_backward(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 16
     logprobs, ref_logprobs, rewards, q0, *rest = ctx.saved_tensors

@@ -1,7 +1,7 @@
 """The prompt value Q_0 = beta log E_{a ~ pi_ref}[exp(r / beta)], estimated from rewards."""
 
 import warnings
-from typing import Literal, Optional, Union, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,19 +11,35 @@ Estimator = Literal["reference", "group", "leave_one_out", "ema"]
 
 @overload
 def prompt_value(
-    rewards: Tensor, *, beta: float, groups: Optional[Tensor] = ..., estimator: Estimator = ...,
-    num_prompts: Optional[int] = ..., smoothing: float = ...,
-    reward_range: Optional[tuple[float, float]] = ..., log_ratios: Optional[Tensor] = ...,
-    previous: Optional[Tensor] = ..., decay: float = ..., return_n: Literal[False] = ...,
+    rewards: Tensor,
+    *,
+    beta: float,
+    groups: Tensor | None = ...,
+    estimator: Estimator = ...,
+    num_prompts: int | None = ...,
+    smoothing: float = ...,
+    reward_range: tuple[float, float] | None = ...,
+    log_ratios: Tensor | None = ...,
+    previous: Tensor | None = ...,
+    decay: float = ...,
+    return_n: Literal[False] = ...,
 ) -> Tensor: ...
 
 
 @overload
 def prompt_value(
-    rewards: Tensor, *, beta: float, groups: Optional[Tensor] = ..., estimator: Estimator = ...,
-    num_prompts: Optional[int] = ..., smoothing: float = ...,
-    reward_range: Optional[tuple[float, float]] = ..., log_ratios: Optional[Tensor] = ...,
-    previous: Optional[Tensor] = ..., decay: float = ..., return_n: Literal[True],
+    rewards: Tensor,
+    *,
+    beta: float,
+    groups: Tensor | None = ...,
+    estimator: Estimator = ...,
+    num_prompts: int | None = ...,
+    smoothing: float = ...,
+    reward_range: tuple[float, float] | None = ...,
+    log_ratios: Tensor | None = ...,
+    previous: Tensor | None = ...,
+    decay: float = ...,
+    return_n: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -31,28 +47,35 @@ def prompt_value(
     rewards: Tensor,
     *,
     beta: float,
-    groups: Optional[Tensor] = None,
+    groups: Tensor | None = None,
     estimator: Estimator = "reference",
-    num_prompts: Optional[int] = None,
+    num_prompts: int | None = None,
     smoothing: float = 0.0,
-    reward_range: Optional[tuple[float, float]] = None,
-    log_ratios: Optional[Tensor] = None,
-    previous: Optional[Tensor] = None,
+    reward_range: tuple[float, float] | None = None,
+    log_ratios: Tensor | None = None,
+    previous: Tensor | None = None,
     decay: float = 0.9,
     return_n: bool = False,
-) -> Union[Tensor, tuple[Tensor, Tensor]]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Q_0 of every prompt, in reward units.
 
-    ==============  ===========================================================================================
-    reference       beta log mean exp(r / beta) over samples of the reference policy (Monte Carlo). With smoothing s,
+    ==============
+    ===========================================================================================
+    reference       beta log mean exp(r / beta) over samples of the reference policy (Monte Carlo).
+    With smoothing s,
                     s more samples of the best and s of the worst reward are counted in
-    group           mean of r - beta R over a prompt's samples from any policy, R = log pi - log pi_ref
+    group           mean of r - beta R over a prompt's samples from any policy, R = log pi - log
+    pi_ref
     leave_one_out   the same over the other samples of the prompt: one value per sample
-    ema             decay * previous + (1 - decay) * group; a prompt without a sample keeps its value
-    ==============  ===========================================================================================
+    ema             decay * previous + (1 - decay) * group; a prompt without a sample keeps its
+    value
+    ==============
+    ===========================================================================================
 
-    A prompt with 0 of n successes has no finite Monte-Carlo estimate of its value, or one at the floor of the rewards, from
-    where a later success looks impossibly good: smoothing = 0.5 adds half a success and half a failure.
+    A prompt with 0 of n successes has no finite Monte-Carlo estimate of its value, or one at the
+    floor of the rewards, from
+    where a later success looks impossibly good: smoothing = 0.5 adds half a success and half a
+    failure.
 
     Args:
         rewards: [P, n], or [M] with `groups`, or [M] of a single prompt.
@@ -67,10 +90,12 @@ def prompt_value(
         return_n: also return how many samples each value rests on.
 
     Returns:
-        float32 [P] ([M] for "leave_one_out"), detached; with `return_n`, also int64 of the same shape.
+        float32 [P] ([M] for "leave_one_out"), detached; with `return_n`, also int64 of the same
+        shape.
 
     Raises:
-        ValueError: for a value outside the ranges above, or a "reference" prompt without a finite estimate.
+        ValueError: for a value outside the ranges above, or a "reference" prompt without a finite
+        estimate.
     """
     if estimator not in ("reference", "group", "leave_one_out", "ema"):
         raise ValueError(
@@ -94,7 +119,9 @@ def prompt_value(
                 f"got {list(log_ratios.shape)}"
             )
         gain = samples - beta * log_ratios.detach().double().reshape(-1)
-    total = torch.zeros(count, dtype=torch.float64, device=samples.device).index_add_(0, prompts, gain)
+    total = torch.zeros(count, dtype=torch.float64, device=samples.device).index_add_(
+        0, prompts, gain
+    )
     if estimator == "leave_one_out":
         others = n[prompts] - 1
         # Alone, a sample has no other estimate than its own: residual 0.
@@ -110,11 +137,12 @@ def prompt_value(
 
 
 def _refuse_unused(
-    estimator: str, smoothing: float, log_ratios: Optional[Tensor], previous: Optional[Tensor]
+    estimator: str, smoothing: float, log_ratios: Tensor | None, previous: Tensor | None
 ) -> None:
     if smoothing < 0 or (smoothing > 0 and estimator != "reference"):
         raise ValueError(
-            f"prompt_value: smoothing must be >= 0, and 0 unless estimator is reference, got {smoothing}"
+            "prompt_value: smoothing must be >= 0, and 0 unless estimator is reference, "
+            f"got {smoothing}"
         )
     if log_ratios is not None and estimator == "reference":
         raise ValueError("prompt_value: log_ratios must be None for the reference's own samples")
@@ -126,7 +154,7 @@ def _refuse_unused(
 
 
 def _flatten(
-    rewards: Tensor, groups: Optional[Tensor], num_prompts: Optional[int]
+    rewards: Tensor, groups: Tensor | None, num_prompts: int | None
 ) -> tuple[Tensor, Tensor, int]:
     """Rewards as [M] in double, the prompt of each, and the number of prompts."""
     samples = rewards.detach().double().reshape(-1)
@@ -162,12 +190,14 @@ def _monte_carlo(
     n: Tensor,
     beta: float,
     smoothing: float,
-    reward_range: Optional[tuple[float, float]],
+    reward_range: tuple[float, float] | None,
 ) -> Tensor:
     if bool((n == 0).any()) and smoothing == 0:
         raise ValueError("prompt_value: every prompt must have a sample, got one without")
-    worst, best = reward_range if reward_range is not None else (
-        (float(samples.min()), float(samples.max())) if len(samples) else (0.0, 0.0)
+    worst, best = (
+        reward_range
+        if reward_range is not None
+        else ((float(samples.min()), float(samples.max())) if len(samples) else (0.0, 0.0))
     )
     if smoothing > 0 and not worst < best:
         raise ValueError(
@@ -188,15 +218,15 @@ def _monte_carlo(
     floor = value <= worst
     if smoothing == 0 and worst < best and bool(floor.any()):
         warnings.warn(
-            f"prompt_value: {int(floor.sum())} of {len(n)} prompts had only the worst reward in their "
-            f"samples (fewest: {int(n.min())}); their value sits at the floor {worst}. "
+            f"prompt_value: {int(floor.sum())} of {len(n)} prompts had only the worst reward in "
+            f"their samples (fewest: {int(n.min())}); their value sits at the floor {worst}. "
             "Pass smoothing=0.5 or sample more.",
             stacklevel=3,
         )
     return value
 
 
-def _blend(value: Tensor, n: Tensor, previous: Optional[Tensor], decay: float) -> Tensor:
+def _blend(value: Tensor, n: Tensor, previous: Tensor | None, decay: float) -> Tensor:
     if not 0 <= decay < 1:
         raise ValueError(f"prompt_value: decay must be in [0, 1), got {decay}")
     assert previous is not None

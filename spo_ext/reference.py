@@ -4,15 +4,23 @@ Written to be read: it materialises the logits and loops over sequences.
 """
 
 import math
-from typing import Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Given = Any  # a Tensor, or None where the objective has no use for it
+
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Optional[Tensor] = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, softcap: Optional[float] = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets and entropies, both [..]; 0 where the target is ignored."""
@@ -38,21 +46,30 @@ def logprobs_from_logits(
 
 
 def sequences(
-    tokens: Tensor, cu_seqlens: Optional[Tensor] = None, mask: Optional[Tensor] = None
+    tokens: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
 ) -> list[Tensor]:
     """The unmasked positions of every sequence, as indices into tokens.flatten()."""
     if cu_seqlens is None:
         positions = list(torch.arange(tokens.numel()).view(tokens.shape))
     else:
-        positions = [torch.arange(int(a), int(b)) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:])]
+        positions = [
+            torch.arange(int(a), int(b))
+            for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
+        ]
     return positions if mask is None else [p[mask.flatten()[p]] for p in positions]
 
 
 def soft_q(
-    logprobs: Tensor, ref_logprobs: Tensor, q0: Tensor, *, beta: float,
-    cu_seqlens: Optional[Tensor] = None, mask: Optional[Tensor] = None,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    q0: Tensor,
+    *,
+    beta: float,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Q_t = Q_0 + sum_{i<=t} beta (log pi - log pi_ref); a masked position repeats the value before it."""
+    """Q_t = Q_0 + sum_{i<=t} beta (log pi - log pi_ref); a masked position repeats the value
+    before it."""
     advantages = beta * (logprobs - ref_logprobs)
     if mask is not None:
         advantages = torch.where(mask, advantages, torch.zeros_like(advantages))
@@ -73,12 +90,23 @@ def point_loss(q: Tensor, target: Tensor, *, objective: str, beta: float, delta:
 
 
 def loss(
-    logprobs: Tensor, ref_logprobs: Tensor, rewards: Optional[Tensor], q0: Optional[Tensor], *,
-    beta: float, objective: str = "cross_entropy", groups: Optional[Tensor] = None,
-    leave_one_out: bool = False, advantages: Optional[Tensor] = None,
-    q_targets: Optional[Tensor] = None, q_weights: Optional[Tensor] = None,
-    token_rewards: Optional[Tensor] = None, weights: Optional[Tensor] = None, delta: float = 0.2,
-    cu_seqlens: Optional[Tensor] = None, mask: Optional[Tensor] = None,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Given,
+    q0: Given,
+    *,
+    beta: float,
+    objective: str = "cross_entropy",
+    groups: Given = None,
+    leave_one_out: bool = False,
+    advantages: Given = None,
+    q_targets: Given = None,
+    q_weights: Given = None,
+    token_rewards: Given = None,
+    weights: Given = None,
+    delta: float = 0.2,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The loss of every sequence [S]; an empty sequence has loss 0."""
     parts = sequences(logprobs, cu_seqlens, mask)
@@ -97,14 +125,20 @@ def loss(
         elif objective == "linear":
             value = -total
         elif objective == "advantage":
-            value = ((beta * log_ratio - advantage_targets(s, p, logprobs, rewards, q0, advantages)) ** 2).sum()
+            value = (
+                (beta * log_ratio - advantage_targets(s, p, logprobs, rewards, q0, advantages)) ** 2
+            ).sum()
         else:
             q = q0[s] - (beta * ref_logprobs[s] if summed else 0) + beta * log_ratio.cumsum(0)
             q = q - (paid.cumsum(0) - paid)  # a token's reward counts from the next token on
             if q_targets is None:
-                phi = point_loss(q[-1], rewards[s] + paid[-1], objective=objective, beta=beta, delta=delta)
+                phi = point_loss(
+                    q[-1], rewards[s] + paid[-1], objective=objective, beta=beta, delta=delta
+                )
             else:
-                phi = point_loss(q, q_targets.flatten()[p], objective=objective, beta=beta, delta=delta)
+                phi = point_loss(
+                    q, q_targets.flatten()[p], objective=objective, beta=beta, delta=delta
+                )
                 phi = phi if q_weights is None else q_weights.flatten()[p] * phi
             value = phi.sum()
         losses.append(value if weights is None else weights[s] * value)
@@ -112,9 +146,13 @@ def loss(
 
 
 def advantage_targets(
-    s: int, p: Tensor, logprobs: Tensor, rewards: Optional[Tensor], q0: Optional[Tensor],
-    advantages: Optional[Tensor],
-) -> Tensor:
+    s: int,
+    p: Tensor,
+    logprobs: Tensor,
+    rewards: Given,
+    q0: Given,
+    advantages: Given,
+) -> Given:
     """Given per token or per sequence; else the gain r - Q_0 shared evenly over the tokens."""
     if advantages is None:
         return (rewards[s] - q0[s]) / len(p)
@@ -122,14 +160,24 @@ def advantage_targets(
 
 
 def group_q0(
-    parts: list[Tensor], logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, groups: Tensor,
-    token_rewards: Optional[Tensor], beta: float, leave_one_out: bool,
+    parts: list[Tensor],
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    token_rewards: Given,
+    beta: float,
+    leave_one_out: bool,
 ) -> Tensor:
     """Mean of r - beta R over each group's non-empty sequences (or the other ones), detached."""
     q0 = torch.zeros_like(rewards, dtype=logprobs.dtype)
     gain = {}
     for s, p in enumerate(parts):
-        reference = ref_logprobs.flatten()[p].sum() if ref_logprobs.shape == logprobs.shape else ref_logprobs[s]
+        reference = (
+            ref_logprobs.flatten()[p].sum()
+            if ref_logprobs.shape == logprobs.shape
+            else ref_logprobs[s]
+        )
         paid = 0 if token_rewards is None else token_rewards.flatten()[p].sum()
         if len(p):
             gain[s] = rewards[s] + paid - beta * (logprobs.flatten()[p].sum() - reference).detach()

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loss of every sequence as a function of its soft-Q values, sum_t w_t phi(Q_t, target_t), where a terminal
-// objective has weight only at the last token. Sums are in double. Backward walks the sequence again,
-// leaves dphi/dQ_t at each token and turns them into dL/dlog pi(a_t) by a reverse cumulative sum.
+// The loss of every sequence as a function of its soft-Q values, sum_t w_t phi(Q_t, target_t),
+// where a terminal objective has weight only at the last token. Sums are in double. Backward walks
+// the sequence again, leaves dphi/dQ_t at each token and turns them into dL/dlog pi(a_t) by a
+// reverse cumulative sum.
 #include <torch/library.h>
 
 #include <unordered_map>
@@ -13,7 +14,8 @@
 namespace spo {
 namespace {
 
-// One sequence, walked token by token. visit(i, q, last): position, Q_t, whether it is the last token.
+// One sequence, walked token by token. visit(i, q, last): position, Q_t, whether it is the last
+// token.
 template <class Real>
 class SequenceWalk {
  public:
@@ -40,7 +42,9 @@ class SequenceWalk {
   double terminal_target() const {
     return data_.rewards[s_] + (data_.token_rewards ? data_.token_rewards[last_] : 0);
   }
-  double residual_without_q0() const { return data_.rewards[s_] + state_.paid - data_.beta * log_ratio(); }
+  double residual_without_q0() const {
+    return data_.rewards[s_] + state_.paid - data_.beta * log_ratio();
+  }
 
   int64_t num_tokens = 0;
   double terminal_q = 0;
@@ -79,7 +83,8 @@ PointLoss advantage_loss(const LossData<Real>& d, int64_t s, int64_t i, int64_t 
   return squared_loss(a, d.advantages[d.advantage_per_token ? i : s]);
 }
 
-// Q_0 of every sequence from its group: the mean of r - beta R over the group, or over the others in it.
+// Q_0 of every sequence from its group: the mean of r - beta R over the group, or over the others
+// in it.
 template <class Real>
 std::vector<Real> group_q0(const LossData<Real>& d, const at::Tensor& groups, bool leave_one_out) {
   struct Group {
@@ -159,9 +164,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulativ
     const OptionalTensor& q_targets, const OptionalTensor& q_weights,
     const OptionalTensor& token_rewards, const OptionalTensor& weights,
     const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{"cumulative_loss", logprobs,  ref_logprobs, rewards,   q0,
-                objective_of("cumulative_loss", objective), beta, delta, groups, advantages,
-                q_targets, q_weights, token_rewards, weights, cu_seqlens, mask};
+  LossArgs args{"cumulative_loss",
+                logprobs,
+                ref_logprobs,
+                rewards,
+                q0,
+                objective_of("cumulative_loss", objective),
+                beta,
+                delta,
+                groups,
+                advantages,
+                q_targets,
+                q_weights,
+                token_rewards,
+                weights,
+                cu_seqlens,
+                mask};
   args.check();
   check_loss_values(args);
   const auto options = logprobs.options().dtype(args.type());
@@ -184,19 +202,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulativ
 
 std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
     const at::Tensor& grad_loss, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-    const OptionalTensor& rewards, const OptionalTensor& q0, c10::string_view objective, double beta,
-    double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
+    const OptionalTensor& rewards, const OptionalTensor& q0, c10::string_view objective,
+    double beta, double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
     const OptionalTensor& q_weights, const OptionalTensor& token_rewards,
     const OptionalTensor& weights, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{"cumulative_loss_backward", logprobs,  ref_logprobs, rewards,   q0,
-                objective_of("cumulative_loss_backward", objective), beta, delta, {}, advantages,
-                q_targets, q_weights, token_rewards, weights, cu_seqlens, mask};
+  LossArgs args{"cumulative_loss_backward",
+                logprobs,
+                ref_logprobs,
+                rewards,
+                q0,
+                objective_of("cumulative_loss_backward", objective),
+                beta,
+                delta,
+                {},
+                advantages,
+                q_targets,
+                q_weights,
+                token_rewards,
+                weights,
+                cu_seqlens,
+                mask};
   args.check();
   const int64_t size = num_sequences(logprobs, cu_seqlens);
   check_like(args.op, "grad_loss", grad_loss, {size}, logprobs);
   const auto upstream = grad_loss.to(args.type()).contiguous();
   const auto options = logprobs.options().dtype(args.type());
-  const auto grad_logprobs = at::empty(logprobs.sizes(), options), grad_q0 = at::empty({size}, options);
+  const auto grad_logprobs = at::empty(logprobs.sizes(), options),
+             grad_q0 = at::empty({size}, options);
   AT_DISPATCH_FLOATING_TYPES(args.type(), "cumulative_loss", [&] {
     const LossData<scalar_t> data(args);
     data.sequences.for_each([&](int64_t s) {

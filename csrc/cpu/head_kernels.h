@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of the LM head, compiled once per instruction set (head_kernels_*.cpp) and picked at
-// run time. Everything works on packed panels in the arithmetic type (float, or double for double):
+// The inner loops of the LM head, compiled once per instruction set (head_kernels_*.cpp) and picked
+// at run time. Everything works on packed panels in the arithmetic type (float, or double for
+// double):
 //   A  tiles of `tile_rows` rows;  element (row, k) of a tile at row * a_row + k * a_depth
 //   B  panels of `panel_cols` columns, [panel][k][panel_cols], zero-padded at the right edge
 //   C  one pointer per row, so that a result can be scattered without a copy
-// Each element of C is a chain of fused multiply-adds in the order of k, in steps of kDepthStep, whatever
-// the number of rows and columns around it: this is what makes a token's result independent of its batch.
+// Each element of C is a chain of fused multiply-adds in the order of k, in steps of kDepthStep,
+// whatever the number of rows and columns around it: this is what makes a token's result
+// independent of its batch.
 #pragma once
 #include <cstdint>
 
@@ -42,7 +44,8 @@ struct HeadKernels {
   const char* isa;
   int64_t tile_rows, panel_cols;
   void (*gemm)(const Gemm<Real>&);
-  // Statistics over the columns other than the label; *label_logit is set if the label is in the block.
+  // Statistics over the columns other than the label; *label_logit is set if the label is in the
+  // block.
   BlockStats<Real> (*statistics)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
                                  Real* label_logit);
   // Replaces the raw products by dL/draw.

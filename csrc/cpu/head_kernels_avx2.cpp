@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// head_kernels.h for processors with AVX2. Standard headers come before the target is switched on: their
-// inline functions may be shared with code that runs on any processor.
+// head_kernels.h for processors with AVX2. Standard headers come before the target is switched on:
+// their inline functions may be shared with code that runs on any processor.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// head_kernels.h for processors with AVX512. Standard headers come before the target is switched on: their
-// inline functions may be shared with code that runs on any processor.
+// head_kernels.h for processors with AVX512. Standard headers come before the target is switched
+// on: their inline functions may be shared with code that runs on any processor.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,7 +9,8 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #endif

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// head_kernels.h for any processor (16-byte vectors: SSE2, NEON), and the choice among the instruction sets.
+// head_kernels.h for any processor (16-byte vectors: SSE2, NEON), and the choice among the
+// instruction sets.
 #define SPO_ISA generic
 #define SPO_VECTOR_BYTES 16
 #define SPO_TILE_ROWS 6
@@ -37,8 +38,10 @@ bool supports(const std::string& isa) {
 std::string choose_isa() {
   if (const char* asked = std::getenv("SPO_CPU_ISA")) {
     if (supports(asked)) return asked;
-    throw std::runtime_error(std::string("SPO_CPU_ISA must be avx512, avx2 or generic and supported "
-                                         "by this processor, got ") + asked);
+    throw std::runtime_error(
+        std::string("SPO_CPU_ISA must be avx512, avx2 or generic and supported "
+                    "by this processor, got ") +
+        asked);
   }
   return supports("avx512") ? "avx512" : supports("avx2") ? "avx2" : "generic";
 }

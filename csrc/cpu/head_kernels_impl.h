@@ -94,7 +94,8 @@ struct Kernel {
     Real lanes[kLanes];
     store(lanes, v);
     for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+      for (int i = 0; i < half; i++)
+        lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
     return lanes[0];
   }
 

@@ -15,7 +15,8 @@
 
 namespace spo {
 
-// Tokens that take part, in order: their position, label and offset of their row in hidden's storage.
+// Tokens that take part, in order: their position, label and offset of their row in hidden's
+// storage.
 struct Rows {
   std::vector<int64_t> token, label, offset;
   int64_t size() const { return static_cast<int64_t>(token.size()); }
@@ -45,7 +46,8 @@ struct TokenState {
   OptionalTensor grad_logprobs, grad_entropy;
 
   TokenState(const OptionalTensor& grad_logprobs_in, const OptionalTensor& grad_entropy_in,
-             const at::Tensor& logprobs_in, const at::Tensor& entropy_in, const at::Tensor& lse_in) {
+             const at::Tensor& logprobs_in, const at::Tensor& entropy_in,
+             const at::Tensor& lse_in) {
     const auto flat = [&](const at::Tensor& t) { return t.to(lse_in.scalar_type()).contiguous(); };
     logprobs = flat(logprobs_in), entropy = flat(entropy_in), lse = flat(lse_in);
     if (grad_logprobs_in) grad_logprobs = flat(*grad_logprobs_in);
@@ -99,7 +101,8 @@ void pack_rows(const MatrixView& m, int64_t first, int64_t rows, int64_t depth, 
         Real* panel = out + p * depth * width;
         const int64_t valid = std::min(width, rows - p * width);
         if (valid < width) std::fill_n(panel, depth * width, Real(0));
-        for (int64_t k0 = 0; k0 < depth; k0 += 64) {  // the piece of the panel being written stays in L1
+        for (int64_t k0 = 0; k0 < depth;
+             k0 += 64) {  // the piece of the panel being written stays in L1
           for (int64_t i = 0; i < valid; i++) {
             const scalar_t* source = data + m.offset(first + p * width + i);
             for (int64_t k = k0; k < std::min(k0 + 64, depth); k++)
@@ -111,7 +114,8 @@ void pack_rows(const MatrixView& m, int64_t first, int64_t rows, int64_t depth, 
   });
 }
 
-// Panels of `width` columns, row-major inside: out[panel][row][width], zero right of the last column.
+// Panels of `width` columns, row-major inside: out[panel][row][width], zero right of the last
+// column.
 template <class Real>
 void pack_cols(const MatrixView& m, int64_t first, int64_t rows, int64_t cols, int64_t width,
                Real* out) {
@@ -132,8 +136,8 @@ void pack_cols(const MatrixView& m, int64_t first, int64_t rows, int64_t cols, i
   });
 }
 
-// Scratch arrays cut from one allocation. A single large block goes back to the system when it is freed; several
-// smaller ones would stay in the heap and count against the memory contract.
+// Scratch arrays cut from one allocation. A single large block goes back to the system when it is
+// freed; several smaller ones would stay in the heap and count against the memory contract.
 template <class Real>
 class Workspace {
  public:
@@ -183,7 +187,8 @@ std::vector<Real> bias_block(const OptionalTensor& bias, int64_t first, int64_t 
   if (!bias) return {};
   std::vector<Real> out(kBlockCols, Real(0));
   const auto block = bias->narrow(0, first, cols).to(c10::CppTypeToScalarType<Real>::value);
-  for (int64_t j = 0; j < cols; j++) out[j] = block.template const_data_ptr<Real>()[j * block.stride(0)];
+  for (int64_t j = 0; j < cols; j++)
+    out[j] = block.template const_data_ptr<Real>()[j * block.stride(0)];
   return out;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Log-probabilities from logits that already exist: one read forward, one read and one write backward,
-// with the block statistics and the gradient of the LM head, row by row.
+// Log-probabilities from logits that already exist: one read forward, one read and one write
+// backward, with the block statistics and the gradient of the LM head, row by row.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/zeros.h>
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kRowGrain = 4;
 
-// Calls use(first column, LogitRow) for every block of one row of logits, copied to arithmetic precision.
+// Calls use(first column, LogitRow) for every block of one row of logits, copied to arithmetic
+// precision.
 template <class Real, class Storage, class Use>
 void for_each_block(const Storage* row, int64_t stride, int64_t vocabulary, int64_t label,
                     const Use& use) {
@@ -43,16 +44,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cpu(
     const auto map = LogitMap<Real>::make(temperature, 1, 0);
     const auto& kernels = head_kernels<Real>();
     const scalar_t* data = logits.const_data_ptr<scalar_t>();
-    const Rows rows = collect_rows(
-        logits, targets, [&](int64_t, int64_t label) { return label != ignore_index; });
+    const Rows rows = collect_rows(logits, targets,
+                                   [&](int64_t, int64_t label) { return label != ignore_index; });
     at::parallel_for(0, rows.size(), kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         LogSumExp others;
         Real label_logit = 0;
-        for_each_block<Real>(data + rows.offset[i], logits.stride(-1), vocabulary, rows.label[i],
-                             [&](int64_t, const LogitRow<Real>& block) {
-                               others.merge(kernels.statistics(block, map, return_entropy, &label_logit));
-                             });
+        for_each_block<Real>(
+            data + rows.offset[i], logits.stride(-1), vocabulary, rows.label[i],
+            [&](int64_t, const LogitRow<Real>& block) {
+              others.merge(kernels.statistics(block, map, return_entropy, &label_logit));
+            });
         const TokenSoftmax token = others.finish(label_logit);
         data_of<Real>(logprobs)[rows.token[i]] = token.logprob;
         data_of<Real>(lse)[rows.token[i]] = token.lse;
@@ -63,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cpu(
   return {logprobs, entropy, lse};
 }
 
-// Writes dL/dlogits to `out`, which may be `logits` itself: a block is read before it is written. Ignored rows
-// get zero, even where a logit is NaN.
+// Writes dL/dlogits to `out`, which may be `logits` itself: a block is read before it is written.
+// Ignored rows get zero, even where a logit is NaN.
 template <class Storage>
 void backward_rows(const at::Tensor& out, const at::Tensor& logits, const at::Tensor& targets,
                    const TokenState& state, double temperature, int64_t ignore_index) {
@@ -80,14 +82,13 @@ void backward_rows(const at::Tensor& out, const at::Tensor& logits, const at::Te
       Storage* row_out = out.mutable_data_ptr<Storage>() + to.offset[i];
       const bool live = from.label[i] != ignore_index && state.needs_gradient<Real>(i);
       const TokenGrad<Real> token = state.grad_of<Real>(i);
-      for_each_block<Real>(
-          row, logits.stride(-1), logits.size(-1), live ? from.label[i] : -1,
-          [&](int64_t col, const LogitRow<Real>& block) {
-            if (live) kernels.gradient(block, map, entropy, token);
-            for (int64_t j = 0; j < block.cols; j++)
-              row_out[(col + j) * out.stride(-1)] =
-                  live ? static_cast<Storage>(block.logits[j]) : Storage(0);
-          });
+      for_each_block<Real>(row, logits.stride(-1), logits.size(-1), live ? from.label[i] : -1,
+                           [&](int64_t col, const LogitRow<Real>& block) {
+                             if (live) kernels.gradient(block, map, entropy, token);
+                             for (int64_t j = 0; j < block.cols; j++)
+                               row_out[(col + j) * out.stride(-1)] =
+                                   live ? static_cast<Storage>(block.logits[j]) : Storage(0);
+                           });
     }
   });
 }
@@ -106,25 +107,31 @@ void backward_into(const at::Tensor& out, const OptionalTensor& grad_logprobs,
   });
 }
 
-at::Tensor logprobs_from_logits_backward_cpu(
-    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const at::Tensor& logits,
-    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, double temperature, int64_t ignore_index) {
+at::Tensor logprobs_from_logits_backward_cpu(const OptionalTensor& grad_logprobs,
+                                             const OptionalTensor& grad_entropy,
+                                             const at::Tensor& logits, const at::Tensor& targets,
+                                             const at::Tensor& logprobs, const at::Tensor& entropy,
+                                             const at::Tensor& lse, double temperature,
+                                             int64_t ignore_index) {
   const auto out = at::empty(logits.sizes(), logits.options());
-  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse, temperature,
-                ignore_index);
+  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
+                temperature, ignore_index);
   return out;
 }
 
-void logprobs_from_logits_backward_inplace_cpu(
-    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, at::Tensor& logits,
-    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, double temperature, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(at::has_internal_overlap(logits) != at::MemOverlap::Yes,
-                    "logprobs_from_logits_backward_: logits must not overlap itself (an expanded tensor "
-                    "does) to take its own gradient, got strides ", logits.strides());
-  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse, temperature,
-                ignore_index);
+void logprobs_from_logits_backward_inplace_cpu(const OptionalTensor& grad_logprobs,
+                                               const OptionalTensor& grad_entropy,
+                                               at::Tensor& logits, const at::Tensor& targets,
+                                               const at::Tensor& logprobs,
+                                               const at::Tensor& entropy, const at::Tensor& lse,
+                                               double temperature, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(
+      at::has_internal_overlap(logits) != at::MemOverlap::Yes,
+      "logprobs_from_logits_backward_: logits must not overlap itself (an expanded tensor "
+      "does) to take its own gradient, got strides ",
+      logits.strides());
+  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
+                temperature, ignore_index);
   logits.unsafeGetTensorImpl()->bump_version();  // whoever saved these logits must notice
 }
 

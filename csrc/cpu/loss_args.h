@@ -17,7 +17,8 @@ inline Objective objective_of(const char* op, std::string_view name) {
   if (name == "advantage") return Objective::kAdvantage;
   if (name == "group") return Objective::kGroup;
   if (name == "linear") return Objective::kLinear;
-  TORCH_CHECK_VALUE(false, op, ": objective must be squared, cross_entropy, advantage, group or linear, got ",
+  TORCH_CHECK_VALUE(false, op,
+                    ": objective must be squared, cross_entropy, advantage, group or linear, got ",
                     name);
 }
 
@@ -46,8 +47,9 @@ struct LossArgs {
     };
     if (summed_reference()) {
       per_sequence("ref_logprobs", ref_logprobs);
-      TORCH_CHECK_VALUE(objective != Objective::kAdvantage && !q_targets, op,
-                        ": ref_logprobs must be per token for this objective, got one per sequence");
+      TORCH_CHECK_VALUE(
+          objective != Objective::kAdvantage && !q_targets, op,
+          ": ref_logprobs must be per token for this objective, got one per sequence");
     } else {
       per_token("ref_logprobs", ref_logprobs);
     }
@@ -60,8 +62,8 @@ struct LossArgs {
   }
 };
 
-// Host only: numbers that would make a loss silently wrong. Log-probabilities are not among them: a NaN there
-// comes out as a NaN.
+// Host only: numbers that would make a loss silently wrong. Log-probabilities are not among them: a
+// NaN there comes out as a NaN.
 inline void check_loss_values(const LossArgs& a) {
   const bool log_optimality = a.objective == Objective::kCrossEntropy;
   const auto each = [&](const char* name, const OptionalTensor& t, bool is_log_optimality) {
@@ -70,10 +72,10 @@ inline void check_loss_values(const LossArgs& a) {
     const double* value = flat.const_data_ptr<double>();
     for (int64_t i = 0; i < flat.numel(); i++) {
       const bool good = is_log_optimality ? value[i] <= 0 : std::isfinite(value[i]);
-      TORCH_CHECK_VALUE(good, a.op, ": ", name, " must be ",
-                        is_log_optimality ? "log-optimalities <= 0 for cross_entropy (-inf for none)"
-                                          : "finite",
-                        ", got ", value[i], " at position ", i);
+      TORCH_CHECK_VALUE(
+          good, a.op, ": ", name, " must be ",
+          is_log_optimality ? "log-optimalities <= 0 for cross_entropy (-inf for none)" : "finite",
+          ", got ", value[i], " at position ", i);
     }
   };
   each("rewards", a.rewards, log_optimality);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both layouts of per-token tensors as one: sequence s holds positions [begin(s), begin(s + 1)) of a flat array,
-// where cu_seqlens cuts a packed [N] and rows cut a padded [B, T]; masked positions do not count.
+// Both layouts of per-token tensors as one: sequence s holds positions [begin(s), begin(s + 1)) of
+// a flat array, where cu_seqlens cuts a packed [N] and rows cut a padded [B, T]; masked positions
+// do not count.
 #pragma once
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

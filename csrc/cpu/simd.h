@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// SIMD numbers as compiler vectors (GCC and Clang), so that the formulas of math/ run on them unchanged
-// and one source serves every instruction set. exp and tanh are within about one unit in the last place.
+// SIMD numbers as compiler vectors (GCC and Clang), so that the formulas of math/ run on them
+// unchanged and one source serves every instruction set. exp and tanh are within about one unit in
+// the last place.
 #pragma once
 #include <cstdint>
 #include <cstring>

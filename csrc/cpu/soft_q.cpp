@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// soft_q: one walk per sequence; backward, one reverse cumulative sum. A masked position repeats the value
-// before it, so that the last column of a padded batch is the terminal Q.
+// soft_q: one walk per sequence; backward, one reverse cumulative sum. A masked position repeats
+// the value before it, so that the last column of a padded batch is the terminal Q.
 #include "../math/soft_q.h"
 
 #include <torch/library.h>
@@ -10,8 +10,9 @@
 namespace spo {
 namespace {
 
-at::Tensor soft_q_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs, const at::Tensor& q0,
-                      double beta, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
+at::Tensor soft_q_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                      const at::Tensor& q0, double beta, const OptionalTensor& cu_seqlens,
+                      const OptionalTensor& mask) {
   constexpr auto op = "soft_q";
   check_layout(op, logprobs, cu_seqlens, mask);
   check_like(op, "ref_logprobs", ref_logprobs, logprobs.sizes(), logprobs);
@@ -19,12 +20,14 @@ at::Tensor soft_q_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs
   check_beta(op, beta);
   if (cu_seqlens) check_cu_seqlens_values(op, *cu_seqlens, logprobs.numel());
   const auto type = result_type_of(logprobs);
-  const auto policy = logprobs.to(type).contiguous(), reference = ref_logprobs.to(type).contiguous();
+  const auto policy = logprobs.to(type).contiguous(),
+             reference = ref_logprobs.to(type).contiguous();
   const auto start = q0.to(type).contiguous();
   const auto out = at::empty(logprobs.sizes(), logprobs.options().dtype(type));
   const Sequences sequences(logprobs, cu_seqlens, mask);
   AT_DISPATCH_FLOATING_TYPES(type, op, [&] {
-    const scalar_t *p = policy.const_data_ptr<scalar_t>(), *r = reference.const_data_ptr<scalar_t>();
+    const scalar_t *p = policy.const_data_ptr<scalar_t>(),
+                   *r = reference.const_data_ptr<scalar_t>();
     scalar_t* q = out.mutable_data_ptr<scalar_t>();
     sequences.for_each([&](int64_t s) {
       SoftQ state{beta, start.const_data_ptr<scalar_t>()[s]};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the LM head: hidden x weight -> log-probability of each target, without [N, V] logits.
-// For a group of rows and a slice of the vocabulary, every (rows, block of 256 words) tile of logits lives
-// in cache just long enough to leave (max, sum-exp) per row and block and the label's logit. The blocks
-// are merged in vocabulary order, in double.
+// For a group of rows and a slice of the vocabulary, every (rows, block of 256 words) tile of
+// logits lives in cache just long enough to leave (max, sum-exp) per row and block and the label's
+// logit. The blocks are merged in vocabulary order, in double.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -45,7 +45,8 @@ class HeadForward {
         depth_(args.hidden.size(-1)),
         vocabulary_(args.weight.size(0)),
         blocks_(panels(vocabulary_, kBlockCols)),
-        workspace_({plan_.group_rows * depth_, plan_.slice_cols * depth_, plan_.group_rows * blocks_ * 3}),
+        workspace_(
+            {plan_.group_rows * depth_, plan_.slice_cols * depth_, plan_.group_rows * blocks_ * 3}),
         hidden_(workspace_.array(0)),
         weight_(workspace_.array(1)),
         stats_(reinterpret_cast<BlockStats<Real>*>(workspace_.array(2))),
@@ -56,20 +57,18 @@ class HeadForward {
       const int64_t count = std::min(plan_.group_rows, rows_.size() - first);
       pack_rows(MatrixView::of_rows(args_.hidden, rows_), first, count, depth_, kernels_.tile_rows,
                 hidden_);
-      for (int64_t col = 0; col < vocabulary_; col += plan_.slice_cols) run_slice(first, count, col);
+      for (int64_t col = 0; col < vocabulary_; col += plan_.slice_cols)
+        run_slice(first, count, col);
       merge(first, count, logprobs, entropy, lse);
     }
   }
 
  private:
-  BlockStats<Real>* stats_of(int64_t row) {
-    return stats_ + row * blocks_;
-  }
+  BlockStats<Real>* stats_of(int64_t row) { return stats_ + row * blocks_; }
 
   void run_slice(int64_t first, int64_t count, int64_t col) {
     const int64_t cols = std::min(plan_.slice_cols, vocabulary_ - col);
-    pack_rows(MatrixView::of_weight(args_.weight), col, cols, depth_, kernels_.panel_cols,
-              weight_);
+    pack_rows(MatrixView::of_weight(args_.weight), col, cols, depth_, kernels_.panel_cols, weight_);
     const int64_t chunks = panels(count, plan_.row_chunk);
     at::parallel_for(0, chunks * panels(cols, kBlockCols), 1, [&](int64_t begin, int64_t end) {
       std::vector<Real> tile(plan_.row_chunk * kBlockCols);
@@ -79,23 +78,23 @@ class HeadForward {
   }
 
   // Rows [row, row + row_chunk) of the group times one block of the packed slice.
-  void run_tile(int64_t first, int64_t count, int64_t slice, int64_t row, int64_t block, Real* tile) {
+  void run_tile(int64_t first, int64_t count, int64_t slice, int64_t row, int64_t block,
+                Real* tile) {
     const int64_t rows = std::min(plan_.row_chunk, count - row);
     const int64_t col = slice + block * kBlockCols;
     const int64_t cols = std::min(kBlockCols, vocabulary_ - col);
     std::vector<Real*> out(rows);
     for (int64_t i = 0; i < rows; i++) out[i] = tile + i * kBlockCols;
-    kernels_.gemm({rows, cols, depth_, hidden_ + row * depth_,
-                   depth_ * kernels_.tile_rows, 1, kernels_.tile_rows,
-                   weight_ + block * kBlockCols * depth_,
+    kernels_.gemm({rows, cols, depth_, hidden_ + row * depth_, depth_ * kernels_.tile_rows, 1,
+                   kernels_.tile_rows, weight_ + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t label = rows_.label[first + row + i] - col;
       const bool inside = label >= 0 && label < cols;
-      stats_of(row + i)[col / kBlockCols] =
-          kernels_.statistics({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1},
-                              map_, entropy_, &label_logit_[first + row + i]);
+      stats_of(row + i)[col / kBlockCols] = kernels_.statistics(
+          {out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1}, map_, entropy_,
+          &label_logit_[first + row + i]);
     }
   }
 
@@ -121,7 +120,7 @@ class HeadForward {
   const int64_t depth_, vocabulary_, blocks_;
   const Workspace<Real> workspace_;
   Real *const hidden_, *const weight_;  // panels of the group's rows and of the slice's words
-  BlockStats<Real>* const stats_;        // [group_rows, blocks]
+  BlockStats<Real>* const stats_;       // [group_rows, blocks]
   std::vector<Real> label_logit_;
 };
 
@@ -130,8 +129,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
     const OptionalTensor& bias, double temperature, double logit_scale,
     std::optional<double> softcap, int64_t ignore_index, bool return_entropy,
     int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs", hidden,  weight,       targets,      bias, temperature,
-                      logit_scale,      softcap, ignore_index, workspace_mib};
+  const HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
+                      temperature,      logit_scale, softcap, ignore_index, workspace_mib};
   check_head(args);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
   const bool wide = hidden.scalar_type() == at::kDouble;
@@ -139,8 +138,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
   const auto logprobs = at::zeros(targets.sizes(), options);
   const auto lse = at::zeros(targets.sizes(), options);
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
-  const Rows rows = collect_rows(
-      hidden, targets, [&](int64_t, int64_t label) { return label != ignore_index; });
+  const Rows rows =
+      collect_rows(hidden, targets, [&](int64_t, int64_t label) { return label != ignore_index; });
   if (rows.size() > 0) {
     AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "token_logprobs", [&] {
       HeadForward<scalar_t>(args, rows, return_entropy)

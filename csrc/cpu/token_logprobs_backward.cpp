@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the LM head: the logits of one slice of the vocabulary are computed again, turned into dL/dz
-// in place, and multiplied into grad_hidden and grad_weight.
+// Backward of the LM head: the logits of one slice of the vocabulary are computed again, turned
+// into dL/dz in place, and multiplied into grad_hidden and grad_weight.
 //   dz = g (onehot - p) ...                 [rows, slice]   one tile per task
-//   grad_hidden += dz W                     [rows, d]       one chunk of rows per task, blocks in order
-//   grad_weight += dz^T hidden              [slice, d]      one block of words and d-range per task
-// No two tasks write the same number and each sum has one order, so the result is the same for any number
-// of threads. A 16-bit gradient is summed in float and rounded once.
+//   grad_hidden += dz W                     [rows, d]       one chunk of rows per task, blocks in
+//   order grad_weight += dz^T hidden              [slice, d]      one block of words and d-range
+//   per task
+// No two tasks write the same number and each sum has one order, so the result is the same for any
+// number of threads. A 16-bit gradient is summed in float and rounded once.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -26,7 +27,8 @@ struct HeadGrads {
 template <class Real>
 class HeadBackward {
  public:
-  HeadBackward(const HeadArgs& args, const Rows& rows, const TokenState& state, const HeadGrads& grads)
+  HeadBackward(const HeadArgs& args, const Rows& rows, const TokenState& state,
+               const HeadGrads& grads)
       : args_(args),
         rows_(rows),
         state_(state),
@@ -45,8 +47,8 @@ class HeadBackward {
       pass(0, rows_.size(), hidden_side, weight_side);
       return;
     }
-    // The float sums of grad_hidden do not fit: finish it for one group of rows after the other, then
-    // make grad_weight over all rows. One more product, but neither gradient is rounded twice.
+    // The float sums of grad_hidden do not fit: finish it for one group of rows after the other,
+    // then make grad_weight over all rows. One more product, but neither gradient is rounded twice.
     const int64_t group = std::max<int64_t>(most_sums / depth_, 1);
     for (int64_t first = 0; first < rows_.size(); first += group)
       pass(first, std::min(group, rows_.size() - first), true, false);
@@ -60,32 +62,36 @@ class HeadBackward {
     Real *hidden_rows, *hidden_cols;  // panels of the group's rows, for z and for grad_weight
     Real *weight_rows, *weight_cols;  // panels of the slice's words, for z and for grad_hidden
     Real* dz;                         // [blocks, group_rows, kBlockCols]
-    Real *weight_sums, *hidden_sums;  // float sums of 16-bit gradients; weight_sums null if there is none
+    Real *weight_sums,
+        *hidden_sums;  // float sums of 16-bit gradients; weight_sums null if there is none
   };
 
   Buffers allocate(int64_t rows, int64_t hidden_sums, bool hidden_side, bool weight_side) const {
-    const bool weight_sums = grads_.weight.defined() && weight_side && !is_sum_type<Real>(grads_.weight);
+    const bool weight_sums =
+        grads_.weight.defined() && weight_side && !is_sum_type<Real>(grads_.weight);
     const int64_t padded = panels(depth_, kernels_.panel_cols) * kernels_.panel_cols;
     const int64_t budget = (args_.workspace_mib << 20) / int64_t(sizeof(Real)) - hidden_sums;
     const int64_t per_col = depth_ + (hidden_side ? padded : 0) + (weight_sums ? depth_ : 0);
     Buffers b;
     b.row_chunk = std::max<int64_t>(112 / kernels_.tile_rows, 1) * kernels_.tile_rows;
     b.slice_cols = std::min<int64_t>(panels(vocabulary_, kBlockCols), 4) * kBlockCols;
-    while (b.slice_cols > kBlockCols && b.slice_cols * per_col > budget / 2) b.slice_cols -= kBlockCols;
+    while (b.slice_cols > kBlockCols && b.slice_cols * per_col > budget / 2)
+      b.slice_cols -= kBlockCols;
     const int64_t per_row = depth_ + (weight_side ? padded : 0) + b.slice_cols;
     // Groups are whole depth steps, so that grad_weight's order of sums does not depend on them.
     b.group_rows = (budget - b.slice_cols * per_col) / per_row / kDepthStep * kDepthStep;
-    const int64_t least = ((b.slice_cols * per_col + kDepthStep * per_row) * 3 * sizeof(Real) >> 20) + 1;
+    const int64_t least =
+        ((b.slice_cols * per_col + kDepthStep * per_row) * 3 * sizeof(Real) >> 20) + 1;
     TORCH_CHECK_VALUE(b.group_rows > 0, args_.op, ": workspace_mib must be at least ", least,
                       " for d = ", depth_, ", got ", args_.workspace_mib);
     b.group_rows = std::min(b.group_rows, rows);
     const int64_t tile_rows = panels(b.group_rows, kernels_.tile_rows) * kernels_.tile_rows;
-    b.workspace.emplace(std::vector<int64_t>{tile_rows * depth_, weight_side ? b.group_rows * padded : 0,
-                                             b.slice_cols * depth_, hidden_side ? b.slice_cols * padded : 0,
-                                             b.group_rows * b.slice_cols,
-                                             weight_sums ? b.slice_cols * depth_ : 0, hidden_sums});
-    Real** const arrays[] = {&b.hidden_rows, &b.hidden_cols, &b.weight_rows, &b.weight_cols, &b.dz,
-                             &b.weight_sums, &b.hidden_sums};
+    b.workspace.emplace(std::vector<int64_t>{
+        tile_rows * depth_, weight_side ? b.group_rows * padded : 0, b.slice_cols * depth_,
+        hidden_side ? b.slice_cols * padded : 0, b.group_rows * b.slice_cols,
+        weight_sums ? b.slice_cols * depth_ : 0, hidden_sums});
+    Real** const arrays[] = {&b.hidden_rows, &b.hidden_cols, &b.weight_rows, &b.weight_cols,
+                             &b.dz,          &b.weight_sums, &b.hidden_sums};
     for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = b.workspace->array(i);
     if (!weight_sums) b.weight_sums = nullptr;
     return b;
@@ -122,7 +128,8 @@ class HeadBackward {
         if (weight_side)
           pack_cols(tokens, first + row, rows, depth_, kernels_.panel_cols, b.hidden_cols);
       }
-      add_rows(b, first + row, rows, col, cols, hidden_out.empty() ? nullptr : hidden_out.data() + row);
+      add_rows(b, first + row, rows, col, cols,
+               hidden_out.empty() ? nullptr : hidden_out.data() + row);
       if (weight_side && grads_.weight.defined()) add_weight(b, rows, col, cols);
       if (weight_side && grads_.bias.defined()) add_bias(b, rows, col, cols);
     }
@@ -133,8 +140,8 @@ class HeadBackward {
   // weight for grad_hidden: one set of panels per block, since blocks are multiplied one by one.
   void pack_blocks(const Buffers& b, const MatrixView& words, int64_t col, int64_t cols) const {
     for (int64_t block = 0; block * kBlockCols < cols; block++)
-      pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols), depth_,
-                kernels_.panel_cols, block_panels(b, block));
+      pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols),
+                depth_, kernels_.panel_cols, block_panels(b, block));
   }
 
   Real* block_panels(const Buffers& b, int64_t block) const {
@@ -146,7 +153,8 @@ class HeadBackward {
     return b.dz + block * b.group_rows * kBlockCols;
   }
 
-  // One task per chunk of rows: dz of a block is still in cache when it is multiplied into grad_hidden.
+  // One task per chunk of rows: dz of a block is still in cache when it is multiplied into
+  // grad_hidden.
   void add_rows(const Buffers& b, int64_t first, int64_t rows, int64_t slice, int64_t cols,
                 Real* const* hidden_out) const {
     at::parallel_for(0, panels(rows, b.row_chunk), 1, [&](int64_t begin, int64_t end) {
@@ -165,16 +173,16 @@ class HeadBackward {
     const int64_t col = slice + block * kBlockCols, cols = std::min(kBlockCols, vocabulary_ - col);
     std::vector<Real*> out(rows);
     for (int64_t i = 0; i < rows; i++) out[i] = dz_block(b, block) + (row + i) * kBlockCols;
-    kernels_.gemm({rows, cols, depth_, b.hidden_rows + row * depth_,
-                   depth_ * kernels_.tile_rows, 1, kernels_.tile_rows,
-                   b.weight_rows + block * kBlockCols * depth_,
+    kernels_.gemm({rows, cols, depth_, b.hidden_rows + row * depth_, depth_ * kernels_.tile_rows, 1,
+                   kernels_.tile_rows, b.weight_rows + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t label = rows_.label[first + row + i] - col;
       const bool inside = label >= 0 && label < cols;
-      kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1}, map_,
-                        state_.grad_entropy.has_value(), state_.grad_of<Real>(rows_.token[first + row + i]));
+      kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1},
+                        map_, state_.grad_entropy.has_value(),
+                        state_.grad_of<Real>(rows_.token[first + row + i]));
     }
   }
 
@@ -222,13 +230,21 @@ class HeadBackward {
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
-    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const at::Tensor& hidden,
-    const at::Tensor& weight, const at::Tensor& targets, const OptionalTensor& bias,
-    const at::Tensor& logprobs, const at::Tensor& entropy, const at::Tensor& lse, double temperature,
-    double logit_scale, std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
-    int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs_backward", hidden,  weight,       targets,      bias, temperature,
-                      logit_scale,               softcap, ignore_index, workspace_mib};
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+    const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
+    const at::Tensor& lse, double temperature, double logit_scale, std::optional<double> softcap,
+    int64_t ignore_index, std::array<bool, 3> needs, int64_t workspace_mib) {
+  const HeadArgs args{"token_logprobs_backward",
+                      hidden,
+                      weight,
+                      targets,
+                      bias,
+                      temperature,
+                      logit_scale,
+                      softcap,
+                      ignore_index,
+                      workspace_mib};
   check_head(args);
   check_grads(args.op, grad_logprobs, grad_entropy, logprobs);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
@@ -237,7 +253,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     return at::zeros(wanted ? t.sizes() : at::IntArrayRef{0}, t.options());
   };
   const auto grad_hidden = like(hidden, needs[0]), grad_weight = like(weight, needs[1]);
-  const auto bias_sums = at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  const auto bias_sums =
+      at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden.view({-1, hidden.size(-1)});
   if (needs[1]) grads.weight = grad_weight;
@@ -253,9 +270,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
 }
 
-TORCH_LIBRARY_IMPL(spo, CPU, m) {
-  m.impl("token_logprobs_backward", &token_logprobs_backward_cpu);
-}
+TORCH_LIBRARY_IMPL(spo, CPU, m) { m.impl("token_logprobs_backward", &token_logprobs_backward_cpu); }
 
 }  // namespace
 }  // namespace spo

@@ -9,8 +9,8 @@ namespace spo {
 
 template <class Real>
 struct LogitMap {
-  Real inner;   // capped: logit_scale / softcap
-  Real outer;   // capped: softcap / temperature; else logit_scale / temperature
+  Real inner;  // capped: logit_scale / softcap
+  Real outer;  // capped: softcap / temperature; else logit_scale / temperature
   bool capped;
 
   static LogitMap make(double temperature, double logit_scale, double softcap_or_zero) {

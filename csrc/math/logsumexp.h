@@ -2,8 +2,8 @@
 // log softmax of one token from block statistics, in two steps that CPU and CUDA share:
 //   BlockStats  over the columns j != label of one vocabulary block, in the GEMM's precision;
 //   LogSumExp   the blocks merged in vocabulary order, in double, so that lse has no bias.
-// The label is left out of the sum: log p = -softplus(lse_others - z_label) and 1 - p = -expm1(log p)
-// keep their digits when p is within 1e-12 of one, where z_label - lse would round to zero.
+// The label is left out of the sum: log p = -softplus(lse_others - z_label) and 1 - p = -expm1(log
+// p) keep their digits when p is within 1e-12 of one, where z_label - lse would round to zero.
 #pragma once
 #include "portable.h"
 

@@ -2,8 +2,9 @@
 // phi(Q, target): the loss of one soft-Q value against its target, and its slope dphi/dQ.
 //   squared        (Q - target)^2
 //   cross_entropy  -y u - (1 - y) log(1 - exp(u)),   u = Q / beta,  y = exp(target / beta)
-// u is the model's log-probability of success. The first term stops at u = 0 (solved, no gradient); the second goes
-// on along its tangent from u = -delta, so that a failure with Q > 0 is still pushed down.
+// u is the model's log-probability of success. The first term stops at u = 0 (solved, no gradient);
+// the second goes on along its tangent from u = -delta, so that a failure with Q > 0 is still
+// pushed down.
 #pragma once
 #include "portable.h"
 
@@ -25,8 +26,8 @@ SPO_HD double log1mexp(double u) {
 
 SPO_HD PointLoss cross_entropy_loss(double q, double target, double beta, double delta) {
   const double u = q / beta, y = ::exp(target / beta);
-  const double edge = u < -delta ? u : -delta;       // where the failure term is still itself
-  const double failure_slope = 1 / ::expm1(-edge);   // exp(edge) / (1 - exp(edge))
+  const double edge = u < -delta ? u : -delta;      // where the failure term is still itself
+  const double failure_slope = 1 / ::expm1(-edge);  // exp(edge) / (1 - exp(edge))
   const double failure = -log1mexp(edge) + failure_slope * (u - edge);
   const double success = u >= 0 ? 0 : -u;  // a NaN stays a NaN
   // y is 0 or 1 for most data: a factor of exactly 0 must not meet an infinity.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the formulas in this folder need from the language, for the host compiler and for nvcc:
-// functions that are always inlined (so that one formula compiled for several instruction sets never
-// leaves a shared out-of-line copy behind) and the elementary functions of a number type.
-// A number is float, double, or on the CPU a SIMD vector of them (cpu/simd.h adds Math<vector>).
+// functions that are always inlined (so that one formula compiled for several instruction sets
+// never leaves a shared out-of-line copy behind) and the elementary functions of a number type. A
+// number is float, double, or on the CPU a SIMD vector of them (cpu/simd.h adds Math<vector>).
 #pragma once
 #include <cmath>
 #include <limits>

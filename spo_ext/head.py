@@ -1,0 +1,187 @@
+"""Log-probabilities of the next token, from hidden states and an LM head or from logits.
+
+Shapes: hidden [.., d], weight [V, d], where [..] is [N] (packed) or [B, T] (padded) for every
+per-token tensor.
+"""
+
+from typing import Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+_OPS = torch.ops.spo
+
+
+def same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
+    # Here and not only in the kernels: with one tensor on another device, PyTorch may not get as
+    # far as a kernel.
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {other} must be on {first.device} like {name}, got {tensor.device}"
+            )
+
+
+class HeadOptions(TypedDict, total=False):
+    """The options of `token_logprobs`, as `linear_loss` passes them on."""
+
+    bias: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    max_dropped_mass: float
+    workspace_mib: int
+
+
+class LogitsOptions(TypedDict, total=False):
+    """The options of `logprobs_from_logits`."""
+
+    temperature: float
+    ignore_index: int
+    inplace_backward: bool
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[False] = ...,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    max_dropped_mass: float = 0.0,
+    workspace_mib: int = 64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(z)[target] of an LM head, z = softcap(logit_scale (hidden weight^T + bias)) /
+    temperature.
+
+    The [N, V] logits never exist: memory beyond the inputs and gradients is `workspace_mib` MiB
+    plus O(N). The logits of
+    16-bit inputs are float32. A token's result does not depend, to the last bit, on the other
+    tokens, on their order or on
+    the number of threads.
+
+    Args:
+        hidden: [.., d], float32, bfloat16, float16 or float64; any strides.
+        weight: [V, d], any of these types (float64 exactly when hidden is).
+        targets: [..], int64 or int32, in [0, V) or `ignore_index`, whose rows are skipped.
+        bias: [V].
+        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature.
+        return_entropy: also return the entropy of each softmax, in nats; differentiable.
+        max_dropped_mass: in [0, 1): how much probability the backward pass may leave out of each
+        token's gradient. It is
+            an upper bound; the kernels of this version leave out nothing.
+        workspace_mib: scratch memory of the kernels, in MiB.
+
+    Returns:
+        float32 (float64 for float64 inputs) [..] log-probabilities in nats, 0 at ignored targets;
+        with
+        `return_entropy`, also the entropies, 0 at ignored targets.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it must be and what it was.
+    """
+    if not 0 <= max_dropped_mass < 1:
+        raise ValueError(
+            f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
+        )
+    same_device("token_logprobs", "hidden", hidden, weight=weight, targets=targets, bias=bias)
+    logprobs, entropy, _ = _OPS.token_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        return_entropy,
+        workspace_mib,
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+@overload
+def logprobs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[False] = ...,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+
+
+@overload
+def logprobs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature)[target] of logits that already exist, reading them once.
+
+    Args:
+        logits: [.., V], float32, bfloat16, float16 or float64; any strides.
+        targets: [..], int64 or int32, in [0, V) or `ignore_index`.
+        return_entropy: also return the entropy of each softmax, in nats; differentiable.
+        inplace_backward: let the backward pass overwrite `logits` with its gradient, so that no
+        second [.., V] tensor
+            is made. The logits must not be a leaf and must not be used afterwards; PyTorch's
+            version counter
+            catches it if another operation saved them. Under torch.compile the gradient is a new
+            tensor.
+
+    Returns:
+        float32 (float64 for float64 logits) [..] in nats, 0 at ignored targets; with
+        `return_entropy`, also the
+        entropies.
+    """
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "logprobs_from_logits: logits must not be a leaf with inplace_backward=True, "
+            "since its values would be lost"
+        )
+    same_device("logprobs_from_logits", "logits", logits, targets=targets)
+    logprobs, entropy, _ = _OPS.logprobs_from_logits(
+        logits, targets, temperature, ignore_index, return_entropy, inplace_backward
+    )
+    return (logprobs, entropy) if return_entropy else logprobs

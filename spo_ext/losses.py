@@ -1,0 +1,464 @@
+"""The SPO losses: soft-Q values, the loss of completions, and both from an LM head.
+
+Per-token tensors are [N] (packed, cut at cu_seqlens [S + 1]) or [B, T] (padded, S = B);
+per-sequence tensors [S].
+Symbols follow Soft Policy Optimization, arXiv 2503.05453.
+"""
+
+from typing import Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from spo_ext.head import HeadOptions, same_device, token_logprobs
+from spo_ext.stats import LossStats
+
+Objective = Literal["squared", "cross_entropy", "advantage", "group", "linear"]
+Reduction = Literal["none", "mean", "sum"]
+
+_OPS = torch.ops.spo
+
+
+def soft_q(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    q0: Tensor | float,
+    *,
+    beta: float,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Q_t = Q_0 + sum_{i<=t} beta (logprobs_i - ref_logprobs_i): the soft-Q value after every
+    token.
+
+    Args:
+        logprobs, ref_logprobs: [N] with `cu_seqlens`, or [B, T]; nats.
+        q0: [S], the prompt value, in reward units.
+        mask: bool like logprobs; a masked position adds nothing and repeats the value before it.
+
+    Returns:
+        float32 (float64 for float64 logprobs), shaped like logprobs, summed in double.
+        Differentiable in logprobs and q0.
+    """
+    _refuse_grad("soft_q", ref_logprobs=ref_logprobs)
+    start = _per_sequence(q0, logprobs, cu_seqlens)
+    same_device(
+        "soft_q",
+        "logprobs",
+        logprobs,
+        ref_logprobs=ref_logprobs,
+        q0=start,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+    )
+    return _OPS.soft_q(logprobs, ref_logprobs, start, beta, cu_seqlens, mask)  # type: ignore[no-any-return]
+
+
+# Which arguments an objective needs, and which it may have beside them. Everything else is
+# refused: an argument that
+# would be ignored is a mistake.
+_NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "squared": (frozenset({"rewards", "q0"}), frozenset({"token_rewards"})),
+    "cross_entropy": (frozenset({"rewards", "q0"}), frozenset({"token_rewards"})),
+    "q_targets": (frozenset({"q_targets", "q0"}), frozenset({"q_weights", "token_rewards"})),
+    "advantage": (frozenset({"rewards", "q0"}), frozenset()),
+    "advantages": (frozenset({"advantages"}), frozenset()),
+    "group": (frozenset({"rewards", "groups"}), frozenset({"token_rewards"})),
+    "linear": (frozenset({"weights"}), frozenset()),
+}
+
+
+def _check_arguments(objective: str, given: dict[str, object]) -> None:
+    if objective not in ("squared", "cross_entropy", "advantage", "group", "linear"):
+        raise ValueError(
+            "loss: objective must be squared, cross_entropy, advantage, group or linear, "
+            f"got {objective!r}"
+        )
+    form = objective
+    if objective in ("squared", "cross_entropy") and given["q_targets"] is not None:
+        form = "q_targets"
+    if objective == "advantage" and given["advantages"] is not None:
+        form = "advantages"
+    needed, optional = _NEEDS[form]
+    described = f"objective {objective!r}" + (f" with {form}" if form != objective else "")
+    for name, value in given.items():
+        if name in needed and value is None:
+            raise ValueError(f"loss: {name} must be given for {described}, got None")
+        if value is not None and name not in needed | optional | {"weights"}:
+            raise ValueError(f"loss: {name} must be None for {described}, which does not use it")
+
+
+def _refuse_grad(op: str, **constants: Tensor | None) -> None:
+    for name, tensor in constants.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} must not require grad (it is a constant of the loss); detach it"
+            )
+
+
+def _per_sequence(value: Tensor | float, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A number becomes [S]; a tensor is left for the op to check."""
+    size = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if not isinstance(value, Tensor):
+        return logprobs.new_full((size,), float(value), dtype=torch.float64)
+    return value.expand(size) if value.dim() == 0 else value
+
+
+def _residual(
+    objective: str, beta: float, rewards: Tensor | None, terminal_q: Tensor
+) -> Tensor | None:
+    if rewards is None or objective == "advantage":
+        return None
+    if objective == "cross_entropy":  # as probabilities: a log-optimality may be -inf
+        return (terminal_q / beta).clamp(max=0).exp() - (rewards / beta).exp()
+    return terminal_q - rewards
+
+
+def _reduce(
+    losses: Tensor,
+    num_tokens: Tensor,
+    reduction: str,
+    denominator: Tensor | float | None,
+) -> Tensor:
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "mean":
+        return total / (num_tokens > 0).sum().clamp(min=1)
+    return total if denominator is None else total / denominator
+
+
+def _check_reduction(reduction: str, denominator: Tensor | float | None) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"loss: reduction must be none, mean or sum, got {reduction!r}")
+    if denominator is not None and reduction != "sum":
+        raise ValueError(
+            f"loss: denominator must be None unless reduction is sum, got {reduction!r}"
+        )
+    if isinstance(denominator, (int, float)) and not denominator > 0:
+        raise ValueError(f"loss: denominator must be > 0, got {denominator}")
+
+
+class LossOptions(TypedDict, total=False):
+    """The optional arguments of `loss`, which `linear_loss` takes as well."""
+
+    objective: Objective
+    groups: Tensor | None
+    leave_one_out: bool
+    advantages: Tensor | None
+    q_targets: Tensor | None
+    q_weights: Tensor | None
+    token_rewards: Tensor | None
+    weights: Tensor | None
+    delta: float
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+    reduction: Reduction
+    denominator: Tensor | float | None
+
+
+class LinearLossOptions(LossOptions, HeadOptions, total=False):
+    """The optional arguments of `linear_loss`."""
+
+
+@overload
+def loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+
+
+@overload
+def loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, LossStats]: ...
+
+
+def loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    objective: Objective = "cross_entropy",
+    groups: Tensor | None = None,
+    leave_one_out: bool = False,
+    advantages: Tensor | None = None,
+    q_targets: Tensor | None = None,
+    q_weights: Tensor | None = None,
+    token_rewards: Tensor | None = None,
+    weights: Tensor | None = None,
+    delta: float = 0.2,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    denominator: Tensor | float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """The SPO loss of completions, from the log-probabilities of their tokens.
+
+    With A_t = beta (logprobs_t - ref_logprobs_t) and Q_t = Q_0 + sum_{i<=t} A_i, per sequence of T
+    tokens:
+
+    ================
+    =========================================================================================
+    squared           (Q_T - r)^2
+    cross_entropy     -y u - (1 - y) log(1 - exp u), u = Q_T / beta, y = exp(r / beta); r <= 0 is a
+    log-optimality. The
+                      first term stops at u = 0, the second is continued along its tangent from u =
+                      -delta
+    group             (Q_T - r)^2 with Q_0 = mean over the group of r - beta sum_t (log-ratio),
+    detached
+    advantage         sum_t (A_t - target_t)^2, target `advantages`, or (r - Q_0) / T
+    linear            -weight sum_t (log-ratio)
+    with q_targets    sum_t q_weights_t phi(Q_t, q_targets_t), phi of `squared` or `cross_entropy`
+    ================
+    =========================================================================================
+
+    Args:
+        logprobs: policy, nats, [B, T], or [N] with `cu_seqlens`. Differentiable.
+        ref_logprobs: reference, like logprobs; or summed per sequence [S] for a terminal objective.
+        rewards: [S], r. For a success rate y in [0, 1] under cross_entropy pass beta * log(y);
+        -inf is allowed there.
+        q0: [S] or a number, the prompt value Q_0 (see `prompt_value`), in reward units.
+        Differentiable.
+        beta: softness > 0, reward units per nat.
+        groups: [S] integers, equal for completions of one prompt.
+        leave_one_out: take a group's Q_0 over the other sequences in it. A sequence alone has no
+        gradient.
+        advantages: [S], or per token.
+        q_targets, q_weights: per token; the general cumulative loss.
+        token_rewards: per token (process rewards): Q_t loses the rewards before t, Q_T must equal
+        r plus the last one.
+        weights: [S], multiplies each sequence's loss.
+        delta: where the failure term of cross_entropy becomes a straight line, > 0.
+        mask: bool like logprobs, False for tokens that do not count.
+        reduction: "none" [S]; "sum"; "mean" over the sequences that have a token. A batch without
+        a token gives a
+            differentiable 0.
+        denominator: with "sum", divides it: the global number of sequences, for gradient
+        accumulation and DDP.
+        return_stats: also return `LossStats`.
+
+    Raises:
+        ValueError: for an argument the objective does not use, a missing one, a wrong shape, or a
+        reward that is not finite
+            (for cross_entropy: not <= 0).
+    """
+    _check_reduction(reduction, denominator)
+    _check_arguments(
+        objective,
+        dict(
+            rewards=rewards,
+            q0=q0,
+            groups=groups,
+            advantages=advantages,
+            q_targets=q_targets,
+            q_weights=q_weights,
+            token_rewards=token_rewards,
+            weights=weights,
+        ),
+    )
+    if leave_one_out and objective != "group":
+        raise ValueError(f"loss: leave_one_out must be False for objective {objective!r}")
+    if q_weights is not None and q_targets is None:
+        raise ValueError("loss: q_weights must be None without q_targets")
+    _refuse_grad(
+        "loss",
+        ref_logprobs=ref_logprobs,
+        rewards=rewards,
+        advantages=advantages,
+        q_targets=q_targets,
+        q_weights=q_weights,
+        token_rewards=token_rewards,
+        weights=weights,
+    )
+    start = None if q0 is None else _per_sequence(q0, logprobs, cu_seqlens)
+    same_device(
+        "loss",
+        "logprobs",
+        logprobs,
+        ref_logprobs=ref_logprobs,
+        rewards=rewards,
+        q0=start,
+        groups=groups,
+        advantages=advantages,
+        q_targets=q_targets,
+        q_weights=q_weights,
+        token_rewards=token_rewards,
+        weights=weights,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+    )
+    losses, terminal_q, log_ratio, used_q0, num_tokens = _OPS.cumulative_loss(
+        logprobs,
+        ref_logprobs,
+        rewards,
+        start,
+        objective,
+        beta,
+        delta,
+        groups,
+        leave_one_out,
+        advantages,
+        q_targets,
+        q_weights,
+        token_rewards,
+        weights,
+        cu_seqlens,
+        mask,
+    )
+    reduced = _reduce(losses, num_tokens, reduction, denominator)
+    if not return_stats:
+        return reduced
+    values = (
+        losses.detach(),
+        terminal_q.detach(),
+        log_ratio.detach(),
+        used_q0.detach(),
+        num_tokens,
+    )
+    residual = _residual(objective, beta, None if token_rewards is not None else rewards, values[1])
+    return reduced, LossStats(*values, residual)
+
+
+@overload
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LinearLossOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    return_stats: Literal[True],
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Tensor, LossStats]: ...
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    q0: Tensor | float | None,
+    *,
+    beta: float,
+    objective: Objective = "cross_entropy",
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    max_dropped_mass: float = 0.0,
+    workspace_mib: int = 64,
+    mask: Tensor | None = None,
+    **loss_arguments: object,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`loss` of `token_logprobs`: from the last hidden states and the LM head's weight to the SPO
+    loss.
+
+    hidden[i] is the state that predicts targets[i]: shift before the call. Tokens whose target is
+    `ignore_index` and tokens
+    outside `mask` are skipped by the head and by the loss.
+
+    Args:
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, max_dropped_mass,
+        workspace_mib: see
+            `token_logprobs`. targets is [B, T], or [N] with `cu_seqlens`.
+        ref_logprobs, rewards, q0, beta, objective: see `loss`, as for every other argument.
+    """
+    counted = targets != ignore_index
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != targets.shape:
+            raise ValueError(
+                f"linear_loss: mask must be bool of shape {list(targets.shape)} like targets, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        counted = counted & mask
+        targets = targets.masked_fill(~mask, ignore_index)
+    logprobs = token_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        max_dropped_mass=max_dropped_mass,
+        workspace_mib=workspace_mib,
+    )
+    return loss(  # type: ignore[no-any-return, call-overload]
+        logprobs,
+        ref_logprobs,
+        rewards,
+        q0,
+        beta=beta,
+        objective=objective,
+        mask=counted,
+        **loss_arguments,
+    )
+
+
+def taper_weights(
+    logprob_sums: Tensor, behaviour_logprob_sums: Tensor, rewards: Tensor, *, threshold: float
+) -> Tensor:
+    """Weights that let a stale failure fade: exp(min(log pi - log mu, 0)) where rewards <
+    threshold, else 1.
+
+    A failing completion that the policy has already moved away from is pushed no further
+    (truncated importance
+    weights, applied to failures only). Use as `weights` of `loss` when the behaviour policy mu
+    lags.
+
+    Args:
+        logprob_sums, behaviour_logprob_sums: [S], log-probability of each completion under the
+        policy and under the policy
+            that sampled it, nats.
+        rewards: [S].
+        threshold: a reward below it is a failure.
+
+    Returns:
+        float32 [S] in (0, 1], detached.
+    """
+    for name, tensor in (("behaviour_logprob_sums", behaviour_logprob_sums), ("rewards", rewards)):
+        if tensor.shape != logprob_sums.shape:
+            raise ValueError(
+                f"taper_weights: {name} must have shape {list(logprob_sums.shape)} like "
+                f"logprob_sums, got {list(tensor.shape)}"
+            )
+    log_weight = (logprob_sums - behaviour_logprob_sums).detach().float().clamp(max=0)
+    return torch.where(rewards < threshold, log_weight.exp(), torch.ones_like(log_weight))

@@ -1,0 +1,225 @@
+"""The levels of isolation, strongest first, as command lines that start one worker.
+
+Inside, the file system is read-only and holds Python's own files, /proc, three devices and a
+private /tmp: no home directory, no repository, no installed packages (some ship the answers to
+public benchmarks). Names of levels:
+
+bwrap    bubblewrap: own user, process, network, mount, IPC namespaces.
+unshare  the same from util-linux and mount(8), for machines without bubblewrap.
+rlimits  a plain process with limits and the system-call filter. NOT a boundary: it sees the file
+         system and the user's other processes.
+
+Started by root, a worker changes to a user of its own, for the kernel enforces no process limit on
+root; anyone else, and root where that fails, gets a user namespace instead.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import random
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from spo_ext.sandbox.records import Limits
+from spo_ext.sandbox.syscall_filter import build_filter
+
+Level = Literal["bwrap", "unshare", "rlimits"]
+LEVELS: tuple[Level, ...] = ("bwrap", "unshare", "rlimits")
+
+# Users that distributions keep for services without an account of their own.
+SPARE_USERS = range(61184, 65520)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+# A fixed hash seed makes the order of sets, and with it a reward, repeatable.
+ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONUTF8": "1",
+    "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+MODULES = ("codec", "child", "police", "worker")
+
+# Run by /bin/sh: arguments are the new root, the size of /tmp, then read-only paths, "--",
+# hidden paths, "--", the worker's command.
+UNSHARE_SCRIPT = """
+set -eu
+root=$1 size=$2; shift 2
+mount -t tmpfs -o mode=755 tmpfs "$root"
+bind() {
+  if [ -d "$1" ]; then mkdir -p "$root$1"
+  else mkdir -p "$root${1%/*}"; : >"$root$1"; fi
+  mount --rbind "$1" "$root$1"
+}
+while [ "$1" != -- ]; do
+  bind "$1"; mount -o remount,bind,ro,nosuid,nodev "$root$1"; shift
+done; shift
+while [ "$1" != -- ]; do mount -t tmpfs -o ro tmpfs "$root$1"; shift; done; shift
+for device in /dev/null /dev/zero /dev/urandom; do bind $device; done
+mkdir "$root/proc" "$root/tmp"
+mount -t proc proc "$root/proc"
+mount -t tmpfs -o "mode=1777,size=$size" tmpfs "$root/tmp"
+mount -o remount,bind,ro "$root"
+exec chroot "$root" "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One way to start a worker."""
+
+    level: Level
+    change_user: bool
+
+    def missing(self) -> str:
+        """Return why this way is not worth a try here, or "" if it is."""
+        tools = {"bwrap": ("bwrap",), "unshare": ("unshare", "mount", "setpriv"), "rlimits": ()}
+        lacking = [tool for tool in tools[self.level] if shutil.which(tool) is None]
+        if lacking:
+            return f"{', '.join(lacking)} not found"
+        if self.level == "rlimits" and self.change_user and not _open_to_all():
+            return "Python's files are closed to other users"
+        return ""
+
+    def describe(self) -> str:
+        user = "a user without an account" if self.change_user else f"user {os.geteuid()}"
+        calls = "with" if build_filter() else f"WITHOUT (unknown on {os.uname().machine})"
+        barrier = {
+            "bwrap": "bubblewrap namespaces, no network, read-only Python files only",
+            "unshare": "util-linux namespaces, no network, read-only Python files only",
+            "rlimits": "NO isolation of files and processes, only resource limits",
+        }[self.level]
+        return f"{barrier}, as {user}, {calls} the system-call filter"
+
+    def pick_user(self) -> int | None:
+        """A user for one worker. Each its own, so that no worker uses up another's processes."""
+        return random.choice(SPARE_USERS) if self.change_user else None
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether a worker needs an empty directory on this machine, as its root or its /tmp."""
+        return self.level != "bwrap"
+
+    def command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
+        """The command line of one worker; `scratch` is its directory, or ""."""
+        worker = self._worker_command(limits, user, scratch)
+        if self.level == "bwrap":
+            return [*self._bwrap(limits), "--", *worker]
+        if self.level == "unshare":
+            paths = [*_read_only_paths(), "--", *_hidden_paths(), "--"]
+            script = ["/bin/sh", "-c", UNSHARE_SCRIPT, "sh", scratch, str(limits.file_bytes)]
+            return [*self._unshare(), *script, *paths, *worker]
+        return worker
+
+    def _worker_command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
+        config = {
+            **asdict(limits),
+            "user": user,
+            "private_user": self._has_private_user(),
+            "tmp": scratch if self.level == "rlimits" else "/tmp",
+            "filter": build_filter().hex(),
+        }
+        # -S: no installed packages, -s: not the user's either.
+        return [_python(), "-s", "-S", "-c", _worker_source(), json.dumps(config)]
+
+    def _has_private_user(self) -> bool:
+        """Whether the kernel counts the worker's processes apart from all others."""
+        if self.change_user:
+            return True
+        release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+        return self.level != "rlimits" and release >= (5, 14)  # Counts per user namespace.
+
+    def _bwrap(self, limits: Limits) -> list[str]:
+        command = [_tool("bwrap"), "--die-with-parent", "--new-session", "--as-pid-1"]
+        command += ["--cap-drop", "ALL"]
+        if self.change_user:
+            command += [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
+            # To change the user, and then to make sure that no capability can come back.
+            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+                command += ["--cap-add", capability]
+        else:
+            command += ["--unshare-all"]
+        read_only = _read_only_paths()
+        for folder in _parents([*read_only, *DEVICES]):
+            # By itself bubblewrap closes them to all but root.
+            command += ["--perms", "0755", "--dir", folder]
+        for path in read_only:
+            command += ["--ro-bind", path, path]
+        for path in _hidden_paths():
+            command += ["--tmpfs", path, "--remount-ro", path]
+        for path in DEVICES:
+            command += ["--dev-bind", path, path]
+        command += ["--proc", "/proc", "--perms", "1777", "--size", str(limits.file_bytes)]
+        return [*command, "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+
+    def _unshare(self) -> list[str]:
+        command = [_tool("setpriv"), "--pdeathsig", "KILL", _tool("unshare")]
+        command += ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
+        return command + ([] if self.change_user else ["--user", "--map-root-user"])
+
+
+def launchers(level: Level) -> list[Launcher]:
+    """The ways to reach a level, best first."""
+    choices = (True, False) if os.geteuid() == 0 else (False,)
+    return [Launcher(level, change_user) for change_user in choices]
+
+
+def _tool(name: str) -> str:
+    return shutil.which(name) or name
+
+
+def _python() -> str:
+    """The interpreter that a virtual environment, if this is one, was made from."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _read_only_paths() -> list[str]:
+    """What Python needs: itself, its library, shared objects."""
+    prefix = os.path.realpath(sys.base_prefix)
+    wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
+    wanted += [os.path.join(prefix, "lib"), os.path.join(prefix, "lib64"), _python()]
+    return [path for path in dict.fromkeys(wanted) if os.path.exists(path)]
+
+
+def _hidden_paths() -> list[str]:
+    """Directories of installed packages below the read-only paths."""
+    found = [glob.glob(f"{path}/python*/*-packages") for path in _read_only_paths()]
+    return sorted(path for paths in found for path in paths)
+
+
+def _parents(paths: Sequence[str]) -> list[str]:
+    """Every directory above these paths but /, from the top down."""
+    return sorted({str(folder) for path in paths for folder in Path(path).parents} - {"/"})
+
+
+def _open_to_all() -> bool:
+    """Whether a user with no rights at all can reach and read Python's files."""
+    files = [Path(_python()), Path(os.path.realpath(os.__file__))]
+    folders = [folder for file in files for folder in file.parents]
+    return all(os.stat(file).st_mode & stat.S_IROTH for file in files) and all(
+        os.stat(folder).st_mode & stat.S_IXOTH for folder in folders
+    )
+
+
+def _worker_source() -> str:
+    """One text that defines the worker's modules by name and runs the last."""
+    folder = Path(__file__).parent
+    texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+    return f"""
+import sys
+sys.path[:] = filter(None, sys.path)  # Not the working directory.
+import json, types
+for name, text in {texts!r}.items():
+    module = types.ModuleType("spo_ext.sandbox." + name)
+    sys.modules[module.__name__] = module
+    exec(compile(text, name + ".py", "exec"), module.__dict__)
+module.main(json.loads(sys.argv[1]))
+"""

@@ -1,0 +1,187 @@
+"""The parent's handle on one worker: start it, exchange frames without blocking, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from spo_ext.sandbox.launch import ENVIRONMENT, Launcher
+from spo_ext.sandbox.records import Limits, SandboxError
+
+# Beyond the wall limit of a program, for starting, killing and reaping on a loaded machine.
+GRACE_SECONDS = 15.0
+MAX_HEADER_BYTES = 4096
+
+
+class WorkerDied(Exception):
+    """A worker ended, hung or broke the protocol while it had a request."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The worker's account of one run, and what the program wrote. The bytes are not trusted."""
+
+    end: str
+    wait_status: int
+    seconds: float
+    dirty: bool
+    result: bytes
+    stdout: bytes
+
+
+class WorkerProcess:
+    """One sandboxed worker. It holds at most one request at a time."""
+
+    def __init__(self, launcher: Launcher, limits: Limits) -> None:
+        self._limits = limits
+        self._boundary = launcher.level != "rlimits"
+        self._to_send = b""
+        self._received = bytearray()
+        self._ready = False
+        self.deadline = 0.0
+        self._scratch = tempfile.mkdtemp(prefix="spo-sandbox-") if launcher.needs_scratch else ""
+        user = launcher.pick_user()
+        try:
+            if user is not None and self._scratch:
+                os.chown(self._scratch, user, user)
+            self._process = subprocess.Popen(
+                launcher.command(limits, user, self._scratch),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is for the trainer to handle.
+            )
+        except OSError as error:
+            self._remove_scratch()
+            raise SandboxError(f"cannot start a sandbox worker: {error}") from error
+        for fd in (self.read_fd, self.write_fd):
+            os.set_blocking(fd, False)
+
+    @property
+    def read_fd(self) -> int:
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    @property
+    def write_fd(self) -> int:
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def sending(self) -> bool:
+        return bool(self._to_send)
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, request: bytes) -> None:
+        """Begin to send a request; call `write` while `sending` and the pipe has room."""
+        self._to_send = len(request).to_bytes(4, "big") + request
+        self.deadline = time.monotonic() + self._limits.wall_seconds + GRACE_SECONDS
+        self.write()
+
+    def write(self) -> None:
+        try:
+            self._to_send = self._to_send[os.write(self.write_fd, self._to_send) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._to_send = b""  # It has died, as reading will tell.
+
+    def read(self) -> Reply | None:
+        """Take what the worker has sent; a reply once it is complete."""
+        try:
+            data = os.read(self.read_fd, 1 << 16)
+        except BlockingIOError:
+            return None
+        if not data:
+            raise WorkerDied(self._last_words())
+        self._received += data
+        try:
+            if not self._ready and (greeting := self._parse(self._received)):
+                self._received = self._received[greeting[1] :]
+                self._ready = True
+            return self._take_reply() if self._ready else None
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise WorkerDied(f"the worker broke the protocol: {error!r}") from None
+
+    def _take_reply(self) -> Reply | None:
+        parsed = self._parse(self._received)
+        if parsed is None:
+            return None
+        header, start = parsed
+        sizes = [int(header["result_bytes"]), int(header["stdout_bytes"])]
+        if not all(0 <= size <= self._limits.output_bytes + 1 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+        middle, end = start + sizes[0], start + sum(sizes)
+        if len(self._received) < end:
+            return None
+        reply = Reply(
+            end=str(header["end"]),
+            wait_status=int(header["wait_status"]),
+            seconds=float(header["seconds"]),
+            dirty=bool(header["dirty"]),
+            result=bytes(self._received[start:middle]),
+            stdout=bytes(self._received[middle:end]),
+        )
+        del self._received[:end]
+        return reply
+
+    @staticmethod
+    def _parse(data: bytearray) -> tuple[dict[str, Any], int] | None:
+        """A frame's header and where it ends, or None while incomplete."""
+        if len(data) < 4:
+            return None
+        size = int.from_bytes(data[:4], "big")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        if len(data) < 4 + size:
+            return None
+        return dict(json.loads(data[4 : 4 + size])), 4 + size
+
+    def _last_words(self) -> str:
+        """Wait for the process to end and return what it said last, for the error message."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+        self._process.kill()
+        code = self._process.wait()
+        assert self._process.stderr is not None
+        os.set_blocking(self._process.stderr.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self._process.stderr.fileno(), 4096).decode(errors="replace")
+            if text.strip():
+                return " ".join(text.split())[-500:]
+        return f"the worker ended with code {code}"
+
+    def close(self) -> None:
+        """End the worker, and with it all that runs inside."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if not self._boundary:
+            # Nothing else ends its children: let it do so, which it does when its input closes.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
+        self._remove_scratch()
+
+    def _remove_scratch(self) -> None:
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
