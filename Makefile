@@ -45,6 +45,8 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Real head states, where there are some beside the repository; synthetic ones otherwise.
+bench: export SPO_HEAD_STATES ?= $(wildcard ../shared/data/lm_head_states.safetensors)
 bench: build
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds \
 		--benchmark-group-by=group --benchmark-sort=name

@@ -51,6 +51,9 @@ struct HeadKernels {
   // Replaces the raw products by dL/draw.
   void (*gradient)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
                    const TokenGrad<Real>&);
+  // Rows of one block, [rows][kBlockCols], as a left factor transposed: [panels of tile_rows
+  // columns][row][tile_rows], with `stride` rows per panel in `out`.
+  void (*transpose_block)(const Real* block, int64_t rows, Real* out, int64_t stride);
 };
 
 // The kernels for the best instruction set this processor has (or the one that SPO_CPU_ISA names).

@@ -107,8 +107,9 @@ struct Kernel {
                                      bool entropy, Real* label_logit) {
     const Real lowest = -std::numeric_limits<Real>::infinity();
     V slope;
-    for (int64_t j = 0; j < kBlockCols; j += kLanes)
-      store(row.logits + j, map.template logit<V>(raw_logits(row, j), &slope));
+    if (row.bias || !map.is_identity())
+      for (int64_t j = 0; j < kBlockCols; j += kLanes)
+        store(row.logits + j, map.template logit<V>(raw_logits(row, j), &slope));
     for (int64_t j = row.cols; j < kBlockCols; j++) row.logits[j] = lowest;  // padding adds nothing
     if (row.label >= 0) *label_logit = row.logits[row.label], row.logits[row.label] = lowest;
 
@@ -151,13 +152,25 @@ struct Kernel {
                        const TokenGrad<Real>& token) {
     entropy ? gradient_row<true>(row, map, token) : gradient_row<false>(row, map, token);
   }
+
+  static void transpose_block(const Real* block, int64_t rows, Real* out, int64_t stride) {
+    constexpr int kLast = kBlockCols % kTileRows;  // columns of the last, narrower panel
+    for (int64_t i = 0; i < rows; i++, block += kBlockCols, out += kTileRows) {
+      const Real* from = block;
+      Real* to = out;
+      for (int p = 0; p < kBlockCols / kTileRows; p++, from += kTileRows, to += stride * kTileRows)
+        for (int j = 0; j < kTileRows; j++) to[j] = from[j];
+      for (int j = 0; j < kLast; j++) to[j] = from[j];
+    }
+  }
 };
 
 template <class Real>
 const HeadKernels<Real>& kernels(const char* isa) {
   using K = Kernel<Real>;
-  static const HeadKernels<Real> table = {isa,      K::kTileRows,   K::kPanelCols,
-                                          &K::gemm, &K::statistics, &K::gradient};
+  static const HeadKernels<Real> table = {
+      isa,          K::kTileRows,       K::kPanelCols, &K::gemm, &K::statistics,
+      &K::gradient, &K::transpose_block};
   return table;
 }
 

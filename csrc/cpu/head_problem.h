@@ -8,7 +8,13 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <iterator>
+#include <optional>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../checks.h"
 #include "head_kernels.h"
@@ -148,10 +154,24 @@ class Workspace {
       total += panels(size, kAlign) * kAlign;
     }
     block_ = at::empty({total}, c10::CppTypeToScalarType<Real>::value);
+    use_large_pages();
   }
   Real* array(size_t i) const { return block_.template mutable_data_ptr<Real>() + starts_[i]; }
 
  private:
+  // Panels are walked with strides of many pages: with pages of 2 MiB the products run about 5%
+  // faster.
+  void use_large_pages() const {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 2 << 20;
+    const uintptr_t begin =
+        (reinterpret_cast<uintptr_t>(block_.data_ptr()) + kPage - 1) / kPage * kPage;
+    const uintptr_t end =
+        (reinterpret_cast<uintptr_t>(block_.data_ptr()) + block_.nbytes()) / kPage * kPage;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
+#endif
+  }
+
   static constexpr int64_t kAlign = 64 / sizeof(Real);  // a cache line
   std::vector<int64_t> starts_;
   at::Tensor block_;
@@ -197,6 +217,16 @@ LogitMap<Real> logit_map(const HeadArgs& a) {
   return LogitMap<Real>::make(a.temperature, a.logit_scale, a.softcap.value_or(0));
 }
 
+// Rows of one task: enough to use a packed block of weight well, few enough to give every thread
+// some.
+template <class Real>
+int64_t row_chunk_for(int64_t rows) {
+  const int64_t tile_rows = head_kernels<Real>().tile_rows;
+  const int64_t most = std::max<int64_t>(112 / tile_rows, 1);
+  const int64_t fair = panels(panels(rows, at::get_num_threads()), tile_rows);
+  return std::max<int64_t>(std::min(most, fair), 1) * tile_rows;
+}
+
 // How the workspace is divided. Results do not depend on it, only speed does.
 struct HeadPlan {
   int64_t row_chunk;   // rows of one task
@@ -204,6 +234,6 @@ struct HeadPlan {
   int64_t slice_cols;  // vocabulary columns packed at a time, whole blocks
 };
 
-HeadPlan plan_forward(const HeadArgs& args, int64_t num_rows, int64_t tile_rows, int64_t real_size);
+HeadPlan plan_forward(const HeadArgs& args, int64_t num_rows, int64_t row_chunk, int64_t real_size);
 
 }  // namespace spo

@@ -70,9 +70,11 @@ struct VectorMath {
     return x > high ? V{} + high : x;
   }
 
+  // For x up to kHighest; exponents of probabilities are never above 0. Below the normal numbers it
+  // is 0.
   static SPO_HD V exp(V x) {
     V power;
-    const V em1 = split(clamp(x, C::kLowest, C::kHighest), &power);
+    const V em1 = split(x < C::kLowest ? V{} + C::kLowest : x, &power);
     return x < C::kLowest ? V{} : power + power * em1;
   }
 

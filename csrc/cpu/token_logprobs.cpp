@@ -10,12 +10,12 @@
 
 namespace spo {
 
-HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t tile_rows, int64_t real_size) {
+HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t row_chunk, int64_t real_size) {
   const int64_t depth = a.hidden.size(-1), vocabulary = a.weight.size(0);
   const int64_t blocks = panels(vocabulary, kBlockCols);
   const int64_t budget = (a.workspace_mib << 20) / real_size;
   HeadPlan plan;
-  plan.row_chunk = std::max<int64_t>(112 / tile_rows, 1) * tile_rows;
+  plan.row_chunk = row_chunk;
   plan.slice_cols = std::min<int64_t>(blocks, 8) * kBlockCols;
   while (plan.slice_cols > kBlockCols && plan.slice_cols * depth > budget / 4)
     plan.slice_cols -= kBlockCols;
@@ -41,7 +41,7 @@ class HeadForward {
         entropy_(entropy),
         kernels_(head_kernels<Real>()),
         map_(logit_map<Real>(args)),
-        plan_(plan_forward(args, rows.size(), kernels_.tile_rows, sizeof(Real))),
+        plan_(plan_forward(args, rows.size(), row_chunk_for<Real>(rows.size()), sizeof(Real))),
         depth_(args.hidden.size(-1)),
         vocabulary_(args.weight.size(0)),
         blocks_(panels(vocabulary_, kBlockCols)),

@@ -10,9 +10,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <iterator>
-
-#include "head_problem.h"
+#include "backward_buffers.h"
 
 namespace spo {
 namespace {
@@ -56,51 +54,13 @@ class HeadBackward {
   }
 
  private:
-  struct Buffers {
-    int64_t group_rows, slice_cols, row_chunk;
-    std::optional<Workspace<Real>> workspace;
-    Real *hidden_rows, *hidden_cols;  // panels of the group's rows, for z and for grad_weight
-    Real *weight_rows, *weight_cols;  // panels of the slice's words, for z and for grad_hidden
-    Real* dz;                         // [blocks, group_rows, kBlockCols]
-    Real *weight_sums,
-        *hidden_sums;  // float sums of 16-bit gradients; weight_sums null if there is none
-  };
-
-  Buffers allocate(int64_t rows, int64_t hidden_sums, bool hidden_side, bool weight_side) const {
-    const bool weight_sums =
-        grads_.weight.defined() && weight_side && !is_sum_type<Real>(grads_.weight);
-    const int64_t padded = panels(depth_, kernels_.panel_cols) * kernels_.panel_cols;
-    const int64_t budget = (args_.workspace_mib << 20) / int64_t(sizeof(Real)) - hidden_sums;
-    const int64_t per_col = depth_ + (hidden_side ? padded : 0) + (weight_sums ? depth_ : 0);
-    Buffers b;
-    b.row_chunk = std::max<int64_t>(112 / kernels_.tile_rows, 1) * kernels_.tile_rows;
-    b.slice_cols = std::min<int64_t>(panels(vocabulary_, kBlockCols), 4) * kBlockCols;
-    while (b.slice_cols > kBlockCols && b.slice_cols * per_col > budget / 2)
-      b.slice_cols -= kBlockCols;
-    const int64_t per_row = depth_ + (weight_side ? padded : 0) + b.slice_cols;
-    // Groups are whole depth steps, so that grad_weight's order of sums does not depend on them.
-    b.group_rows = (budget - b.slice_cols * per_col) / per_row / kDepthStep * kDepthStep;
-    const int64_t least =
-        ((b.slice_cols * per_col + kDepthStep * per_row) * 3 * sizeof(Real) >> 20) + 1;
-    TORCH_CHECK_VALUE(b.group_rows > 0, args_.op, ": workspace_mib must be at least ", least,
-                      " for d = ", depth_, ", got ", args_.workspace_mib);
-    b.group_rows = std::min(b.group_rows, rows);
-    const int64_t tile_rows = panels(b.group_rows, kernels_.tile_rows) * kernels_.tile_rows;
-    b.workspace.emplace(std::vector<int64_t>{
-        tile_rows * depth_, weight_side ? b.group_rows * padded : 0, b.slice_cols * depth_,
-        hidden_side ? b.slice_cols * padded : 0, b.group_rows * b.slice_cols,
-        weight_sums ? b.slice_cols * depth_ : 0, hidden_sums});
-    Real** const arrays[] = {&b.hidden_rows, &b.hidden_cols, &b.weight_rows, &b.weight_cols,
-                             &b.dz,          &b.weight_sums, &b.hidden_sums};
-    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = b.workspace->array(i);
-    if (!weight_sums) b.weight_sums = nullptr;
-    return b;
-  }
-
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
     const bool direct = hidden_side && is_sum_type<Real>(grads_.hidden);
     const int64_t sums = hidden_side && !direct ? count * depth_ : 0;
-    const Buffers b = allocate(count, sums, hidden_side, weight_side);
+    const bool weight_sums =
+        weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
+    const BackwardBuffers<Real> b(args_, kernels_, count,
+                                  {hidden_side, weight_side, weight_sums, sums});
     std::fill_n(b.hidden_sums, sums, Real(0));
     std::vector<Real*> hidden_out(hidden_side ? count : 0);
     for (size_t i = 0; i < hidden_out.size(); i++)
@@ -113,7 +73,7 @@ class HeadBackward {
                  [&](int64_t i) { return rows_.token[first + i]; });
   }
 
-  void run_slice(const Buffers& b, int64_t first, int64_t count, int64_t col,
+  void run_slice(const BackwardBuffers<Real>& b, int64_t first, int64_t count, int64_t col,
                  const std::vector<Real*>& hidden_out, bool weight_side) {
     const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
     const auto words = MatrixView::of_weight(args_.weight);
@@ -129,7 +89,7 @@ class HeadBackward {
           pack_cols(tokens, first + row, rows, depth_, kernels_.panel_cols, b.hidden_cols);
       }
       add_rows(b, first + row, rows, col, cols,
-               hidden_out.empty() ? nullptr : hidden_out.data() + row);
+               hidden_out.empty() ? nullptr : hidden_out.data() + row, weight_side);
       if (weight_side && grads_.weight.defined()) add_weight(b, rows, col, cols);
       if (weight_side && grads_.bias.defined()) add_bias(b, rows, col, cols);
     }
@@ -138,63 +98,59 @@ class HeadBackward {
   }
 
   // weight for grad_hidden: one set of panels per block, since blocks are multiplied one by one.
-  void pack_blocks(const Buffers& b, const MatrixView& words, int64_t col, int64_t cols) const {
+  void pack_blocks(const BackwardBuffers<Real>& b, const MatrixView& words, int64_t col,
+                   int64_t cols) const {
     for (int64_t block = 0; block * kBlockCols < cols; block++)
       pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols),
-                depth_, kernels_.panel_cols, block_panels(b, block));
+                depth_, kernels_.panel_cols, b.weight_block(block));
   }
 
-  Real* block_panels(const Buffers& b, int64_t block) const {
-    return b.weight_cols +
-           block * kBlockCols * panels(depth_, kernels_.panel_cols) * kernels_.panel_cols;
-  }
-
-  Real* dz_block(const Buffers& b, int64_t block) const {  // [group_rows, kBlockCols]
-    return b.dz + block * b.group_rows * kBlockCols;
-  }
-
-  // One task per chunk of rows: dz of a block is still in cache when it is multiplied into
-  // grad_hidden.
-  void add_rows(const Buffers& b, int64_t first, int64_t rows, int64_t slice, int64_t cols,
-                Real* const* hidden_out) const {
+  // One task per chunk of rows. dz of a block stays in cache while it is multiplied into
+  // grad_hidden and copied into the panels that grad_weight will read.
+  void add_rows(const BackwardBuffers<Real>& b, int64_t first, int64_t rows, int64_t slice,
+                int64_t cols, Real* const* hidden_out, bool weight_side) const {
     at::parallel_for(0, panels(rows, b.row_chunk), 1, [&](int64_t begin, int64_t end) {
+      std::vector<Real> tile(b.row_chunk * kBlockCols);
       for (int64_t chunk = begin; chunk < end; chunk++) {
         const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
         for (int64_t block = 0; block * kBlockCols < cols; block++) {
-          gradient_tile(b, first, row, count, slice, block);
-          if (hidden_out) add_hidden(b, row, count, block, cols, hidden_out + row);
+          gradient_tile(b, first + row, row, count, slice + block * kBlockCols, block, tile.data());
+          if (hidden_out) add_hidden(b, count, block, cols, tile.data(), hidden_out + row);
+          if (weight_side)
+            kernels_.transpose_block(tile.data(), count,
+                                     b.dz_block(block) + row * kernels_.tile_rows, b.group_rows);
         }
       }
     });
   }
 
-  void gradient_tile(const Buffers& b, int64_t first, int64_t row, int64_t rows, int64_t slice,
-                     int64_t block) const {
-    const int64_t col = slice + block * kBlockCols, cols = std::min(kBlockCols, vocabulary_ - col);
+  // dL/dz of tokens [token, token + rows), which are `row`.. of the group, in one block of words.
+  void gradient_tile(const BackwardBuffers<Real>& b, int64_t token, int64_t row, int64_t rows,
+                     int64_t col, int64_t block, Real* tile) const {
+    const int64_t cols = std::min(kBlockCols, vocabulary_ - col);
     std::vector<Real*> out(rows);
-    for (int64_t i = 0; i < rows; i++) out[i] = dz_block(b, block) + (row + i) * kBlockCols;
+    for (int64_t i = 0; i < rows; i++) out[i] = tile + i * kBlockCols;
     kernels_.gemm({rows, cols, depth_, b.hidden_rows + row * depth_, depth_ * kernels_.tile_rows, 1,
                    kernels_.tile_rows, b.weight_rows + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t label = rows_.label[first + row + i] - col;
+      const int64_t label = rows_.label[token + i] - col;
       const bool inside = label >= 0 && label < cols;
       kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1},
                         map_, state_.grad_entropy.has_value(),
-                        state_.grad_of<Real>(rows_.token[first + row + i]));
+                        state_.grad_of<Real>(rows_.token[token + i]));
     }
   }
 
-  void add_hidden(const Buffers& b, int64_t row, int64_t rows, int64_t block, int64_t cols,
-                  Real* const* out) const {
+  void add_hidden(const BackwardBuffers<Real>& b, int64_t rows, int64_t block, int64_t cols,
+                  const Real* tile, Real* const* out) const {
     const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
-    kernels_.gemm({rows, depth_, words, dz_block(b, block) + row * kBlockCols,
-                   kernels_.tile_rows * kBlockCols, kBlockCols, 1, block_panels(b, block),
-                   words * kernels_.panel_cols, out, true});
+    kernels_.gemm({rows, depth_, words, tile, kernels_.tile_rows * kBlockCols, kBlockCols, 1,
+                   b.weight_block(block), words * kernels_.panel_cols, out, true});
   }
 
-  void add_weight(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
+  void add_weight(const BackwardBuffers<Real>& b, int64_t rows, int64_t slice, int64_t cols) const {
     Real* base = b.weight_sums ? b.weight_sums : data_of<Real>(grads_.weight) + slice * depth_;
     const int64_t ranges = panels(depth_, kDepthRange);
     at::parallel_for(0, panels(cols, kBlockCols) * ranges, 1, [&](int64_t begin, int64_t end) {
@@ -203,19 +159,21 @@ class HeadBackward {
         const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
         std::vector<Real*> out(words);
         for (int64_t v = 0; v < words; v++) out[v] = base + (block * kBlockCols + v) * depth_ + k;
-        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, dz_block(b, block),
-                       kernels_.tile_rows, 1, kBlockCols, b.hidden_cols + k * rows,
-                       rows * kernels_.panel_cols, out.data(), true});
+        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, b.dz_block(block),
+                       b.group_rows * kernels_.tile_rows, 1, kernels_.tile_rows,
+                       b.hidden_cols + k * rows, rows * kernels_.panel_cols, out.data(), true});
       }
     });
   }
 
-  void add_bias(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
+  void add_bias(const BackwardBuffers<Real>& b, int64_t rows, int64_t slice, int64_t cols) const {
     double* sums = data_of<double>(grads_.bias) + slice;
     at::parallel_for(0, cols, kBlockCols, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; v++) {
-        const Real* column = dz_block(b, v / kBlockCols) + v % kBlockCols;
-        for (int64_t i = 0; i < rows; i++) sums[v] += column[i * kBlockCols];
+        const int64_t width = kernels_.tile_rows, word = v % kBlockCols;
+        const Real* column =
+            b.dz_block(v / kBlockCols) + word / width * b.group_rows * width + word % width;
+        for (int64_t i = 0; i < rows; i++) sums[v] += column[i * width];
       }
     });
   }

@@ -18,6 +18,8 @@ struct LogitMap {
     return {Real(logit_scale / softcap_or_zero), Real(softcap_or_zero / temperature), true};
   }
 
+  bool is_identity() const { return !capped && outer == 1; }
+
   // The logit; *slope receives dz/draw.
   template <class T>
   SPO_HD T logit(T raw, T* slope) const {

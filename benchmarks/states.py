@@ -1,0 +1,40 @@
+"""Head states to measure on: real ones if SPO_HEAD_STATES names a file of them, else synthetic.
+
+The file (safetensors) holds `weight` [V, d] and, for a set like `samp2`, `samp2_hidden` [N, d] and
+`samp2_targets` [N]: last hidden states of a language model and the tokens it sampled from them.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadStates:
+    source: str
+    hidden: Tensor  # [N, d] float32
+    weight: Tensor  # [V, d] float32
+    targets: Tensor  # [N] int64
+
+
+def load_states(name: str = "samp2") -> HeadStates:
+    path = os.environ.get("SPO_HEAD_STATES", "")
+    if not path:
+        return synthetic_states()
+    from safetensors.torch import load_file
+
+    data = load_file(path)
+    hidden, targets = data[f"{name}_hidden"].float(), data[f"{name}_targets"].long()
+    return HeadStates(f"{os.path.basename(path)}:{name}", hidden, data["weight"].float(), targets)
+
+
+def synthetic_states(tokens: int = 4096, vocabulary: int = 24576, depth: int = 256) -> HeadStates:
+    """Each token has a few likely words, as in language: about one nat of entropy."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, depth, generator=generator) / depth**0.5
+    likely = torch.randint(vocabulary, (tokens, 3), generator=generator)
+    strength = torch.tensor([16.0, 15.0, 14.0])
+    hidden = (weight[likely] * strength[:, None]).sum(1)
+    return HeadStates("synthetic", hidden, weight, likely[:, 0].clone())

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the backward pass of the LM head divides its workspace: a group of rows times a slice of the
+// vocabulary. Sizes affect speed only; the groups are whole depth steps so that even grad_weight's
+// order of sums does not depend on them.
+#pragma once
+#include "head_problem.h"
+
+namespace spo {
+
+// What one pass over the rows computes, and the float sums it needs beside 16-bit gradients.
+struct BackwardWork {
+  bool hidden_side, weight_side, weight_sums;
+  int64_t hidden_sums;
+};
+
+template <class Real>
+struct BackwardBuffers {
+  BackwardBuffers(const HeadArgs& args, const HeadKernels<Real>& kernels, int64_t rows,
+                  const BackwardWork& work)
+      : depth(args.hidden.size(-1)), kernels(kernels) {
+    const int64_t budget = (args.workspace_mib << 20) / int64_t(sizeof(Real)) - work.hidden_sums;
+    const int64_t blocks = panels(args.weight.size(0), kBlockCols);
+    const int64_t per_col =
+        depth + (work.hidden_side ? padded_depth() : 0) + (work.weight_sums ? depth : 0);
+    row_chunk = row_chunk_for<Real>(rows);
+    const int64_t tiles = at::get_num_threads() * row_chunk * kBlockCols;
+    slice_cols = std::min<int64_t>(blocks, 4) * kBlockCols;
+    while (slice_cols > kBlockCols && slice_cols * per_col > budget / 2) slice_cols -= kBlockCols;
+    const int64_t dz_cols = work.weight_side ? slice_cols / kBlockCols * padded_block() : 0;
+    const int64_t per_row = depth + (work.weight_side ? padded_depth() : 0) + dz_cols;
+    const int64_t fixed = slice_cols * per_col + tiles + kernels.tile_rows * depth;
+    group_rows = (budget - fixed) / per_row / kDepthStep * kDepthStep;
+    const int64_t least =
+        ((fixed + work.hidden_sums + kDepthStep * per_row) * 2 * sizeof(Real) >> 20) + 1;
+    TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ", least,
+                      " for d = ", depth, ", got ", args.workspace_mib);
+    group_rows = std::min(group_rows, rows);
+    allocate(work, dz_cols);
+  }
+
+  int64_t padded_depth() const { return panels(depth, kernels.panel_cols) * kernels.panel_cols; }
+  int64_t padded_block() const { return panels(kBlockCols, kernels.tile_rows) * kernels.tile_rows; }
+  Real* weight_block(int64_t block) const {
+    return weight_cols + block * kBlockCols * padded_depth();
+  }
+  Real* dz_block(int64_t block) const { return dz + block * group_rows * padded_block(); }
+
+  const int64_t depth;
+  const HeadKernels<Real>& kernels;
+  int64_t group_rows, slice_cols, row_chunk;
+  Real *hidden_rows, *hidden_cols;  // panels of the group's rows, for z and for grad_weight
+  Real *weight_rows, *weight_cols;  // panels of the slice's words, for z and for grad_hidden
+  Real*
+      dz;  // left factor of grad_weight: [blocks][panels of tile_rows words][group_rows][tile_rows]
+  Real* weight_sums;  // float sums of a 16-bit grad_weight, else null
+  Real* hidden_sums;  // float sums of a 16-bit grad_hidden
+
+ private:
+  void allocate(const BackwardWork& work, int64_t dz_cols) {
+    const int64_t tile_rows = panels(group_rows, kernels.tile_rows) * kernels.tile_rows;
+    workspace_.emplace(std::vector<int64_t>{
+        tile_rows * depth, work.weight_side ? group_rows * padded_depth() : 0, slice_cols * depth,
+        work.hidden_side ? slice_cols * padded_depth() : 0, group_rows * dz_cols,
+        work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
+    Real** const arrays[] = {&hidden_rows, &hidden_cols, &weight_rows, &weight_cols,
+                             &dz,          &weight_sums, &hidden_sums};
+    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = workspace_->array(i);
+    if (!work.weight_sums) weight_sums = nullptr;
+  }
+
+  std::optional<Workspace<Real>> workspace_;
+};
+
+}  // namespace spo

@@ -1,0 +1,130 @@
+"""The policy: a small causal transformer, how it samples and how its batches look.
+
+Training rows are [prompt | program | padding], which a causal model reads without a mask; sampling
+needs every prompt to end at the same column, so there the padding stands on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from .config import QuickstartConfig
+from .programs import MAX_PROGRAM_TOKENS
+from .vocabulary import EOS, GO, PAD, TOKENS
+
+IGNORED = -100
+_MAX_PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """input_ids [B, T]; targets [B, T] are the next tokens, IGNORED outside the program."""
+
+    input_ids: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Programs drawn from a policy, n per prompt in prompt order, as ids up to their end token.
+
+    logprob_sums [B*n] is the log-probability of each program under the policy that drew it.
+    """
+
+    programs: list[list[int]]
+    logprob_sums: Tensor
+
+
+def make_policy(config: QuickstartConfig) -> Qwen2ForCausalLM:
+    """A policy with random weights from torch's current random state."""
+    shape = Qwen2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=_MAX_PROMPT_TOKENS + MAX_PROGRAM_TOKENS,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=GO,
+    )
+    return Qwen2ForCausalLM(shape)
+
+
+def make_batch(prompts: Sequence[Sequence[int]], programs: Sequence[Sequence[int]]) -> Batch:
+    """One prompt and one program per row; both must be non-empty."""
+    rows = [[*prompt, *program] for prompt, program in zip(prompts, programs, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    column = torch.arange(1, width)
+    start = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
+    end = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    in_program = (column >= start) & (column < end)
+    return Batch(ids[:, :-1], ids[:, 1:].masked_fill(~in_program, IGNORED))
+
+
+def hidden_states(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:
+    """Last hidden states [B, T, d]; the head is applied inside the loss, never here."""
+    hidden: Tensor = policy.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and attention mask, both [B, P]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(policy: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], per_prompt: int) -> Samples:
+    """Draws programs at temperature 1 from torch's current random state.
+
+    `policy.generate` would read a prompt once per program and carry finished rows to the end of
+    the longest one; a prompt is read once here and finished rows leave, a third of the time.
+    A program that reaches MAX_PROGRAM_TOKENS comes back without an end token.
+    """
+    ids, mask = pad_prompts(prompts)
+    cache = DynamicCache(config=policy.config)
+    hidden = _read(policy, ids, mask, cache).repeat_interleave(per_prompt, dim=0)
+    cache.batch_repeat_interleave(per_prompt)
+    mask = mask.repeat_interleave(per_prompt, dim=0)
+    rows = torch.arange(len(hidden))
+    drawn = torch.full((len(hidden), MAX_PROGRAM_TOKENS), PAD)
+    logprob_sums = torch.zeros(len(hidden), dtype=torch.float64)
+    for column in range(MAX_PROGRAM_TOKENS):
+        logprobs = policy.lm_head(hidden).log_softmax(dim=-1)
+        tokens = torch.multinomial(logprobs.exp(), 1)
+        drawn[rows, column] = tokens.squeeze(1)
+        logprob_sums[rows] += logprobs.gather(1, tokens).squeeze(1)
+        running = (tokens.squeeze(1) != EOS).nonzero().squeeze(1)
+        if column + 1 == MAX_PROGRAM_TOKENS or not len(running):
+            break
+        if len(running) < len(rows):
+            cache.batch_select_indices(running)
+        rows, tokens, mask = rows[running], tokens[running], mask[running]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        hidden = _read(policy, tokens, mask, cache)
+    return Samples([_up_to_end(row) for row in drawn.tolist()], logprob_sums.float())
+
+
+def _up_to_end(row: list[int]) -> list[int]:
+    return row[: row.index(EOS) + 1] if EOS in row else row
+
+
+def _read(policy: Qwen2ForCausalLM, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Appends ids [B, n] to the cache; the last hidden state [B, d]. mask [B, all columns]."""
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    output = policy.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, -1]
