@@ -9,6 +9,9 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 SANITIZED := $(addprefix python_tests/,test_token_logprobs.py test_logprobs_from_logits.py \
 	test_soft_q.py test_loss.py test_linear_loss.py test_trace_one_token.py)
 
+# Real head states, where there are some beside the repository; else tests and benchmarks make their own.
+export SPO_HEAD_STATES ?= $(abspath $(wildcard ../shared/data/lm_head_states.safetensors))
+
 .PHONY: quickstart test lint format bench build package sanitize sandbox clean
 
 quickstart: build sandbox
@@ -45,8 +48,6 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Real head states, where there are some beside the repository; synthetic ones otherwise.
-bench: export SPO_HEAD_STATES ?= $(wildcard ../shared/data/lm_head_states.safetensors)
 bench: build
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds \
 		--benchmark-group-by=group --benchmark-sort=name

@@ -12,8 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
-
 VERSION = "0.1.0"
 ROOT = Path(__file__).parent
 
@@ -24,11 +22,12 @@ def fail(message: str) -> None:
 
 try:
     import torch
+    from setuptools import setup
     from torch.utils import cpp_extension
 except ImportError:
     fail(
-        "building needs PyTorch: pip install torch, then pip install --no-build-isolation . "
-        "(see README)"
+        "building needs PyTorch, setuptools and ninja: pip install torch setuptools ninja, "
+        "then pip install --no-build-isolation ."
     )
 
 

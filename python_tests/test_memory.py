@@ -3,39 +3,11 @@ V."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-MEASURE = """
-import sys
-import torch
-import spo_ext
-
-def status_mib(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) / 1024
-
-tokens, vocabulary, depth, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
-getattr(torch, sys.argv[4])
-targets = torch.randint(vocabulary, (tokens,))
-
-def run(hidden, weight, labels):
-    logprobs = spo_ext.token_logprobs(hidden, weight, labels)
-    return torch.autograd.grad(logprobs.sum(), (hidden, weight))
-
-def leaves(n, v, d):
-    return (torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v,
-    d).to(dtype).requires_grad_())
-
-run(*leaves(300, 600, 64), targets[:300] % 600)  # threads, libraries and the allocator are warm
-hidden, weight = leaves(tokens, vocabulary, depth)
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again here
-before = status_mib("VmRSS")
-grads = run(hidden, weight, targets)
-gradients = sum(g.numel() * g.element_size() for g in grads) / 2**20
-print(status_mib("VmHWM") - before - gradients)
-"""
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "extra_memory.py"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -48,7 +20,7 @@ print(status_mib("VmHWM") - before - gradients)
 )
 def test_extra_memory_is_within_the_workspace(shape):
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, shape)], capture_output=True, text=True
+        [sys.executable, SCRIPT, *map(str, shape)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     extra_mib = float(result.stdout)

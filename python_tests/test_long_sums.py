@@ -1,0 +1,44 @@
+"""The number that SPO regresses is a sum over a completion: errors must not add up along it."""
+
+import os
+
+import pytest
+import torch
+
+import spo_ext
+from spo_ext import reference
+
+TOKENS = 1024
+
+
+def synthetic_states():
+    """bf16 states of a sharp softmax over 24576 words: about one nat per token."""
+    weight = torch.randn(24576, 256).bfloat16()
+    likely = torch.randint(24576, (TOKENS, 3))
+    strength = torch.tensor([0.080, 0.076, 0.072])[:, None]
+    hidden = (weight[likely].float() * strength).sum(1).bfloat16()
+    return hidden, weight, likely[:, 0]
+
+
+def real_states():
+    path = os.environ.get("SPO_HEAD_STATES", "")
+    if not path:
+        pytest.skip("SPO_HEAD_STATES names no file of real head states")
+    from safetensors.torch import load_file
+
+    data = load_file(path)
+    return data["samp2_hidden"][:TOKENS], data["weight"], data["samp2_targets"][:TOKENS]
+
+
+@pytest.mark.parametrize("states", [synthetic_states, real_states])
+def test_sum_over_a_long_completion(states):
+    hidden, weight, targets = states()
+    truth = reference.token_logprobs(hidden.double(), weight.double(), targets)[0].sum()
+
+    def error(logprobs):
+        return abs(float(logprobs.double().sum() - truth))
+
+    rounded = torch.log_softmax((hidden @ weight.T).float(), -1)
+    rounded = rounded.gather(-1, targets.long()[:, None])
+    assert error(spo_ext.token_logprobs(hidden, weight, targets)) <= 1e-4
+    assert error(rounded) >= 0.01  # what logits rounded to bf16 do to the same sum
