@@ -19,23 +19,18 @@ struct BackwardBuffers {
                   const BackwardWork& work)
       : depth(args.hidden.size(-1)), kernels(kernels) {
     const int64_t budget = (args.workspace_mib << 20) / int64_t(sizeof(Real)) - work.hidden_sums;
-    const int64_t blocks = panels(args.weight.size(0), kBlockCols);
-    const int64_t per_col =
-        depth + (work.hidden_side ? padded_depth() : 0) + (work.weight_sums ? depth : 0);
     row_chunk = row_chunk_for<Real>(rows);
-    const int64_t tiles = at::get_num_threads() * row_chunk * kBlockCols;
-    slice_cols = std::min<int64_t>(blocks, 4) * kBlockCols;
-    while (slice_cols > kBlockCols && slice_cols * per_col > budget / 2) slice_cols -= kBlockCols;
-    const int64_t dz_cols = work.weight_side ? slice_cols / kBlockCols * padded_block() : 0;
-    const int64_t per_row = depth + (work.weight_side ? padded_depth() : 0) + dz_cols;
-    const int64_t fixed = slice_cols * per_col + tiles + kernels.tile_rows * depth;
-    group_rows = (budget - fixed) / per_row / kDepthStep * kDepthStep;
-    const int64_t least =
-        ((fixed + work.hidden_sums + kDepthStep * per_row) * 2 * sizeof(Real) >> 20) + 1;
-    TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ", least,
-                      " for d = ", depth, ", got ", args.workspace_mib);
+    slice_cols = std::min<int64_t>(panels(args.weight.size(0), kBlockCols), 4) * kBlockCols;
+    while (slice_cols > kBlockCols &&
+           (fixed_size(work) > budget / 2 || groups_fitting(work, budget) == 0))
+      slice_cols -= kBlockCols;
+    group_rows = groups_fitting(work, budget) * kDepthStep;
+    // Half as much again: a third of the workspace may hold the sums of grad_hidden.
+    const int64_t least = (fixed_size(work) + kDepthStep * row_size(work)) * 3 / 2 * sizeof(Real);
+    TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ",
+                      (least >> 20) + 1, " for d = ", depth, ", got ", args.workspace_mib);
     group_rows = std::min(group_rows, rows);
-    allocate(work, dz_cols);
+    allocate(work);
   }
 
   int64_t padded_depth() const { return panels(depth, kernels.panel_cols) * kernels.panel_cols; }
@@ -56,11 +51,28 @@ struct BackwardBuffers {
   Real* hidden_sums;  // float sums of a 16-bit grad_hidden
 
  private:
-  void allocate(const BackwardWork& work, int64_t dz_cols) {
+  int64_t dz_cols(const BackwardWork& work) const {
+    return work.weight_side ? slice_cols / kBlockCols * padded_block() : 0;
+  }
+  int64_t row_size(const BackwardWork& work) const {  // numbers per row of a group
+    return depth + (work.weight_side ? padded_depth() : 0) + dz_cols(work);
+  }
+  int64_t fixed_size(const BackwardWork& work) const {  // numbers whatever the group: words, tiles
+    const int64_t per_col =
+        depth + (work.hidden_side ? padded_depth() : 0) + (work.weight_sums ? depth : 0);
+    return slice_cols * per_col + at::get_num_threads() * row_chunk * kBlockCols +
+           kernels.tile_rows * depth;
+  }
+  int64_t groups_fitting(const BackwardWork& work,
+                         int64_t budget) const {  // in depth steps of rows
+    return std::max<int64_t>(budget - fixed_size(work), 0) / row_size(work) / kDepthStep;
+  }
+
+  void allocate(const BackwardWork& work) {
     const int64_t tile_rows = panels(group_rows, kernels.tile_rows) * kernels.tile_rows;
     workspace_.emplace(std::vector<int64_t>{
         tile_rows * depth, work.weight_side ? group_rows * padded_depth() : 0, slice_cols * depth,
-        work.hidden_side ? slice_cols * padded_depth() : 0, group_rows * dz_cols,
+        work.hidden_side ? slice_cols * padded_depth() : 0, group_rows * dz_cols(work),
         work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
     Real** const arrays[] = {&hidden_rows, &hidden_cols, &weight_rows, &weight_cols,
                              &dz,          &weight_sums, &hidden_sums};
