@@ -1,8 +1,13 @@
 """Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from sandbox_cases import FAST, WHY_NOT
 from torch import Tensor
+
+from spo_ext.sandbox import Sandbox
 
 DEVICES = ["cpu"]
 
@@ -33,6 +38,14 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    if WHY_NOT["bwrap"] is not None:
+        pytest.skip(f"bubblewrap does not work here: {WHY_NOT['bwrap']}")
+    with Sandbox(workers=2, level="bwrap", limits=FAST) as sandbox:
+        yield sandbox
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

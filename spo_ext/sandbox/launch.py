@@ -18,8 +18,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-import random
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -101,7 +101,7 @@ class Launcher:
 
     def pick_user(self) -> int | None:
         """A user for one worker. Each its own, so that no worker uses up another's processes."""
-        return random.choice(SPARE_USERS) if self.change_user else None
+        return secrets.choice(SPARE_USERS) if self.change_user else None
 
     @property
     def needs_scratch(self) -> bool:
