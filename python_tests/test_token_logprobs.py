@@ -244,3 +244,20 @@ def test_gradients_are_rounded_once():
     want = torch.autograd.grad(reference.token_logprobs(*truth, targets)[0].sum(), truth[1])[0]
     ulp = want.abs().clamp(min=1e-30).log2().floor().exp2() * 2**-7
     assert ((grad.double() - want).abs() <= 0.51 * ulp + 1e-5 * want.abs().max()).all()
+
+
+def test_more_than_2_to_the_31_logits():
+    """16400 tokens x 131072 words: any 32-bit index would wrap. One hidden channel keeps it quick."""
+    tokens, vocabulary = 16400, 131072
+    assert tokens * vocabulary > 2**31
+    hidden, weight, targets = head_inputs(tokens, vocabulary, 1, torch.float32)
+    logprobs = spo_ext.token_logprobs(hidden, weight, targets)
+    rows = torch.tensor([0, tokens // 2, tokens - 1])
+    truth = [doubled(hidden), doubled(weight)]
+    want = reference.token_logprobs(truth[0][rows], truth[1], targets[rows])[0]
+    assert logprob_error(logprobs[rows], want) <= 3e-6
+    upstream = torch.zeros(tokens)
+    upstream[rows] = 1.0  # the other rows are skipped
+    grads = torch.autograd.grad(logprobs, (hidden, weight), upstream)
+    for got, expected in zip(grads, torch.autograd.grad(want.sum(), truth), strict=True):
+        assert relative_error(got, expected) <= 1e-5
