@@ -56,7 +56,7 @@ def _draw_held_out(axes: Axes, config: QuickstartConfig, log: RunLog) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of problems")
     axes.set_title(f"{config.evaluation_problems} {config.evaluation_title} problems")
-    axes.legend(loc="center right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
 
 
 def _draw_rollouts(axes: Axes, config: QuickstartConfig, log: RunLog) -> None:
