@@ -65,7 +65,7 @@ sanitize: $(VENV)/.ready
 		--target build/sanitize .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-		$(BIN)/pytest $(SANITIZED)
+		$(BIN)/pytest --capture=no $(SANITIZED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info spo_ext/*.so

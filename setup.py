@@ -75,7 +75,7 @@ def extension() -> object:
     link: list[str] = []
     if os.environ.get("SPO_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
-        flags += [*sanitize, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+        flags += [*sanitize, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1"]
         link += sanitize
     if not cuda:
         return cpp_extension.CppExtension(

@@ -136,21 +136,23 @@ void gradient_of_sequence(const LossData<Real>& d, int64_t s, double upstream, R
                           Real* grad_q0) {
   SequenceWalk<Real> walk(d, s);
   const double scale = upstream * (d.weights ? double(d.weights[s]) : 1);
-  std::vector<double> slope(d.sequences.begin(s + 1) - d.sequences.begin(s), 0);
-  double* slope_at = slope.data() - d.sequences.begin(s);
+  const int64_t first = d.sequences.begin(s), end = d.sequences.begin(s + 1);
+  std::vector<double> slopes(end - first, 0);  // dphi/dQ at each position of the sequence
   double from_q0 = 0;
   walk.run([&](int64_t i, double q, bool last) {
+    double& slope = slopes[i - first];
     if (d.objective == Objective::kAdvantage) {
-      slope_at[i] = advantage_loss(d, s, i, walk.num_tokens).slope;
-      if (!d.advantages) from_q0 += slope_at[i] / walk.num_tokens;
+      slope = advantage_loss(d, s, i, walk.num_tokens).slope;
+      if (!d.advantages) from_q0 += slope / walk.num_tokens;
     } else if (d.objective != Objective::kLinear) {
-      slope_at[i] = token_loss(d, walk, i, q, last).slope;
-      from_q0 += slope_at[i];
+      slope = token_loss(d, walk, i, q, last).slope;
+      from_q0 += slope;
     }
   });
   double tail = 0;
-  for (int64_t i = d.sequences.begin(s + 1) - 1; i >= d.sequences.begin(s); i--) {
-    tail = d.objective == Objective::kAdvantage ? slope_at[i] : tail + slope_at[i];
+  for (int64_t i = end - 1; i >= first; i--) {
+    const double slope = slopes[i - first];
+    tail = d.objective == Objective::kAdvantage ? slope : tail + slope;
     const double to_logprob = d.objective == Objective::kLinear ? -scale : d.beta * tail * scale;
     grad_logprobs[i] = d.sequences.counts(i) ? to_logprob : 0;
   }

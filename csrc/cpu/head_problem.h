@@ -227,13 +227,4 @@ int64_t row_chunk_for(int64_t rows) {
   return std::max<int64_t>(std::min(most, fair), 1) * tile_rows;
 }
 
-// How the workspace is divided. Results do not depend on it, only speed does.
-struct HeadPlan {
-  int64_t row_chunk;   // rows of one task
-  int64_t group_rows;  // rows packed at a time
-  int64_t slice_cols;  // vocabulary columns packed at a time, whole blocks
-};
-
-HeadPlan plan_forward(const HeadArgs& args, int64_t num_rows, int64_t row_chunk, int64_t real_size);
-
 }  // namespace spo

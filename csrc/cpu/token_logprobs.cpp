@@ -10,6 +10,15 @@
 
 namespace spo {
 
+namespace {
+
+// How the workspace is divided. Results do not depend on it, only speed does.
+struct HeadPlan {
+  int64_t row_chunk;   // rows of one task
+  int64_t group_rows;  // rows packed at a time
+  int64_t slice_cols;  // vocabulary columns packed at a time, whole blocks
+};
+
 HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t row_chunk, int64_t real_size) {
   const int64_t depth = a.hidden.size(-1), vocabulary = a.weight.size(0);
   const int64_t blocks = panels(vocabulary, kBlockCols);
@@ -29,8 +38,6 @@ HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t row_chunk, in
   plan.group_rows = std::min(plan.group_rows, panels(num_rows, plan.row_chunk) * plan.row_chunk);
   return plan;
 }
-
-namespace {
 
 template <class Real>
 class HeadForward {
