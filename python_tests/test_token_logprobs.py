@@ -247,7 +247,7 @@ def test_gradients_are_rounded_once():
 
 
 def test_more_than_2_to_the_31_logits():
-    """16400 tokens x 131072 words: any 32-bit index would wrap. One hidden channel keeps it quick."""
+    """16400 tokens x 131072 words: any 32-bit index would wrap. One channel keeps it quick."""
     tokens, vocabulary = 16400, 131072
     assert tokens * vocabulary > 2**31
     hidden, weight, targets = head_inputs(tokens, vocabulary, 1, torch.float32)

@@ -9,7 +9,6 @@
 #include "head_problem.h"
 
 namespace spo {
-
 namespace {
 
 // How the workspace is divided. Results do not depend on it, only speed does.
