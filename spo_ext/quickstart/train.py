@@ -107,11 +107,8 @@ def update_policy(
         weights=weights,
         return_stats=True,
     )
-    # d/dR of (Q_T - r)^2 is 2 beta (Q_T - r), R the log-ratio of the program. Without the factor
-    # 2 beta one learning rate serves every beta; cross_entropy, a function of Q_T / beta, has none.
-    scale = 1.0 if config.objective == "cross_entropy" else 1.0 / (2.0 * config.beta)
     optimizer.zero_grad()
-    (scale * loss).backward()  # type: ignore[no-untyped-call]
+    (_loss_scale(config) * loss).backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     optimizer.step()
     return {
@@ -121,6 +118,15 @@ def update_policy(
         "mean_weight": 1.0 if weights is None else float(weights.mean()),
         "grad_norm": float(norm),
     }
+
+
+def _loss_scale(config: QuickstartConfig) -> float:
+    """What makes one learning rate serve every objective and beta.
+
+    d/dR of (Q_T - r)^2 is 2 beta (Q_T - r), R the log-ratio of the program: the factor 2 beta is
+    taken out. cross_entropy, a function of Q_T / beta, has no such factor.
+    """
+    return 1.0 if config.objective == "cross_entropy" else 1.0 / (2.0 * config.beta)
 
 
 def _stale_weights(
