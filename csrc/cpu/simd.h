@@ -23,8 +23,8 @@ template <>
 struct ExpConstants<float> {
   using Bits = int32_t;
   static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;
-  static constexpr float kLowest = -87.33654f, kHighest = 88.0f;  // normal results only
-  static constexpr float kRound = 12582912.0f;                    // 1.5 * 2^23
+  static constexpr float kLowest = -87.33654f;  // normal results only
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
 
@@ -32,7 +32,7 @@ template <>
 struct ExpConstants<double> {
   using Bits = int64_t;
   static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;
-  static constexpr double kLowest = -708.39641853226408, kHighest = 709.0;
+  static constexpr double kLowest = -708.39641853226408;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
@@ -70,8 +70,8 @@ struct VectorMath {
     return x > high ? V{} + high : x;
   }
 
-  // For x up to kHighest; exponents of probabilities are never above 0. Below the normal numbers it
-  // is 0.
+  // For x up to 88 (709 in double); exponents of probabilities are never above 0. Below the normal
+  // numbers it is 0.
   static SPO_HD V exp(V x) {
     V power;
     const V em1 = split(x < C::kLowest ? V{} + C::kLowest : x, &power);
