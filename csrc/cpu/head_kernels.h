@@ -2,7 +2,7 @@
 // The inner loops of the LM head, compiled once per instruction set (head_kernels_*.cpp) and picked
 // at run time. Everything works on packed panels in the arithmetic type (float, or double for
 // double):
-//   A  tiles of `tile_rows` rows;  element (row, k) of a tile at row * a_row + k * a_depth
+//   A  tiles of `tile_rows` rows in one of two layouts (Left)
 //   B  panels of `panel_cols` columns, [panel][k][panel_cols], zero-padded at the right edge
 //   C  one pointer per row, so that a result can be scattered without a copy
 // Each element of C is a chain of fused multiply-adds in the order of k, in steps of kDepthStep,
@@ -17,13 +17,21 @@
 namespace spo {
 
 constexpr int64_t kBlockCols = 256;  // vocabulary columns per block of statistics
-constexpr int64_t kDepthStep = 256;  // k-steps summed in registers before C is touched
+constexpr int64_t kDepthStep = 128;  // k-steps summed in registers before C is touched
+
+// Where element (row, k) of a tile of A lies. Known when the kernel is compiled, so that the rows'
+// offsets need no registers.
+enum class Left {
+  kPanel,  // k * tile_rows + row
+  kBlock,  // row * kBlockCols + k
+};
 
 template <class Real>
 struct Gemm {
   int64_t rows, cols, depth;
+  Left layout;
   const Real* a;
-  int64_t a_tile, a_row, a_depth;  // strides between tiles, rows of a tile and k-steps
+  int64_t a_tile;  // stride between tiles
   const Real* b;
   int64_t b_panel;  // stride between panels
   Real* const* c;   // [rows]

@@ -28,17 +28,18 @@ struct Kernel {
   static SPO_HD void store(Real* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
   // C[kRows, panel] (+)= A[kRows, depth] B[depth, panel]; the sums stay in registers.
-  template <int kRows>
-  static void multiply_tile(int64_t depth, const Real* a, int64_t a_row, int64_t a_depth,
-                            const Real* b, Real* const* c, int64_t col, int64_t cols, bool add) {
+  template <int kRows, Left kLayout>
+  static void multiply_tile(int64_t depth, const Real* a, const Real* b, Real* const* c,
+                            int64_t col, int64_t cols, bool add) {
+    constexpr int64_t kRow = kLayout == Left::kPanel ? 1 : kBlockCols;
     V sums[kRows][2] = {};
-    for (int64_t k = 0; k < depth; k++, a += a_depth, b += kPanelCols) {
-      __builtin_prefetch(a + 8 * a_depth);
+    for (int64_t k = 0; k < depth; k++, a += depth_stride(kLayout), b += kPanelCols) {
+      __builtin_prefetch(a + 8 * depth_stride(kLayout));
       const V left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; i++) {
-        sums[i][0] += left * a[i * a_row];
-        sums[i][1] += right * a[i * a_row];
+        sums[i][0] += left * a[i * kRow];
+        sums[i][1] += right * a[i * kRow];
       }
     }
 #pragma GCC unroll 16
@@ -55,18 +56,27 @@ struct Kernel {
     }
   }
 
-  using MultiplyTile = void (*)(int64_t, const Real*, int64_t, int64_t, const Real*, Real* const*,
-                                int64_t, int64_t, bool);
+  static constexpr int64_t depth_stride(Left layout) {
+    return layout == Left::kPanel ? kTileRows : 1;
+  }
 
-  template <int kRows>
+  using MultiplyTile = void (*)(int64_t, const Real*, const Real*, Real* const*, int64_t, int64_t,
+                                bool);
+
+  template <int kRows, Left kLayout>
   static MultiplyTile pick_tile(int64_t rows) {  // the last tile may have fewer rows
     if constexpr (kRows > 1) {
-      if (rows < kRows) return pick_tile<kRows - 1>(rows);
+      if (rows < kRows) return pick_tile<kRows - 1, kLayout>(rows);
     }
-    return &multiply_tile<kRows>;
+    return &multiply_tile<kRows, kLayout>;
   }
 
   static void gemm(const Gemm<Real>& g) {
+    g.layout == Left::kPanel ? multiply<Left::kPanel>(g) : multiply<Left::kBlock>(g);
+  }
+
+  template <Left kLayout>
+  static void multiply(const Gemm<Real>& g) {
     for (int64_t k = 0; k < g.depth; k += kDepthStep) {
       const int64_t depth = g.depth - k < kDepthStep ? g.depth - k : kDepthStep;
       for (int64_t col = 0; col < g.cols; col += kPanelCols) {
@@ -74,9 +84,9 @@ struct Kernel {
         const Real* b = g.b + col / kPanelCols * g.b_panel + k * kPanelCols;
         for (int64_t row = 0; row < g.rows; row += kTileRows) {
           const int64_t rows = g.rows - row < kTileRows ? g.rows - row : kTileRows;
-          const Real* a = g.a + row / kTileRows * g.a_tile + k * g.a_depth;
-          pick_tile<kTileRows>(rows)(depth, a, g.a_row, g.a_depth, b, g.c + row, col, cols,
-                                     g.accumulate || k > 0);
+          const Real* a = g.a + row / kTileRows * g.a_tile + k * depth_stride(kLayout);
+          pick_tile<kTileRows, kLayout>(rows)(depth, a, b, g.c + row, col, cols,
+                                              g.accumulate || k > 0);
         }
       }
     }

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <optional>
 #include <vector>
@@ -92,6 +93,29 @@ struct MatrixView {
 };
 
 inline int64_t panels(int64_t size, int64_t width) { return (size + width - 1) / width; }
+
+// Tasks handed out one at a time: a thread that is held up by other work on the machine takes
+// fewer. Which thread runs a task never matters to its result.
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t tasks) : tasks_(tasks) {}
+  bool take(int64_t* task) {
+    *task = next_.fetch_add(1, std::memory_order_relaxed);
+    return *task < tasks_;
+  }
+
+ private:
+  const int64_t tasks_;
+  std::atomic<int64_t> next_{0};
+};
+
+// Runs work(queue) once per thread; it takes tasks until there are none.
+template <class Work>
+void parallel_tasks(int64_t tasks, const Work& work) {
+  TaskQueue queue(tasks);
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1,
+                   [&](int64_t, int64_t) { work(queue); });
+}
 
 #define SPO_DISPATCH_STORAGE(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, TYPE, NAME, __VA_ARGS__)

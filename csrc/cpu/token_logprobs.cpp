@@ -76,9 +76,9 @@ class HeadForward {
     const int64_t cols = std::min(plan_.slice_cols, vocabulary_ - col);
     pack_rows(MatrixView::of_weight(args_.weight), col, cols, depth_, kernels_.panel_cols, weight_);
     const int64_t chunks = panels(count, plan_.row_chunk);
-    at::parallel_for(0, chunks * panels(cols, kBlockCols), 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(chunks * panels(cols, kBlockCols), [&](TaskQueue& queue) {
       std::vector<Real> tile(plan_.row_chunk * kBlockCols);
-      for (int64_t task = begin; task < end; task++)
+      for (int64_t task; queue.take(&task);)
         run_tile(first, count, col, task % chunks * plan_.row_chunk, task / chunks, tile.data());
     });
   }
@@ -91,8 +91,8 @@ class HeadForward {
     const int64_t cols = std::min(kBlockCols, vocabulary_ - col);
     std::vector<Real*> out(rows);
     for (int64_t i = 0; i < rows; i++) out[i] = tile + i * kBlockCols;
-    kernels_.gemm({rows, cols, depth_, hidden_ + row * depth_, depth_ * kernels_.tile_rows, 1,
-                   kernels_.tile_rows, weight_ + block * kBlockCols * depth_,
+    kernels_.gemm({rows, cols, depth_, Left::kPanel, hidden_ + row * depth_,
+                   depth_ * kernels_.tile_rows, weight_ + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {

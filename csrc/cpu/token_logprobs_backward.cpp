@@ -109,9 +109,9 @@ class HeadBackward {
   // grad_hidden and copied into the panels that grad_weight will read.
   void add_rows(const BackwardBuffers<Real>& b, int64_t first, int64_t rows, int64_t slice,
                 int64_t cols, Real* const* hidden_out, bool weight_side) const {
-    at::parallel_for(0, panels(rows, b.row_chunk), 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(panels(rows, b.row_chunk), [&](TaskQueue& queue) {
       std::vector<Real> tile(b.row_chunk * kBlockCols);
-      for (int64_t chunk = begin; chunk < end; chunk++) {
+      for (int64_t chunk; queue.take(&chunk);) {
         const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
         for (int64_t block = 0; block * kBlockCols < cols; block++) {
           gradient_tile(b, first + row, row, count, slice + block * kBlockCols, block, tile.data());
@@ -130,8 +130,8 @@ class HeadBackward {
     const int64_t cols = std::min(kBlockCols, vocabulary_ - col);
     std::vector<Real*> out(rows);
     for (int64_t i = 0; i < rows; i++) out[i] = tile + i * kBlockCols;
-    kernels_.gemm({rows, cols, depth_, b.hidden_rows + row * depth_, depth_ * kernels_.tile_rows, 1,
-                   kernels_.tile_rows, b.weight_rows + block * kBlockCols * depth_,
+    kernels_.gemm({rows, cols, depth_, Left::kPanel, b.hidden_rows + row * depth_,
+                   depth_ * kernels_.tile_rows, b.weight_rows + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {
@@ -146,21 +146,21 @@ class HeadBackward {
   void add_hidden(const BackwardBuffers<Real>& b, int64_t rows, int64_t block, int64_t cols,
                   const Real* tile, Real* const* out) const {
     const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
-    kernels_.gemm({rows, depth_, words, tile, kernels_.tile_rows * kBlockCols, kBlockCols, 1,
+    kernels_.gemm({rows, depth_, words, Left::kBlock, tile, kernels_.tile_rows * kBlockCols,
                    b.weight_block(block), words * kernels_.panel_cols, out, true});
   }
 
   void add_weight(const BackwardBuffers<Real>& b, int64_t rows, int64_t slice, int64_t cols) const {
     Real* base = b.weight_sums ? b.weight_sums : data_of<Real>(grads_.weight) + slice * depth_;
     const int64_t ranges = panels(depth_, kDepthRange);
-    at::parallel_for(0, panels(cols, kBlockCols) * ranges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; task++) {
+    parallel_tasks(panels(cols, kBlockCols) * ranges, [&](TaskQueue& queue) {
+      for (int64_t task; queue.take(&task);) {
         const int64_t block = task / ranges, k = task % ranges * kDepthRange;
         const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
         std::vector<Real*> out(words);
         for (int64_t v = 0; v < words; v++) out[v] = base + (block * kBlockCols + v) * depth_ + k;
-        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, b.dz_block(block),
-                       b.group_rows * kernels_.tile_rows, 1, kernels_.tile_rows,
+        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, Left::kPanel,
+                       b.dz_block(block), b.group_rows * kernels_.tile_rows,
                        b.hidden_cols + k * rows, rows * kernels_.panel_cols, out.data(), true});
       }
     });
