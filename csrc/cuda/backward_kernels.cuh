@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two small kernels of the LM head's backward pass: the scale of float16 gradients, and grad_bias.
+#pragma once
+#include "head_problem.cuh"
+
+namespace spo::cuda {
+
+constexpr int kBiasCols = 32, kBiasThreads = 256, kScaleThreads = 1024;
+
+// The largest power of two that keeps |dz| below 2^13, so that float16 can hold it and loses only
+// probabilities below 2^-37 of the largest gradient. [0] the scale, [1] its inverse.
+template <class Real>
+__global__ void __launch_bounds__(kScaleThreads)
+    gradient_scale(RowRange tokens, TokenStates<Real> states, Real slope, Real* out) {
+  __shared__ Real warp_largest[kScaleThreads / 32];
+  Real largest = 0;
+  for (int64_t i = threadIdx.x; i < tokens.size(); i += kScaleThreads) {
+    const TokenGrad<Real> grad = states.of(tokens.list.token[tokens.first + i]);
+    // |p_j (log p_j + H)| <= 1/e + log V
+    const Real bound = ::fabs(grad.grad_logprob) + 16 * ::fabs(grad.grad_entropy);
+    largest = bound > largest ? bound : largest;
+  }
+  largest = warp_max(largest);
+  if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  largest = warp_max(warp_largest[threadIdx.x]) * slope;
+  int exponent = 12;  // no gradient, or one that no scale can save
+  if (largest > 0 && largest < std::numeric_limits<Real>::infinity()) ::frexp(largest, &exponent);
+  const int shift = exponent > 112 ? -100 : exponent < -88 ? 100 : 12 - exponent;
+  if (threadIdx.x == 0) out[0] = ::ldexp(Real(1), shift), out[1] = ::ldexp(Real(1), -shift);
+}
+
+// grad_bias[word] += sum of dz over the group's tokens, in double: eight partial sums per word.
+template <class Real, class Storage>
+__global__ void __launch_bounds__(kBiasThreads)
+    add_bias_grad(RowRange tokens, RowsView dz, int64_t words, const Real* unscale, double* grad) {
+  __shared__ double partial[kBiasThreads];
+  const int lane = threadIdx.x % kBiasCols, part = threadIdx.x / kBiasCols;
+  const int64_t word = int64_t(blockIdx.x) * kBiasCols + lane, rows = tokens.size();
+  double sum = 0;
+  if (word < words)
+    for (int64_t row = part; row < rows; row += kBiasThreads / kBiasCols)
+      sum += static_cast<double>(static_cast<const Storage*>(dz.data)[dz.offset(row) + word]);
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (part != 0 || word >= words) return;
+  for (int p = 1; p < kBiasThreads / kBiasCols; p++) sum += partial[p * kBiasCols + lane];
+  grad[word] += sum * (unscale ? double(*unscale) : 1.0);
+}
+
+}  // namespace spo::cuda

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the backward pass of the LM head divides its workspace on CUDA. dz of one slice of the
+// vocabulary for all tokens is the largest part; a 16-bit grad_hidden needs one byte per number
+// beside it (SplitFloat). Sizes affect speed and, for grad_weight, the order of sums over tokens.
+// Rows are tokens, or slots on Hopper, where they are one group whatever their number.
+#pragma once
+#include "head_problem.cuh"
+
+namespace spo::cuda {
+
+// What one pass over a range of rows computes.
+struct BackwardPass {
+  int64_t first, count;
+  bool hidden_side, weight_side;
+};
+
+struct BackwardPlan {
+  static constexpr int64_t kSliceStep = 256, kGroupStep = 128;
+  int64_t low_bytes;  // of grad_hidden's sums
+  int64_t slice_words, group_rows;
+  bool weight_sums;  // several groups: grad_weight waits in arithmetic precision for the last
+
+  BackwardPlan(const HeadArgs& args, const BackwardPass& pass, int64_t storage_bytes,
+               int64_t real_bytes, bool split_hidden, bool one_group) {
+    const int64_t depth = args.weight.size(1), vocabulary = args.weight.size(0);
+    low_bytes = pass.hidden_side && split_hidden ? pass.count * depth : 0;
+    const int64_t rest = (args.workspace_mib << 20) - low_bytes;
+    slice_words = std::min(rest / (storage_bytes * pass.count), vocabulary + kSliceStep - 1) /
+                  kSliceStep * kSliceStep;
+    group_rows = pass.count;
+    weight_sums = false;
+    if (slice_words > 0) return;
+    slice_words = kSliceStep;
+    if (one_group) return;  // 512 bytes a token: O(N)
+    weight_sums = pass.weight_side;
+    const int64_t sums = weight_sums ? kSliceStep * depth * real_bytes : 0;
+    group_rows =
+        std::max<int64_t>(rest - sums, 0) / (kSliceStep * storage_bytes) / kGroupStep * kGroupStep;
+    const int64_t least = 2 * (sums + kSliceStep * kGroupStep * storage_bytes);
+    TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ",
+                      (least >> 20) + 1, " for d = ", depth, ", got ", args.workspace_mib);
+  }
+
+  // Rows whose 16-bit grad_hidden may be summed in one pass: half the workspace for its bytes.
+  static int64_t most_split_rows(const HeadArgs& args) {
+    return std::max<int64_t>((args.workspace_mib << 20) / 2 / args.weight.size(1), 1);
+  }
+};
+
+}  // namespace spo::cuda

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens to a row of a finished tile (head_gemm.cuh): one warp per row, the columns dealt out
+// to its lanes. Each has  row<kTile>(numbers, row, col0, cols, lane):  `row` counts from the first
+// row of the product, col0 is the tile's first column, `cols` the columns of the product.
+#pragma once
+#include "head_rows.cuh"
+
+namespace spo::cuda {
+
+// Butterflies: every lane gets the same result, in an order that never changes.
+template <class Real>
+__device__ Real warp_max(Real x) {
+  for (int d = 16; d > 0; d /= 2) {
+    const Real other = __shfl_xor_sync(0xffffffffu, x, d);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <class Real>
+__device__ Real warp_sum(Real x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+// The products of one slice of the vocabulary, seen as logits.
+template <class Real>
+struct LogitSlice {
+  LogitMap<Real> map;
+  const Real* bias;  // of the whole vocabulary, or null
+  RowRange tokens;
+  int64_t first_word;
+
+  __device__ Real raw(Real product, int64_t word) const {
+    return bias ? product + bias[first_word + word] : product;
+  }
+  __device__ int64_t label(int64_t row) const {
+    return tokens.list.label[tokens.first + row] - first_word;
+  }
+  __device__ int64_t token(int64_t row) const { return tokens.list.token[tokens.first + row]; }
+};
+
+// Forward: (max, sum of exponentials) of the row's words other than the label, and its logit.
+template <class Real>
+struct StatisticsEpilogue {
+  LogitSlice<Real> slice;
+  bool entropy;
+  BlockStats<Real>* stats;  // [rows, blocks of the slice]
+  int64_t blocks;
+  Real* label_logit;  // [rows]
+
+  template <int kTile>
+  __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
+                      int lane) const {
+    constexpr int kEach = kTile / 32;
+    const Real lowest = -std::numeric_limits<Real>::infinity();
+    const int64_t label = slice.label(row) - col0;
+    Real logits[kEach], top = lowest, slope;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+      const int c = lane + e * 32;
+      logits[e] = lowest;  // words past the end, and the label, add nothing
+      if (col0 + c < cols) {
+        const Real z = slice.map.logit(slice.raw(products[c], col0 + c), &slope);
+        if (c == label) {
+          label_logit[row] = z;
+        } else {
+          logits[e] = z;
+        }
+      }
+      top = logits[e] > top ? logits[e] : top;
+    }
+    top = warp_max(top);
+    const Real base = top == lowest ? Real(0) : top;  // all -inf: exp(-inf - 0) is 0
+    Real sum = 0, weighted = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+      const Real below = logits[e] - base, exponential = Math<Real>::exp(below);
+      sum += exponential;
+      if (entropy && !(exponential == 0)) weighted += exponential * below;
+    }
+    sum = warp_sum(sum);
+    if (entropy) weighted = warp_sum(weighted);
+    if (lane == 0) stats[row * blocks + col0 / kTile] = {top, sum, weighted};
+  }
+};
+
+// Backward: dL/d(product), scaled by a power of two so that float16 keeps small probabilities.
+template <class Real, class Storage>
+struct GradientEpilogue {
+  LogitSlice<Real> slice;
+  TokenStates<Real> states;
+  const Real* scale;  // null: 1
+  Storage* dz;        // [rows, pitch]
+  int64_t pitch;
+
+  template <int kTile>
+  __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
+                      int lane) const {
+    const TokenGrad<Real> grad = states.of(slice.token(row));
+    const int64_t label = slice.label(row) - col0;
+    const Real factor = scale ? *scale : Real(1);
+#pragma unroll
+    for (int c = lane; c < kTile; c += 32) {
+      if (col0 + c >= cols) break;
+      Real slope;
+      const Real z = slice.map.logit(slice.raw(products[c], col0 + c), &slope);
+      const Real dlogit = c == label            ? grad.label()
+                          : states.grad_entropy ? grad.template other<Real, true>(z)
+                                                : grad.template other<Real, false>(z);
+      dz[row * pitch + col0 + c] = static_cast<Storage>(slope * dlogit * factor);
+    }
+  }
+};
+
+// A float of which 16 bits live in the gradient's own 16-bit storage and 8 more in `low`: the sum
+// of a 16-bit gradient over many slices, within 2^-17, for one extra byte per number.
+struct SplitFloat {
+  static __device__ float join(uint16_t high, uint8_t low) {
+    const uint32_t bits = uint32_t(high) << 16 | uint32_t(low) << 8;
+    float out;
+    memcpy(&out, &bits, sizeof(out));
+    return out;
+  }
+  static __device__ void split(float value, uint16_t* high, uint8_t* low) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x7f + (bits >> 8 & 1);  // to nearest even
+    *high = bits >> 16, *low = bits >> 8 & 0xff;
+  }
+};
+
+// grad_hidden of the slice is added to that of the slices before; the last one rounds.
+template <class Real, class Out>
+struct HiddenGradEpilogue {
+  Out* grad;  // [all tokens, depth]
+  uint8_t* low;
+  RowRange tokens;
+  int64_t depth;
+  const Real* unscale;  // null: 1
+  bool first, last;
+
+  template <int kTile>
+  __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
+                      int lane) const {
+    Out* const out = grad + tokens.list.token[tokens.first + row] * depth + col0;
+    const Real factor = unscale ? *unscale : Real(1);
+    for (int c = lane; c < kTile && col0 + c < cols; c += 32) {
+      const Real value = products[c] * factor;
+      if constexpr (sizeof(Out) == sizeof(Real)) {
+        out[c] = first ? value : out[c] + value;
+      } else {
+        uint16_t* const high = reinterpret_cast<uint16_t*>(out + c);
+        uint8_t* const rest = low + row * depth + col0 + c;
+        const Real sum = first ? value : SplitFloat::join(*high, *rest) + value;
+        if (last) {
+          out[c] = static_cast<Out>(sum);
+        } else {
+          SplitFloat::split(sum, high, rest);
+        }
+      }
+    }
+  }
+};
+
+// grad_weight of a slice: complete after the last group of tokens, and then rounded once.
+template <class Real, class Out>
+struct WeightGradEpilogue {
+  Out* grad;   // [words of the slice, depth]
+  Real* sums;  // [words of the slice, depth], only with several groups
+  int64_t depth;
+  const Real* unscale;
+  bool first, last;
+
+  template <int kTile>
+  __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
+                      int lane) const {
+    const Real factor = unscale ? *unscale : Real(1);
+    for (int c = lane; c < kTile && col0 + c < cols; c += 32) {
+      const int64_t at = row * depth + col0 + c;
+      Real value = products[c] * factor;
+      if (!first) value += sums[at];
+      if (last) {
+        grad[at] = static_cast<Out>(value);
+      } else {
+        sums[at] = value;
+      }
+    }
+  }
+};
+
+}  // namespace spo::cuda

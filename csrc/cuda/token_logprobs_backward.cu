@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the LM head on CUDA: the logits of one slice of the vocabulary are computed again and
+// leave as dL/dz, which is multiplied into grad_hidden and grad_weight.
+//   dz = g (onehot - p) ...                [tokens, slice]  in the inputs' 16 bits, or in float
+//   grad_hidden += dz weight               [tokens, d]      split floats, rounded after the last
+//   grad_weight  = dz^T hidden             [slice, d]       rounded once
+// On Hopper the rows of dz are slots (head_sm90.h), elsewhere the tokens that take part.
+#include <ATen/ops/zeros.h>
+
+#include "backward_kernels.cuh"
+#include "backward_plan.cuh"
+
+namespace spo::cuda {
+namespace {
+
+struct HeadGrads {
+  at::Tensor hidden, weight, bias;  // undefined where not wanted; bias in double
+};
+
+template <class Multiply>
+class HeadBackward {
+  using Real = typename Multiply::Real;
+  using Storage = typename Multiply::Storage;
+  static constexpr bool kOnHopper = kHopperBuilt && !std::is_same_v<Real, Storage>;
+
+ public:
+  HeadBackward(const HeadArgs& args, const SelectedRows& rows, const TokenStates<Real>& states,
+               const HeadGrads& grads)
+      : args_(args),
+        rows_(rows),
+        states_(states),
+        grads_(grads),
+        map_(logit_map<Real>(args)),
+        bias_(bias_of<Real>(args)),
+        depth_(args.weight.size(1)),
+        vocabulary_(args.weight.size(0)) {
+    if constexpr (kOnHopper) layout_ = hopper_layout(args);
+    if (!std::is_same_v<Storage, c10::Half>) return;
+    scale_ = at::empty({2}, args.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value));
+    const Real slope = std::abs(map_.capped ? map_.inner * map_.outer : map_.outer);
+    launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, rows.all(), states, slope,
+           scale_.template mutable_data_ptr<Real>());
+  }
+
+  void run() {
+    const bool hidden_side = grads_.hidden.defined();
+    const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
+    const int64_t most = BackwardPlan::most_split_rows(args_);
+    const int64_t rows = layout_ ? layout_->slots : rows_.most;
+    if (!hidden_side || !split_hidden() || rows <= most)
+      return run_pass({0, rows, hidden_side, weight_side});
+    // The sums of grad_hidden do not fit: finish it for one group of tokens after the other, then
+    // make grad_weight over all tokens. One more product, but neither gradient is rounded twice.
+    for (int64_t first = 0; first < rows; first += most)
+      run_pass({first, std::min(most, rows - first), true, false});
+    if (weight_side) run_pass({0, rows, false, true});
+  }
+
+ private:
+  bool split_hidden() const { return args_.hidden.element_size() < int64_t(sizeof(Real)); }
+  const Real* scale(int i) const {
+    return scale_.defined() ? data_or_null<Real>(scale_) + i : nullptr;
+  }
+
+  void run_pass(const BackwardPass& pass) {
+    const BackwardPlan plan(args_, pass, sizeof(Storage), sizeof(Real), split_hidden(),
+                            layout_.has_value());
+    const int64_t sums = plan.weight_sums ? plan.slice_words * depth_ : 0;
+    Workspace workspace(
+        args_.hidden, Workspace::padded(plan.low_bytes) + Workspace::padded(sums * sizeof(Real)) +
+                          Workspace::padded(plan.group_rows * plan.slice_words * sizeof(Storage)));
+    low_ = workspace.take<uint8_t>(plan.low_bytes);
+    weight_sums_ = workspace.take<Real>(sums);
+    dz_ = workspace.take<Storage>(plan.group_rows * plan.slice_words);
+    pitch_ = plan.slice_words;
+    if (layout_)
+      slots_.emplace(args_, layout_->range(pass.first, pass.count), rows_.list, rows_.most);
+    for (int64_t word = 0; word < vocabulary_; word += plan.slice_words) {
+      words_ = {word, std::min(plan.slice_words, vocabulary_ - word)};
+      for (int64_t row = 0; row < pass.count; row += plan.group_rows) {
+        const int64_t count = std::min(plan.group_rows, pass.count - row);
+        const RowRange tokens = slots_ ? rows_.all() : rows_.range(pass.first + row, count);
+        make_gradient(tokens);
+        if (pass.hidden_side) add_hidden(tokens, low_ + row * depth_);
+        if (pass.weight_side) add_weight(tokens, row == 0, row + count == pass.count);
+      }
+    }
+  }
+
+  RowsView dz_rows() const {
+    return {dz_,
+            c10::CppTypeToScalarType<Storage>::value,
+            slots_ ? slots_->map().slot : nullptr,
+            pitch_,
+            1,
+            true};
+  }
+
+  void make_gradient(const RowRange& tokens) {
+    const GradientEpilogue<Real, Storage> epilogue{
+        {map_, data_or_null<Real>(bias_), tokens, words_.first}, states_, scale(0), dz_, pitch_};
+    if constexpr (kOnHopper) {
+      if (slots_) return sm90_gradient(args_, *slots_, words_.count, epilogue);
+    }
+    launch_gemm<Multiply, RowIs::kOutput, RowIs::kOutput>(
+        {hidden_rows(args_.hidden, tokens), weight_rows(args_.weight, words_.first), tokens.most,
+         words_.count, depth_, tokens, false},
+        epilogue);
+  }
+
+  void add_hidden(const RowRange& tokens, uint8_t* low) {
+    with_output(grads_.hidden, [&](auto* grad) {
+      using Out = std::remove_pointer_t<decltype(grad)>;
+      const HiddenGradEpilogue<Real, Out> epilogue{
+          grad, low, tokens, depth_, scale(1), words_.first == 0, words_.end() == vocabulary_};
+      if constexpr (kOnHopper) {
+        if (slots_)
+          return sm90_hidden_grad(args_, *slots_, dz_, pitch_, words_.first, words_.count,
+                                  epilogue);
+      }
+      launch_gemm<Multiply, RowIs::kOutput, RowIs::kStep>(
+          {dz_rows(), weight_rows(args_.weight, words_.first), tokens.most, depth_, words_.count,
+           tokens, false},
+          epilogue);
+    });
+  }
+
+  void add_weight(const RowRange& tokens, bool first, bool last) {
+    if (grads_.bias.defined())
+      launch(&add_bias_grad<Real, Storage>, dim3(blocks_of(words_.count, kBiasCols)), kBiasThreads,
+             0, tokens, dz_rows(), words_.count, scale(1),
+             grads_.bias.template mutable_data_ptr<double>() + words_.first);
+    if (!grads_.weight.defined()) return;
+    with_output(grads_.weight, [&](auto* grad) {
+      using Out = std::remove_pointer_t<decltype(grad)>;
+      const WeightGradEpilogue<Real, Out> epilogue{
+          grad + words_.first * depth_, weight_sums_, depth_, scale(1), first, last};
+      Product product{
+          dz_rows(), hidden_rows(args_.hidden, tokens), words_.count, depth_, tokens.most, tokens,
+          true};
+      if constexpr (kOnHopper) {
+        if (slots_) {  // one of the two finds out on the device that it has nothing to do
+          sm90_weight_grad(args_, *slots_, dz_, pitch_, words_.count, epilogue);
+          product.only_if = slots_->map().poisoned;
+        }
+      }
+      launch_gemm<Multiply, RowIs::kStep, RowIs::kStep>(product, epilogue);
+    });
+  }
+
+  // run(pointer) with the type of a gradient that this arithmetic can have.
+  template <class Run>
+  static void with_output(const at::Tensor& grad, const Run& run) {
+    if constexpr (!std::is_same_v<Storage, Real>) {
+      run(grad.mutable_data_ptr<Storage>());
+    } else if (grad.scalar_type() == c10::CppTypeToScalarType<Real>::value) {
+      run(grad.mutable_data_ptr<Real>());
+    } else if constexpr (std::is_same_v<Real, float>) {  // mixed inputs
+      if (grad.scalar_type() == at::kHalf) return run(grad.mutable_data_ptr<c10::Half>());
+      run(grad.mutable_data_ptr<c10::BFloat16>());
+    }
+  }
+
+  const HeadArgs& args_;
+  const SelectedRows& rows_;
+  const TokenStates<Real> states_;
+  const HeadGrads& grads_;
+  const LogitMap<Real> map_;
+  const at::Tensor bias_;
+  const int64_t depth_, vocabulary_;
+  at::Tensor scale_;
+  std::optional<SlotLayout> layout_;  // on Hopper
+  // of the pass under way
+  struct {
+    int64_t first, count;
+    int64_t end() const { return first + count; }
+  } words_;
+  std::optional<Slots> slots_;
+  uint8_t* low_;
+  Real* weight_sums_;
+  Storage* dz_;
+  int64_t pitch_;
+};
+
+// The tensors of one call in arithmetic precision, so that kernels read them by token.
+template <class Real>
+struct StateTensors {
+  at::Tensor logprobs, entropy, lse, grad_logprobs, grad_entropy;
+
+  TokenStates<Real> pointers() const {
+    return {logprobs.const_data_ptr<Real>(), data_or_null<Real>(entropy),
+            lse.const_data_ptr<Real>(), data_or_null<Real>(grad_logprobs),
+            data_or_null<Real>(grad_entropy)};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+    const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
+    const at::Tensor& lse, double temperature, double logit_scale, std::optional<double> softcap,
+    int64_t ignore_index, std::array<bool, 3> needs, int64_t workspace_mib) {
+  const HeadArgs args{"token_logprobs_backward",
+                      hidden,
+                      weight,
+                      targets,
+                      bias,
+                      temperature,
+                      logit_scale,
+                      softcap,
+                      ignore_index,
+                      workspace_mib};
+  check_head(args);
+  check_grads(args.op, grad_logprobs, grad_entropy, logprobs);
+  const DeviceGuard guard(hidden.device());
+  const bool any = targets.numel() > 0;
+  const auto grad_hidden =
+      at::zeros(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
+  // Every word of grad_weight is written, so it needs no zeros, if there is any token at all.
+  const at::IntArrayRef weight_sizes = needs[1] ? weight.sizes() : at::IntArrayRef{0};
+  const auto grad_weight =
+      any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
+  const auto bias_sums =
+      at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  HeadGrads grads;
+  if (needs[0]) grads.hidden = grad_hidden;
+  if (needs[1]) grads.weight = grad_weight;
+  if (needs[2]) grads.bias = bias_sums;
+
+  if (any) {
+    const auto flat = [&](const at::Tensor& t) { return t.to(lse.scalar_type()).contiguous(); };
+    const auto optional = [&](const OptionalTensor& t) { return t ? flat(*t) : at::Tensor(); };
+    with_arithmetic(args, [&](auto multiply) {
+      using Multiply = decltype(multiply);
+      using Real = typename Multiply::Real;
+      const StateTensors<Real> tensors{flat(logprobs), flat(entropy), flat(lse),
+                                       optional(grad_logprobs), optional(grad_entropy)};
+      const auto states = tensors.pointers();
+      const SelectedRows rows(args, KeepRow<Real>{ignore_index, true, states});
+      HeadBackward<Multiply>(args, rows, states, grads).run();
+    });
+  }
+  const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
+  return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
+}
+
+SPO_CUDA_LIBRARY(m) { m.impl("token_logprobs_backward", &token_logprobs_backward_cuda); }
+
+}  // namespace
+}  // namespace spo::cuda
