@@ -15,6 +15,9 @@
 #ifndef SPO_CUDA_ARCHS
 #define SPO_CUDA_ARCHS ""
 #endif
+#ifndef SPO_CUTLASS_VERSION
+#define SPO_CUTLASS_VERSION ""
+#endif
 
 namespace {
 
@@ -33,6 +36,7 @@ pybind11::dict build_info() {
   info["cpu_isa"] = spo::head_kernels<float>().isa;
   info["cuda_toolkit"] = std::string(SPO_CUDA_TOOLKIT);
   info["cuda_archs"] = std::string(SPO_CUDA_ARCHS);
+  info["cutlass"] = std::string(SPO_CUTLASS_VERSION);  // empty: without the Hopper kernel
   return info;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checks.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/ne.h>
 #include <c10/util/Exception.h>
 
@@ -81,6 +82,13 @@ void check_grads(const char* op, const OptionalTensor& grad_logprobs,
                  const OptionalTensor& grad_entropy, const at::Tensor& logprobs) {
   if (grad_logprobs) check_like(op, "grad_logprobs", *grad_logprobs, logprobs.sizes(), logprobs);
   if (grad_entropy) check_like(op, "grad_entropy", *grad_entropy, logprobs.sizes(), logprobs);
+}
+
+void check_writable(const char* op, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(logits) != at::MemOverlap::Yes, op,
+                    ": logits must not overlap itself (an expanded tensor does) to take its own "
+                    "gradient, got strides ",
+                    logits.strides());
 }
 
 void check_target_values(const char* op, const at::Tensor& targets, int64_t vocabulary,

@@ -28,6 +28,8 @@ void check_logits(const char* op, const at::Tensor& logits, const at::Tensor& ta
 // grad_logprobs / grad_entropy of a backward pass: shaped like logprobs, if given.
 void check_grads(const char* op, const OptionalTensor& grad_logprobs,
                  const OptionalTensor& grad_entropy, const at::Tensor& logprobs);
+// logits may be overwritten with its gradient: no element is another one too.
+void check_writable(const char* op, const at::Tensor& logits);
 // Host only: every target is ignore_index or in [0, vocabulary).
 void check_target_values(const char* op, const at::Tensor& targets, int64_t vocabulary,
                          int64_t ignore_index);
@@ -38,6 +40,11 @@ void check_layout(const char* op, const at::Tensor& tokens, const OptionalTensor
 int64_t num_sequences(const at::Tensor& tokens, const OptionalTensor& cu_seqlens);
 // Host only: cu_seqlens starts at 0, never falls and ends at N.
 void check_cu_seqlens_values(const char* op, const at::Tensor& cu_seqlens, int64_t num_tokens);
+
+// The type in which per-token results come out: double for double, else float.
+inline at::ScalarType result_type_of(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 void check_beta(const char* op, double beta);
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape,

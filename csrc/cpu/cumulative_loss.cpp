@@ -7,86 +7,57 @@
 
 #include <unordered_map>
 
-#include "../math/point_loss.h"
-#include "../math/soft_q.h"
-#include "loss_args.h"
+#include "../loss_args.h"
+#include "sequences.h"
 
 namespace spo {
 namespace {
+
+template <class Real>
+struct Loss : LossData<Real> {
+  explicit Loss(const LossArgs& a)
+      : LossData<Real>(a), sequences(a.logprobs, a.cu_seqlens, a.mask) {}
+  const Sequences sequences;
+};
 
 // One sequence, walked token by token. visit(i, q, last): position, Q_t, whether it is the last
 // token.
 template <class Real>
 class SequenceWalk {
  public:
-  SequenceWalk(const LossData<Real>& data, int64_t s) : data_(data), s_(s) {
+  SequenceWalk(const Loss<Real>& data, int64_t s) : data_(data), s_(s), state_(data.start(s)) {
     for (int64_t i = data.sequences.begin(s); i < data.sequences.begin(s + 1); i++)
       if (data.sequences.counts(i)) num_tokens++, last_ = i;
-    state_ = SoftQ{data.beta, data.q0 ? double(data.q0[s]) : 0};
   }
 
   template <class Visit>
   void run(const Visit& visit) {
-    if (data_.summed_reference) state_.push(0, data_.ref_logprobs[s_]);
     for (int64_t i = data_.sequences.begin(s_); i <= last_; i++) {
       if (!data_.sequences.counts(i)) continue;
-      state_.push(data_.logprobs[i], data_.summed_reference ? 0 : data_.ref_logprobs[i]);
+      data_.push(&state_, i);
       visit(i, state_.q(), i == last_);
       if (i == last_) terminal_q = state_.q();
-      if (data_.token_rewards) state_.pay(data_.token_rewards[i]);
+      state_.pay(data_.paid_at(i));
     }
   }
 
   double log_ratio() const { return state_.log_ratio; }
-  // What the last Q must equal: the reward of the sequence and of its last token.
-  double terminal_target() const {
-    return data_.rewards[s_] + (data_.token_rewards ? data_.token_rewards[last_] : 0);
-  }
-  double residual_without_q0() const {
-    return data_.rewards[s_] + state_.paid - data_.beta * log_ratio();
-  }
+  double gain() const { return data_.gain(s_, state_); }
 
   int64_t num_tokens = 0;
   double terminal_q = 0;
 
  private:
-  const LossData<Real>& data_;
+  const Loss<Real>& data_;
   const int64_t s_;
   int64_t last_ = -1;
   SoftQ state_;
 };
 
-template <class Real>
-PointLoss point_loss(const LossData<Real>& d, double q, double target) {
-  return d.objective == Objective::kCrossEntropy ? cross_entropy_loss(q, target, d.beta, d.delta)
-                                                 : squared_loss(q, target);
-}
-
-// The part of one token: the general form, or the terminal one at the last token.
-template <class Real>
-PointLoss token_loss(const LossData<Real>& d, const SequenceWalk<Real>& walk, int64_t i, double q,
-                     bool last) {
-  if (d.q_targets) {
-    PointLoss point = point_loss(d, q, d.q_targets[i]);
-    const double weight = d.q_weights ? double(d.q_weights[i]) : 1;
-    return {weight * point.value, weight * point.slope};
-  }
-  if (!last) return {0, 0};
-  return point_loss(d, q, walk.terminal_target());
-}
-
-// (A_t - target)^2 in terms of the advantage. Without targets, the gain r - Q_0 is shared evenly.
-template <class Real>
-PointLoss advantage_loss(const LossData<Real>& d, int64_t s, int64_t i, int64_t num_tokens) {
-  const double a = advantage(d.logprobs[i], d.ref_logprobs[i], d.beta);
-  if (!d.advantages) return squared_loss(a, (d.rewards[s] - d.q0[s]) / num_tokens);
-  return squared_loss(a, d.advantages[d.advantage_per_token ? i : s]);
-}
-
 // Q_0 of every sequence from its group: the mean of r - beta R over the group, or over the others
 // in it.
 template <class Real>
-std::vector<Real> group_q0(const LossData<Real>& d, const at::Tensor& groups, bool leave_one_out) {
+std::vector<Real> group_q0(const Loss<Real>& d, const at::Tensor& groups, bool leave_one_out) {
   struct Group {
     double sum = 0;
     int64_t size = 0;
@@ -99,7 +70,7 @@ std::vector<Real> group_q0(const LossData<Real>& d, const at::Tensor& groups, bo
     SequenceWalk<Real> walk(d, s);
     if (walk.num_tokens == 0) continue;
     walk.run([](int64_t, double, bool) {});
-    gain[s] = walk.residual_without_q0();
+    gain[s] = walk.gain();
     totals[group[s]].sum += gain[s], totals[group[s]].size++;
   }
   for (int64_t s = 0; s < d.sequences.size(); s++) {
@@ -113,39 +84,39 @@ std::vector<Real> group_q0(const LossData<Real>& d, const at::Tensor& groups, bo
 }
 
 template <class Real>
-void loss_of_sequence(const LossData<Real>& d, int64_t s, const LossOutputs<Real>& out) {
+void loss_of_sequence(const Loss<Real>& d, int64_t s, const LossOutputs<Real>& out) {
   SequenceWalk<Real> walk(d, s);
   double loss = 0;
   walk.run([&](int64_t i, double q, bool last) {
     if (d.objective == Objective::kAdvantage)
-      loss += advantage_loss(d, s, i, walk.num_tokens).value;
+      loss += d.advantage_loss(s, i, walk.num_tokens).value;
     else if (d.objective != Objective::kLinear)
-      loss += token_loss(d, walk, i, q, last).value;
+      loss += d.token_loss(s, i, q, last).value;
   });
   const bool empty = walk.num_tokens == 0;
   if (d.objective == Objective::kLinear) loss = -walk.log_ratio();
-  out.loss[s] = empty ? 0 : (d.weights ? d.weights[s] * loss : loss);
+  out.loss[s] = empty ? 0 : d.weight_of(s) * loss;
   out.log_ratio[s] = empty ? 0 : walk.log_ratio();
-  out.used_q0[s] = d.q0 ? d.q0[s] : Real(0);
+  out.used_q0[s] = d.q0_of(s);
   out.terminal_q[s] = empty ? out.used_q0[s] : Real(walk.terminal_q);
   out.num_tokens[s] = walk.num_tokens;
 }
 
 template <class Real>
-void gradient_of_sequence(const LossData<Real>& d, int64_t s, double upstream, Real* grad_logprobs,
+void gradient_of_sequence(const Loss<Real>& d, int64_t s, double upstream, Real* grad_logprobs,
                           Real* grad_q0) {
   SequenceWalk<Real> walk(d, s);
-  const double scale = upstream * (d.weights ? double(d.weights[s]) : 1);
+  const double scale = upstream * d.weight_of(s);
   const int64_t first = d.sequences.begin(s), end = d.sequences.begin(s + 1);
   std::vector<double> slopes(end - first, 0);  // dphi/dQ at each position of the sequence
   double from_q0 = 0;
   walk.run([&](int64_t i, double q, bool last) {
     double& slope = slopes[i - first];
     if (d.objective == Objective::kAdvantage) {
-      slope = advantage_loss(d, s, i, walk.num_tokens).slope;
+      slope = d.advantage_loss(s, i, walk.num_tokens).slope;
       if (!d.advantages) from_q0 += slope / walk.num_tokens;
     } else if (d.objective != Objective::kLinear) {
-      slope = token_loss(d, walk, i, q, last).slope;
+      slope = d.token_loss(s, i, q, last).slope;
       from_q0 += slope;
     }
   });
@@ -157,6 +128,26 @@ void gradient_of_sequence(const LossData<Real>& d, int64_t s, double upstream, R
     grad_logprobs[i] = d.sequences.counts(i) ? to_logprob : 0;
   }
   grad_q0[s] = from_q0 * scale;
+}
+
+// What only a host can read without a wait.
+void check_loss_values(const LossArgs& a) {
+  const auto each = [&](const char* name, const OptionalTensor& t, Objective objective) {
+    if (!t) return;
+    const auto flat = t->to(at::kDouble).contiguous();
+    const double* value = flat.const_data_ptr<double>();
+    for (int64_t i = 0; i < flat.numel(); i++)
+      TORCH_CHECK_VALUE(is_reward(value[i], objective), a.op, ": ", name, " must be ",
+                        objective == Objective::kCrossEntropy
+                            ? "log-optimalities <= 0 for cross_entropy (-inf for none)"
+                            : "finite",
+                        ", got ", value[i], " at position ", i);
+  };
+  if (a.cu_seqlens) check_cu_seqlens_values(a.op, *a.cu_seqlens, a.logprobs.numel());
+  each("rewards", a.rewards, a.objective);
+  each("token_rewards", a.token_rewards, a.objective);
+  each("q0", a.q0, Objective::kSquared);
+  each("weights", a.weights, Objective::kSquared);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulative_loss_cpu(
@@ -190,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulativ
   const auto loss = column(), terminal_q = column(), log_ratio = column(), used_q0 = column();
   const auto num_tokens = at::empty({size}, options.dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(args.type(), "cumulative_loss", [&] {
-    LossData<scalar_t> data(args);
+    Loss<scalar_t> data(args);
     std::vector<scalar_t> baseline;
     if (data.objective == Objective::kGroup) {
       baseline = group_q0(data, groups->to(at::kLong).contiguous(), leave_one_out);
@@ -225,6 +216,7 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
                 cu_seqlens,
                 mask};
   args.check();
+  if (cu_seqlens) check_cu_seqlens_values(args.op, *cu_seqlens, logprobs.numel());
   const int64_t size = num_sequences(logprobs, cu_seqlens);
   check_like(args.op, "grad_loss", grad_loss, {size}, logprobs);
   const auto upstream = grad_loss.to(args.type()).contiguous();
@@ -232,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
   const auto grad_logprobs = at::empty(logprobs.sizes(), options),
              grad_q0 = at::empty({size}, options);
   AT_DISPATCH_FLOATING_TYPES(args.type(), "cumulative_loss", [&] {
-    const LossData<scalar_t> data(args);
+    const Loss<scalar_t> data(args);
     data.sequences.for_each([&](int64_t s) {
       gradient_of_sequence(data, s, upstream.const_data_ptr<scalar_t>()[s],
                            grad_logprobs.mutable_data_ptr<scalar_t>(),

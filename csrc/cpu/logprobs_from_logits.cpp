@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Log-probabilities from logits that already exist: one read forward, one read and one write
 // backward, with the block statistics and the gradient of the LM head, row by row.
-#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -125,11 +124,7 @@ void logprobs_from_logits_backward_inplace_cpu(const OptionalTensor& grad_logpro
                                                const at::Tensor& logprobs,
                                                const at::Tensor& entropy, const at::Tensor& lse,
                                                double temperature, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(
-      at::has_internal_overlap(logits) != at::MemOverlap::Yes,
-      "logprobs_from_logits_backward_: logits must not overlap itself (an expanded tensor "
-      "does) to take its own gradient, got strides ",
-      logits.strides());
+  check_writable("logprobs_from_logits_backward_", logits);
   backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
                 temperature, ignore_index);
   logits.unsafeGetTensorImpl()->bump_version();  // whoever saved these logits must notice

@@ -41,9 +41,4 @@ class Sequences {
   const bool* mask_data_;
 };
 
-// The type in which per-token results come out: double for double, else float.
-inline at::ScalarType result_type_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 }  // namespace spo

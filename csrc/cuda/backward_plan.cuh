@@ -41,9 +41,12 @@ struct BackwardPlan {
                       (least >> 20) + 1, " for d = ", depth, ", got ", args.workspace_mib);
   }
 
-  // Rows whose 16-bit grad_hidden may be summed in one pass: half the workspace for its bytes.
-  static int64_t most_split_rows(const HeadArgs& args) {
-    return std::max<int64_t>((args.workspace_mib << 20) / 2 / args.weight.size(1), 1);
+  // Rows whose 16-bit grad_hidden may be summed in one pass: its bytes leave 3/8 of the workspace,
+  // and room for the narrowest slice of dz.
+  static int64_t most_split_rows(const HeadArgs& args, int64_t storage_bytes) {
+    const int64_t budget = args.workspace_mib << 20, depth = args.weight.size(1);
+    return std::max<int64_t>(
+        std::min(budget / 8 * 5 / depth, budget / (depth + kSliceStep * storage_bytes)), 1);
   }
 };
 

@@ -11,8 +11,9 @@ namespace spo::cuda {
 namespace {
 
 template <class Real>
-__global__ void cumulative_loss_kernel(SequenceView sequences, int warps, LossArrays<Real> d,
-                                       LossOutputs<Real> out) {
+__global__ void __launch_bounds__(Teams::kMostThreads)
+    cumulative_loss_kernel(SequenceView sequences, int warps, LossArrays<Real> d,
+                           LossOutputs<Real> out) {
   Team team(warps);
   const int64_t s = team.sequence;
   if (s >= sequences.size) return;
@@ -57,10 +58,10 @@ __device__ double slope_of(const LossArrays<Real>& d, const SequenceWalk<Real>& 
 
 // slopes [N]: scratch, only with per-token targets.
 template <class Real>
-__global__ void cumulative_loss_backward_kernel(SequenceView sequences, int warps,
-                                                LossArrays<Real> d, const Real* grad_loss,
-                                                double* slopes, Real* grad_logprobs,
-                                                Real* grad_q0) {
+__global__ void __launch_bounds__(Teams::kMostThreads)
+    cumulative_loss_backward_kernel(SequenceView sequences, int warps, LossArrays<Real> d,
+                                    const Real* grad_loss, double* slopes, Real* grad_logprobs,
+                                    Real* grad_q0) {
   Team team(warps);
   const int64_t s = team.sequence;
   if (s >= sequences.size) return;

@@ -8,8 +8,9 @@ namespace spo::cuda {
 
 // gains [S]: r - beta R of every sequence with a token; num_tokens [S].
 template <class Real>
-__global__ void gains_kernel(SequenceView sequences, int warps, LossArrays<Real> d, double* gains,
-                             int64_t* num_tokens) {
+__global__ void __launch_bounds__(Teams::kMostThreads)
+    gains_kernel(SequenceView sequences, int warps, LossArrays<Real> d, double* gains,
+                 int64_t* num_tokens) {
   Team team(warps);
   if (team.sequence >= sequences.size) return;
   SequenceWalk<Real> walk(sequences, d, team);

@@ -47,7 +47,7 @@ void with_arithmetic(const HeadArgs& args, const Run& run) {
 // How the Hopper kernels would read these inputs, where they were built and can run.
 inline std::optional<SlotLayout> hopper_layout(const HeadArgs& args) {
   SlotLayout layout;
-  if (kHopperBuilt && sm90_available() && SlotLayout::fit(args, &layout)) return layout;
+  if (kHopperBuilt && compute_capability() == 90 && SlotLayout::fit(args, &layout)) return layout;
   return std::nullopt;
 }
 

@@ -23,7 +23,7 @@ struct RowOffsets {
 
   static RowOffsets of(const char* op, const at::Tensor& matrix) {
     RowOffsets out{static_cast<int>(matrix.dim()) - 1, {}, {}};
-    TORCH_CHECK_VALUE(out.dims <= kMostDims, op, ": hidden must have at most ", kMostDims + 1,
+    TORCH_CHECK_VALUE(out.dims <= kMostDims, op, ": the rows must have at most ", kMostDims + 1,
                       " dimensions, got ", matrix.dim());
     for (int i = 0; i < out.dims; i++)
       out.size[i] = matrix.size(i), out.stride[i] = matrix.stride(i);
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   for (int64_t start = 0; start < tokens; start += kSelectThreads) {
     const int64_t token = start + threadIdx.x;
     const int64_t label = token < tokens ? labels[token] : ignore_index;
-    CUDA_KERNEL_ASSERT((label == ignore_index || (label >= 0 && label < vocabulary)) &&
-                       "targets must be in [0, V) or ignore_index");
+    SPO_DEVICE_CHECK(label == ignore_index || (label >= 0 && label < vocabulary),
+                     "targets must be in [0, V) or ignore_index");
     const bool kept = token < tokens && keep(token, label);
     const unsigned ballot = __ballot_sync(0xffffffffu, kept);
     if (lane == 0) kept_by_warp[warp] = __popc(ballot);

@@ -9,11 +9,15 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/cutlass.h>
 #include <cute/tensor.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/dispatch_policy.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
+// Of the collectives just the one that is used: their common header takes minutes to compile.
+#include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
+#include <cutlass/gemm/collective/collective_builder_decl.hpp>
+#include <cutlass/gemm/collective/collective_mma_decl.hpp>
+#include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
 
-#include "head_sm90.h"
+#include "head_sm90_tiles.cuh"
 
 namespace spo::cuda {
 
@@ -38,48 +42,6 @@ struct Sm90Gemm {
   static constexpr int kSharedBytes = sizeof(Shared);
 };
 
-// The tiles of one product. Row tiles come in pairs, one for each block of a cluster; `pairs` and
-// `steps` are lists of the ones to compute, null meaning all.
-struct TileList {
-  int64_t m, n, k;
-  const int32_t *pairs, *pair_count, *steps, *step_count;
-  const int32_t* skip;  // if not null and not zero: nothing to do
-
-  // Pairs whose rows of A stay in the L2 cache together while the column tiles pass by.
-  static constexpr int kTogether = 8;
-
-  __device__ int num_pairs() const {
-    return pairs ? *pair_count : static_cast<int>((m + kSm90PairRows - 1) / kSm90PairRows);
-  }
-  __device__ int num_cols() const {
-    return static_cast<int>((n + kSm90TileCols - 1) / kSm90TileCols);
-  }
-  __device__ int num_steps() const {
-    return steps ? *step_count : static_cast<int>((k + kSm90Steps - 1) / kSm90Steps);
-  }
-  __device__ int64_t size() const { return int64_t(num_pairs()) * num_cols(); }
-
-  struct Tile {
-    int row, col;  // in tiles
-  };
-  __device__ Tile tile(int64_t index, int rank) const {
-    const int64_t band = int64_t(kTogether) * num_cols();
-    const int first = static_cast<int>(index / band) * kTogether;
-    const int left = num_pairs() - first, width = left < kTogether ? left : kTogether;
-    const int within = static_cast<int>(index % band);
-    const int pair = first + within % width;
-    return {(pairs ? pairs[pair] : pair) * 2 + rank, within / width};
-  }
-};
-
-// Positions along k, as CUTLASS's main loop wants them.
-struct StepIterator {
-  const int32_t* list;
-  int at;
-  __device__ int operator*() const { return list ? list[at] : at; }
-  __device__ StepIterator& operator++() { return ++at, *this; }
-};
-
 // One thread's numbers in one row of a tile: number i lies in column col(i).
 template <class Sums>
 struct RowFragment {
@@ -94,8 +56,16 @@ struct RowFragment {
   __device__ int col(int i) const { return lane_col + i % 2 + i / 2 * 8; }
 };
 
+// The file is compiled for every architecture of the build; those before Hopper have no clusters
+// and refuse the attribute.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SPO_CLUSTER_OF_TWO
+#else
+#define SPO_CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
+#endif
+
 template <class Gemm, class Epilogue>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Gemm::kThreads, 1)
+__global__ void SPO_CLUSTER_OF_TWO __launch_bounds__(Gemm::kThreads, 1)
     sm90_product(__grid_constant__ const typename Gemm::Mainloop::Params params,
                  __grid_constant__ const TileList tiles,
                  __grid_constant__ const Epilogue epilogue) {

@@ -10,12 +10,11 @@
 
 namespace spo::cuda {
 
+// Whether this build has the Hopper kernels: CUTLASS was found, and sm_90a is among the targets.
 #ifdef SPO_CUTLASS
 constexpr bool kHopperBuilt = true;
-bool sm90_available();  // whether the current device runs sm_90a code
 #else
 constexpr bool kHopperBuilt = false;
-inline bool sm90_available() { return false; }
 #endif
 
 constexpr int kSm90TileRows = 128, kSm90TileCols = 256, kSm90Steps = 64;
@@ -56,6 +55,7 @@ class Slots {
 };
 
 // z of all slots times `words` words of the epilogue's slice, and what the epilogue makes of it.
+template <class T>
 void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t words,
                      const StatisticsEpilogue<float>& epilogue);
 template <class T>

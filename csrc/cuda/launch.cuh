@@ -23,6 +23,12 @@ namespace spo::cuda {
 
 using DeviceGuard = c10::cuda::OptionalCUDAGuard;
 
+// Of the current device: 90 is Hopper.
+inline int compute_capability() {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  return device->major * 10 + device->minor;
+}
+
 // A grid with no blocks is no work. More than 48 KiB of shared memory has to be asked for.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {
@@ -30,7 +36,9 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byt
   if (shared_bytes > 48 << 10)
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
-  kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()> > >(Params(args)...);
+  // clang-format off: it would take >>> apart
+  kernel<<<grid, threads, shared_bytes, at::cuda::getCurrentCUDAStream()>>>(Params(args)...);
+  // clang-format on
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -90,7 +90,7 @@ template <class Storage, class Real>
 __global__ void __launch_bounds__(kThreads)
     logprobs_kernel(RowsOf<const Storage> logits, Targets targets, RowTeam team, LogitMap<Real> map,
                     int64_t blocks_at_once, TokenOutputs<Real> out) {
-  const int64_t row = team.row(), blocks = blocks_of(logits.columns, kBlockColumns);
+  const int64_t row = team.row(), blocks = column_blocks(logits.columns);
   if (row >= targets.size) return;
   const int64_t label = targets.label(row, logits.columns);
   const int lane = threadIdx.x % 32, warp = team.warp();
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     logprobs_backward_kernel(RowsOf<const Storage> logits, RowsOf<Storage> grads, Targets targets,
                              RowTeam team, LogitMap<Real> map, TokenStates<Real> states) {
   constexpr int kEach = RowPiece<Storage>::kEach;
-  const int64_t row = team.row(), blocks = blocks_of(logits.columns, kBlockColumns);
+  const int64_t row = team.row(), blocks = column_blocks(logits.columns);
   if (row >= targets.size) return;
   const int64_t label = targets.label(row, logits.columns);
   const TokenGrad<Real> grad = states.of(row);
@@ -162,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cuda(
   const auto entropy = return_entropy ? column() : at::empty({0}, options);
   const auto labels = targets.to(at::kLong).contiguous();
   const RowTeam team = RowTeam::of(logits.size(-1));
-  const int64_t at_once = std::min(kBlocksAtOnce, blocks_of(logits.size(-1), kBlockColumns));
+  const int64_t at_once = std::min(kBlocksAtOnce, column_blocks(logits.size(-1)));
   SPO_DISPATCH_LOGITS(logits.scalar_type(), op, [&] {
     using Real = at::opmath_type<scalar_t>;
     const size_t shared = (at_once + 1) * (kThreads / 32 / team.warps) * sizeof(BlockStats<Real>);
@@ -194,7 +194,7 @@ void backward_into(const at::Tensor& out, const OptionalTensor& grad_logprobs,
   const auto labels = targets.to(at::kLong).contiguous();
   const RowTeam team = RowTeam::of(logits.size(-1));
   // A long row is shared by several blocks: four pieces for each warp.
-  const int64_t pieces = blocks_of(logits.size(-1), kBlockColumns);
+  const int64_t pieces = column_blocks(logits.size(-1));
   const auto parts = static_cast<unsigned>(
       team.warps == 1 ? 1 : std::min<int64_t>(blocks_of(pieces, 4 * team.warps), 65535));
   SPO_DISPATCH_LOGITS(logits.scalar_type(), op, [&] {

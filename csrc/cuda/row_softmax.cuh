@@ -9,6 +9,10 @@ namespace spo::cuda {
 
 constexpr int kBlockColumns = 256;
 
+SPO_HD int64_t column_blocks(int64_t columns) {
+  return (columns + kBlockColumns - 1) / kBlockColumns;
+}
+
 // How many columns of the row a block still has, and how to reach them.
 template <class Storage>
 struct RowPiece {
@@ -104,7 +108,7 @@ __device__ BlockStats<Real> statistics(const Real (&logits)[kEach], bool entropy
 template <class Real>
 __device__ void merge_blocks(const BlockStats<Real>* stats, int64_t blocks, LogSumExp* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t run = blocks_of(blocks, 32), begin = lane * run;
+  const int64_t run = (blocks + 31) / 32, begin = lane * run;
   LogSumExp mine;
   for (int64_t b = begin; b < begin + run && b < blocks; b++) mine.merge(stats[b]);
   for (int distance = 1; distance < 32; distance *= 2) {

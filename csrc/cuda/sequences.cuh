@@ -54,14 +54,14 @@ struct Teams {
 
   static Teams for_sequences(const SequenceView& sequences) {
     const int64_t average = sequences.num_tokens / (sequences.size > 0 ? sequences.size : 1);
-    const int warps = average <= 256 ? 1 : (average <= 4096 ? 8 : 32);
+    const int warps = average <= 256 ? 1 : (average <= 4096 ? 8 : kMostThreads / 32);
     const int threads = warps == 1 ? 128 : 32 * warps;
     const int64_t per_block = threads / 32 / warps;
     return {warps, threads, static_cast<unsigned>((sequences.size + per_block - 1) / per_block)};
   }
   // Two sets of kMaxSums sums per warp, so that one barrier per step is enough.
   size_t shared_bytes() const { return warps == 1 ? 0 : 2 * kMaxSums * warps * sizeof(double); }
-  static constexpr int kMaxSums = 2;
+  static constexpr int kMaxSums = 2, kMostThreads = 512;
 };
 
 __device__ __forceinline__ double scan_lanes(double value) {

@@ -11,8 +11,9 @@ namespace {
 
 // logprobs, ref_logprobs, q_values [N], q0 [S]
 template <class Real>
-__global__ void soft_q_kernel(SequenceView sequences, int warps, double beta, const Real* logprobs,
-                              const Real* ref_logprobs, const Real* q0, Real* q_values) {
+__global__ void __launch_bounds__(Teams::kMostThreads)
+    soft_q_kernel(SequenceView sequences, int warps, double beta, const Real* logprobs,
+                  const Real* ref_logprobs, const Real* q0, Real* q_values) {
   Team team(warps);
   if (team.sequence >= sequences.size) return;
   sequences.check(team.sequence);
@@ -29,9 +30,9 @@ __global__ void soft_q_kernel(SequenceView sequences, int warps, double beta, co
 
 // grad_q_values, grad_logprobs [N], grad_q0 [S]
 template <class Real>
-__global__ void soft_q_backward_kernel(SequenceView sequences, int warps, double beta,
-                                       const Real* grad_q_values, Real* grad_logprobs,
-                                       Real* grad_q0) {
+__global__ void __launch_bounds__(Teams::kMostThreads)
+    soft_q_backward_kernel(SequenceView sequences, int warps, double beta,
+                           const Real* grad_q_values, Real* grad_logprobs, Real* grad_q0) {
   Team team(warps);
   if (team.sequence >= sequences.size) return;
   sequences.check(team.sequence);

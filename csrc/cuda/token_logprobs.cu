@@ -105,14 +105,14 @@ template <class Multiply>
 void forward_with(const HeadArgs& args, const TokenOutputs<typename Multiply::Real>& out) {
   using Real = typename Multiply::Real;
   const SelectedRows rows(args, KeepRow<Real>{args.ignore_index, false, {}});
-  if constexpr (kHopperBuilt && std::is_same_v<Real, float>) {
+  if constexpr (kHopperBuilt && !std::is_same_v<Real, typename Multiply::Storage>) {
     if (const auto layout = hopper_layout(args)) {
       const Slots slots(args, *layout, rows.list, rows.most);
       const ForwardPlan plan(args, kSm90TileCols, sizeof(BlockStats<float>), true);
       return run_forward<float>(
           args, rows, out, plan, kSm90TileCols,
           [&](const RowRange&, int64_t words, const StatisticsEpilogue<float>& epilogue) {
-            sm90_statistics(args, slots, words, epilogue);
+            sm90_statistics<typename Multiply::Storage>(args, slots, words, epilogue);
           });
     }
   }

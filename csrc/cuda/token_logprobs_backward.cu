@@ -45,7 +45,7 @@ class HeadBackward {
   void run() {
     const bool hidden_side = grads_.hidden.defined();
     const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
-    const int64_t most = BackwardPlan::most_split_rows(args_);
+    const int64_t most = BackwardPlan::most_split_rows(args_, sizeof(Storage));
     const int64_t rows = layout_ ? layout_->slots : rows_.most;
     if (!hidden_side || !split_hidden() || rows <= most)
       return run_pass({0, rows, hidden_side, weight_side});
@@ -217,7 +217,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
   const auto grad_hidden =
       at::zeros(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
   // Every word of grad_weight is written, so it needs no zeros, if there is any token at all.
-  const at::IntArrayRef weight_sizes = needs[1] ? weight.sizes() : at::IntArrayRef{0};
+  const auto weight_sizes = needs[1] ? weight.sizes().vec() : std::vector<int64_t>{0};
   const auto grad_weight =
       any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
   const auto bias_sums =

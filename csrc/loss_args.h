@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the cumulative loss: checked as tensors, then read as arrays of one type.
+// The arguments of the cumulative loss as tensors: checked once, then read as arrays of one type.
 #pragma once
-#include <cmath>
 #include <string_view>
 #include <vector>
 
-#include "sequences.h"
+#include "checks.h"
+#include "loss_arrays.h"
 
 namespace spo {
-
-enum class Objective { kSquared, kCrossEntropy, kAdvantage, kGroup, kLinear };
 
 inline Objective objective_of(const char* op, std::string_view name) {
   if (name == "squared") return Objective::kSquared;
@@ -58,54 +56,21 @@ struct LossArgs {
     per_sequence("groups", groups);
     per_token("q_targets", q_targets), per_token("q_weights", q_weights);
     per_token("token_rewards", token_rewards);
-    if (cu_seqlens) check_cu_seqlens_values(op, *cu_seqlens, logprobs.numel());
   }
 };
 
-// Host only: numbers that would make a loss silently wrong. Log-probabilities are not among them: a
-// NaN there comes out as a NaN.
-inline void check_loss_values(const LossArgs& a) {
-  const bool log_optimality = a.objective == Objective::kCrossEntropy;
-  const auto each = [&](const char* name, const OptionalTensor& t, bool is_log_optimality) {
-    if (!t) return;
-    const auto flat = t->to(at::kDouble).contiguous();
-    const double* value = flat.const_data_ptr<double>();
-    for (int64_t i = 0; i < flat.numel(); i++) {
-      const bool good = is_log_optimality ? value[i] <= 0 : std::isfinite(value[i]);
-      TORCH_CHECK_VALUE(
-          good, a.op, ": ", name, " must be ",
-          is_log_optimality ? "log-optimalities <= 0 for cross_entropy (-inf for none)" : "finite",
-          ", got ", value[i], " at position ", i);
-    }
-  };
-  each("rewards", a.rewards, log_optimality);
-  each("token_rewards", a.token_rewards, log_optimality);
-  each("q0", a.q0, false);
-  each("weights", a.weights, false);
-}
-
-// LossArgs as contiguous arrays; null where an argument is absent.
+// LossArgs as contiguous arrays, and the tensors that own them.
 template <class Real>
-struct LossData {
-  explicit LossData(const LossArgs& a)
-      : sequences(a.logprobs, a.cu_seqlens, a.mask),
-        objective(a.objective),
-        beta(a.beta),
-        delta(a.delta),
-        summed_reference(a.summed_reference()),
-        advantage_per_token(a.advantage_per_token()) {
-    logprobs = read(a.logprobs), ref_logprobs = read(a.ref_logprobs);
-    rewards = read(a.rewards), q0 = read(a.q0), weights = read(a.weights);
-    advantages = read(a.advantages), q_targets = read(a.q_targets);
-    q_weights = read(a.q_weights), token_rewards = read(a.token_rewards);
+struct LossData : LossArrays<Real> {
+  explicit LossData(const LossArgs& a) {
+    this->objective = a.objective, this->beta = a.beta, this->delta = a.delta;
+    this->summed_reference = a.summed_reference();
+    this->advantage_per_token = a.advantage_per_token();
+    this->logprobs = read(a.logprobs), this->ref_logprobs = read(a.ref_logprobs);
+    this->rewards = read(a.rewards), this->q0 = read(a.q0), this->weights = read(a.weights);
+    this->advantages = read(a.advantages), this->q_targets = read(a.q_targets);
+    this->q_weights = read(a.q_weights), this->token_rewards = read(a.token_rewards);
   }
-
-  const Sequences sequences;
-  const Objective objective;
-  const double beta, delta;
-  const bool summed_reference, advantage_per_token;
-  const Real *logprobs, *ref_logprobs, *rewards, *q0, *weights;
-  const Real *advantages, *q_targets, *q_weights, *token_rewards;
 
  private:
   const Real* read(const OptionalTensor& t) {
@@ -116,6 +81,7 @@ struct LossData {
   std::vector<at::Tensor> kept_;
 };
 
+// What the forward pass returns, each [S].
 template <class Real>
 struct LossOutputs {
   LossOutputs(const at::Tensor& loss_, const at::Tensor& terminal_q_, const at::Tensor& log_ratio_,

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The host side of the Hopper kernels: operands as the copy engine wants them, one launch each.
-#include "head_sm90.h"
-
-#ifdef SPO_CUTLASS
+// Included by one file per number type, which compile side by side.
+#pragma once
 #include "head_sm90.cuh"
 #include "head_sm90_epilogues.cuh"
 
@@ -89,18 +88,11 @@ SlotRows slot_rows(const Slots& slots) { return {slots.map().place, slots.layout
 
 }  // namespace
 
-bool sm90_available() {
-  const auto* device = at::cuda::getCurrentDeviceProperties();
-  return device->major == 9 && device->minor == 0;
-}
-
+template <class T>
 void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t words,
                      const StatisticsEpilogue<float>& epilogue) {
-  const Sm90Statistics rows{epilogue, slot_rows(slots), words};
-  const int64_t first_word = epilogue.slice.first_word;
-  if (args.hidden.scalar_type() == at::kHalf)
-    return launch_logits<c10::Half>(args, slots, first_word, words, rows);
-  launch_logits<c10::BFloat16>(args, slots, first_word, words, rows);
+  launch_logits<T>(args, slots, epilogue.slice.first_word, words,
+                   Sm90Statistics{epilogue, slot_rows(slots), words});
 }
 
 template <class T>
@@ -134,16 +126,14 @@ void sm90_weight_grad(const HeadArgs& args, const Slots& slots, const T* dz, int
       blocks_of(words, kSm90PairRows), Sm90WeightGrad<T>{epilogue, words});
 }
 
-#define SPO_SM90_BACKWARD(T)                                                                   \
+#define SPO_INSTANTIATE_SM90(T)                                                                \
+  template void sm90_statistics<T>(const HeadArgs&, const Slots&, int64_t,                     \
+                                   const StatisticsEpilogue<float>&);                          \
   template void sm90_gradient<T>(const HeadArgs&, const Slots&, int64_t,                       \
                                  const GradientEpilogue<float, T>&);                           \
   template void sm90_hidden_grad<T>(const HeadArgs&, const Slots&, const T*, int64_t, int64_t, \
                                     int64_t, const HiddenGradEpilogue<float, T>&);             \
   template void sm90_weight_grad<T>(const HeadArgs&, const Slots&, const T*, int64_t, int64_t, \
                                     const WeightGradEpilogue<float, T>&);
-SPO_SM90_BACKWARD(c10::BFloat16)
-SPO_SM90_BACKWARD(c10::Half)
-#undef SPO_SM90_BACKWARD
 
 }  // namespace spo::cuda
-#endif

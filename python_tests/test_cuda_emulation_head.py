@@ -1,0 +1,190 @@
+"""The LM head's CUDA kernels, run thread by thread on the host (cuda_emulation), against the CPU
+kernels.
+
+"hopper" takes the path of sm_90a: tiles, lists and epilogues are the real ones, the main loop of
+CUTLASS is replaced by a plain sum.
+"""
+
+import pytest
+import torch
+from conftest import LOGPROB_TOLERANCE, logprob_error, relative_error
+from cuda_emulation import build
+from torch import Tensor
+
+# A 16-bit dz is rounded before it is multiplied, and the product once more.
+GRAD_TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 3e-6,
+    torch.float16: 6e-4,
+    torch.bfloat16: 5e-3,
+}
+DTYPES = list(GRAD_TOLERANCE)
+PATHS = ["portable", "hopper"]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    build.load()
+    return torch.ops.spo_emulated
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPO_EMULATE_HOPPER", str(int(request.param == "hopper")))
+    return str(request.param)
+
+
+class Case:
+    """One call of both ops on the same inputs."""
+
+    def __init__(self, tokens: tuple[int, ...], depth: int, vocabulary: int, dtype: torch.dtype):
+        self.hidden = torch.randn(*tokens, depth).to(dtype)
+        self.weight = (torch.randn(vocabulary, depth) * (2 / depth**0.5)).to(dtype)
+        self.targets = torch.randint(0, vocabulary, tokens)
+        self.bias: Tensor | None = None
+        self.options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
+        self.entropy = False
+        self.needs = [True, True, False]
+        self.workspace_mib = 64  # of the emulated op; the CPU's needs more at times
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.grad = torch.randn(tokens, dtype=wide)
+        self.grad_entropy: Tensor | None = None
+
+    def forward(self, ops) -> tuple[Tensor, ...]:
+        return ops.token_logprobs(
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.bias,
+            *self.options.values(),
+            -100,
+            self.entropy,
+            64 if ops is torch.ops.spo else self.workspace_mib,
+        )
+
+    def backward(self, ops, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return ops.token_logprobs_backward(
+            self.grad,
+            self.grad_entropy,
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.bias,
+            *saved,
+            *self.options.values(),
+            -100,
+            self.needs,
+            64 if ops is torch.ops.spo else self.workspace_mib,
+        )
+
+    def check(self, emulated) -> None:
+        want = self.forward(torch.ops.spo)
+        for got, expected in zip(self.forward(emulated), want, strict=True):
+            assert logprob_error(got, expected) <= LOGPROB_TOLERANCE[self.hidden.dtype]
+        got_grads = self.backward(emulated, want)
+        inputs = (self.hidden, self.weight, self.bias)
+        for tensor, got, expected in zip(
+            inputs, got_grads, self.backward(torch.ops.spo, want), strict=True
+        ):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            if tensor is not None:
+                assert relative_error(got, expected) <= GRAD_TOLERANCE[self.hidden.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "depth", "vocabulary"),
+    [((5,), 3, 1), ((1,), 8, 7), ((13,), 33, 507), ((2, 65), 40, 257), ((129,), 24, 300)],
+)
+def test_shapes(emulated, path, tokens, depth, vocabulary, dtype) -> None:
+    Case(tokens, depth, vocabulary, dtype).check(emulated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_option(emulated, path, dtype) -> None:
+    case = Case((37,), 40, 507, dtype)
+    case.bias = torch.randn(507).to(dtype)
+    case.options = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 20.0}
+    case.entropy, case.needs = True, [True, True, True]
+    case.grad_entropy = torch.randn_like(case.grad)
+    case.check(emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_may_hold_anything(emulated, path, dtype) -> None:
+    case = Case((150,), 40, 300, dtype)
+    case.targets[20:100] = -100
+    case.hidden[60] = float("nan")
+    case.hidden[70] = float("inf")
+    case.grad[3] = 0  # and one row that counts has no gradient
+    case.check(emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_to_do(emulated, path, dtype) -> None:
+    for case in (Case((0,), 8, 9, dtype), Case((300,), 8, 9, dtype)):
+        case.targets[:] = -100
+        case.check(emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(emulated, path, dtype) -> None:
+    shifted = Case((3, 21), 40, 300, dtype)
+    shifted.hidden = torch.randn(3, 22, 40).to(dtype)[:, :-1]
+    shifted.check(emulated)
+    sparse = Case((3, 21), 40, 300, dtype)  # too many rows in between to visit them all
+    sparse.hidden = torch.randn(3, 900, 40).to(dtype)[:, :21]
+    sparse.check(emulated)
+    transposed = Case((20,), 24, 300, dtype)
+    transposed.weight = transposed.weight.T.contiguous().T
+    transposed.hidden = transposed.hidden.T.contiguous().T
+    transposed.check(emulated)
+    unaligned = Case((20,), 40, 300, dtype)
+    unaligned.hidden = torch.randn(20 * 40 + 1).to(dtype)[1:].view(20, 40)
+    unaligned.targets = unaligned.targets.int()
+    unaligned.check(emulated)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.half)])
+def test_mixed_dtypes(emulated, path, dtypes) -> None:
+    case = Case((70,), 40, 300, torch.bfloat16)
+    case.hidden, case.weight = case.hidden.to(dtypes[0]), case.weight.to(dtypes[1])
+    case.check(emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_workspace_too_small_for_one_pass(emulated, path, dtype) -> None:
+    case = Case((1100,), 512, 300, dtype)  # grad_hidden in groups, grad_weight over groups
+    case.workspace_mib = 1
+    case.check(emulated)
+    case.needs = [False, True, False]
+    case.check(emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_does_not_see_its_batch(emulated, path, dtype) -> None:
+    case = Case((150,), 40, 9000, dtype)
+    case.entropy = True
+    whole = case.forward(emulated)
+    case.workspace_mib = 1
+    assert all(map(torch.equal, case.forward(emulated), whole))
+    hidden, targets = case.hidden, case.targets
+    for rows in ([7], list(range(140, 3, -9))):
+        case.hidden, case.targets = hidden[rows], targets[rows]
+        assert all(
+            torch.equal(a, b[rows]) for a, b in zip(case.forward(emulated), whole, strict=True)
+        )
+
+
+def test_a_split_float_keeps_24_bits(emulated, path) -> None:
+    """grad_hidden over many slices is no worse than over one."""
+    case = Case((40,), 32, 6_000, torch.bfloat16)
+    case.needs = [True, False, False]
+    saved = case.forward(torch.ops.spo)
+    one_slice = case.backward(emulated, saved)[0]
+    case.hidden, case.targets = case.hidden.repeat(16, 1), case.targets.repeat(16)
+    case.grad, saved = case.grad.repeat(16), tuple(t.repeat(16) for t in saved)
+    case.workspace_mib = 1
+    many_slices = case.backward(emulated, saved)[0][:40]
+    # The last bit of a bfloat16 may fall either way; more would show sums rounded on the way.
+    assert relative_error(many_slices, one_slice) <= 1e-3
