@@ -1,15 +1,15 @@
 """Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from sandbox_cases import FAST, WHY_NOT
 from torch import Tensor
 
+import spo_ext
 from spo_ext.sandbox import Sandbox
-
-DEVICES = ["cpu"]
 
 # Largest relative error against the reference in float64 on the same (rounded) inputs.
 # Log-probabilities come out in
@@ -30,9 +30,86 @@ GRAD_TOLERANCE = {
 DTYPES = list(LOGPROB_TOLERANCE)
 
 
-@pytest.fixture(params=DEVICES)
+def why_no_cuda() -> str | None:
+    if not spo_ext.build_info()["cuda_toolkit"]:
+        return "this build of spo_ext has no CUDA kernels"
+    return None if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+
+WHY_NO_CUDA = why_no_cuda()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: runs on a GPU, and is skipped without one")
+    config.addinivalue_line("markers", "cpu_only(reason): has no CUDA variant")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [
+        item
+        for item in items
+        if not (item.get_closest_marker("cuda") and item.get_closest_marker("cpu_only"))
+    ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if WHY_NO_CUDA is not None and item.get_closest_marker("cuda"):
+        pytest.skip(WHY_NO_CUDA)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line, since a quiet run hides the reasons of its skips."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(WHY_NO_CUDA is not None and WHY_NO_CUDA in str(r.longrepr) for r in skipped)
+    if count:
+        terminalreporter.line(f"{count} CUDA tests skipped: {WHY_NO_CUDA}")
+
+
+@pytest.fixture
+def on_cuda() -> Iterator[None]:
+    """New tensors are on the GPU, so that a test says nothing about devices."""
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's new tensors are. The CPU is the default already; setting it would only slow
+    every call down."""
+    if request.param == "cuda":
+        request.getfixturevalue("on_cuda")
     return str(request.param)
+
+
+def moved(value: Any, device: str | torch.device) -> Any:
+    """Every tensor in nested lists, tuples and dicts on `device`, differentiably."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    return value
+
+
+class _CpuReference:
+    """spo_ext.reference computed on the CPU, the one truth for every device. Results and gradients
+    return to the device of the arguments."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(spo_ext.reference, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            home = next(a.device for a in args if isinstance(a, Tensor))
+            with torch.device("cpu"):
+                out = function(*moved(args, "cpu"), **moved(options, "cpu"))
+            return moved(out, home)
+
+        return call
+
+
+reference = _CpuReference()
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +128,9 @@ def sandbox() -> Iterator[Sandbox]:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of the truth; the difference itself where the truth is
     0."""
-    difference = (got.detach().double() - want.detach().double()).norm()
-    scale = want.detach().double().norm()
+    want = want.detach().double().to(got.device)
+    difference = (got.detach().double() - want).norm()
+    scale = want.norm()
     return float(difference / scale) if scale > 0 else float(difference)
 
 
@@ -60,7 +138,7 @@ def logprob_error(got: Tensor, want: Tensor) -> float:
     """max |error| / max(1, |log-probability|)."""
     if got.numel() == 0:
         return 0.0
-    want = want.detach().double()
+    want = want.detach().double().to(got.device)
     return float(((got.detach().double() - want).abs() / want.abs().clamp(min=1)).max())
 
 

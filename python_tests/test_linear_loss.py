@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import doubled, head_inputs, relative_error
+from conftest import doubled, head_inputs, reference, relative_error
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def case(dtype=torch.float32):

@@ -8,11 +8,13 @@ from conftest import (
     LOGPROB_TOLERANCE,
     doubled,
     logprob_error,
+    reference,
     relative_error,
 )
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

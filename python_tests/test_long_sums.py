@@ -4,14 +4,16 @@ import os
 
 import pytest
 import torch
+from conftest import reference
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 TOKENS = 1024
 
 
-def synthetic_states():
+def synthetic_states(device):
     """bf16 states of a sharp softmax over 24576 words: about one nat per token."""
     weight = torch.randn(24576, 256).bfloat16()
     likely = torch.randint(24576, (TOKENS, 3))
@@ -20,19 +22,19 @@ def synthetic_states():
     return hidden, weight, likely[:, 0]
 
 
-def real_states():
+def real_states(device):
     path = os.environ.get("SPO_HEAD_STATES", "")
     if not path:
         pytest.skip("SPO_HEAD_STATES names no file of real head states")
     from safetensors.torch import load_file
 
-    data = load_file(path)
+    data = load_file(path, device=device)
     return data["samp2_hidden"][:TOKENS], data["weight"], data["samp2_targets"][:TOKENS]
 
 
 @pytest.mark.parametrize("states", [synthetic_states, real_states])
-def test_sum_over_a_long_completion(states):
-    hidden, weight, targets = states()
+def test_sum_over_a_long_completion(states, device):
+    hidden, weight, targets = states(device)
     truth = reference.token_logprobs(hidden.double(), weight.double(), targets)[0].sum()
 
     def error(logprobs):

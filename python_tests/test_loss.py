@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import moved, reference, relative_error
 from loss_cases import BETA, FORMS, LENGTHS, packed_case, pad, padded
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def truth_of(logprobs, ref_logprobs, arguments):
@@ -217,7 +218,8 @@ def test_long_sums_keep_their_digits():
     q = spo_ext.soft_q(logprobs, torch.zeros_like(logprobs), 0.0, beta=1.0)
     exact = float(logprobs[0, 0].double()) * 2**20
     assert q[0, -1].item() == pytest.approx(exact, rel=1e-7)
-    running = float(np.cumsum(logprobs[0].numpy())[-1])  # in float32: what the kernel must not do
+    # in float32: what the kernel must not do
+    running = float(np.cumsum(logprobs[0].cpu().numpy())[-1])
     assert abs(running / exact - 1) > 1e-5
 
 
@@ -261,35 +263,28 @@ REFUSED = [
     ("squared", dict(beta=math.nan), "beta must be a finite number > 0"),
     ("cross_entropy", dict(delta=0.0), "delta must be > 0, got 0"),
     ("squared", dict(rewards=torch.zeros(5)), r"rewards must have shape \[6\], got \[5\]"),
-    (
-        "squared",
-        dict(rewards=torch.full((6,), math.nan)),
-        "rewards must be finite, got nan at position 0",
-    ),
-    ("cross_entropy", dict(rewards=torch.ones(6)), "rewards must be log-optimalities <= 0"),
-    ("squared", dict(q0=torch.full((6,), math.inf)), "q0 must be finite, got inf"),
     ("squared", dict(mask=torch.ones(22)), "mask must be bool"),
     ("squared", dict(mask=torch.ones(21).bool()), r"mask must have shape \[22\], got \[21\]"),
     ("squared", dict(cu_seqlens=None), r"logprobs must be padded \[B, T\], or packed \[N\]"),
-    (
-        "squared",
-        dict(cu_seqlens=torch.tensor([0, 5, 4, 22])),
-        "cu_seqlens must not fall, got 5 then 4",
-    ),
-    ("squared", dict(cu_seqlens=torch.tensor([1, 22])), "cu_seqlens must start at 0, got 1"),
-    (
-        "squared",
-        dict(cu_seqlens=torch.tensor([0, 21])),
-        "cu_seqlens must end at the number of tokens 22",
-    ),
     ("squared", dict(cu_seqlens=torch.tensor([0.0, 22.0])), "cu_seqlens must be int64 or int32"),
     ("squared", dict(weights=torch.zeros(6, requires_grad=True)), "weights must not require grad"),
 ]
+# Without a host synchronisation only the GPU sees values.
+REFUSED_VALUES = [
+    ("squared", dict(rewards=torch.full((6,), math.nan)), "must be finite, got nan at position 0"),
+    ("cross_entropy", dict(rewards=torch.ones(6)), "rewards must be log-optimalities <= 0"),
+    ("squared", dict(q0=torch.full((6,), math.inf)), "q0 must be finite, got inf"),
+    ("squared", dict(cu_seqlens=torch.tensor([0, 5, 4, 22])), "must not fall, got 5 then 4"),
+    ("squared", dict(cu_seqlens=torch.tensor([1, 22])), "cu_seqlens must start at 0, got 1"),
+    ("squared", dict(cu_seqlens=torch.tensor([0, 21])), "must end at the number of tokens 22"),
+]
+REFUSED += [pytest.param(*c, marks=pytest.mark.cpu_only("values")) for c in REFUSED_VALUES]
 
 
 @pytest.mark.parametrize("form, change, message", REFUSED)
-def test_refuses(form, change, message):
+def test_refuses(form, change, message, device):
     logprobs, ref_logprobs, arguments = packed_case(form)
+    change = moved(change, device)
     arguments |= change
     if "cu_seqlens" in change and change["cu_seqlens"] is not None:
         size = len(change["cu_seqlens"]) - 1

@@ -1,11 +1,14 @@
 """Identities of the method that hold for any input, tried by hypothesis."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import BETA, FORMS, packed_case, pad, padded
 
 import spo_ext
+
+pytestmark = pytest.mark.usefixtures("device")
 
 LENGTH_LISTS = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 SEEDS = st.integers(0, 2**31)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import reference, relative_error
 from loss_cases import LENGTHS, packed_case, padded
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

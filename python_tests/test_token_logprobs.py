@@ -11,11 +11,13 @@ from conftest import (
     doubled,
     head_inputs,
     logprob_error,
+    reference,
     relative_error,
 )
 
 import spo_ext
-from spo_ext import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # (N, V, d) and what each is for.
 SHAPES = [

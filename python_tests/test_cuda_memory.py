@@ -1,0 +1,102 @@
+"""The memory contract on the GPU: beyond inputs and gradients at most the workspace plus O(N)."""
+
+import pytest
+import torch
+from conftest import head_inputs
+from cuda_cases import mib, peak_mib
+
+import spo_ext
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_cuda")]
+
+SLACK_MIB = 4  # the allocator hands out whole blocks
+SHAPES = [
+    (8192, 128256, 512),  # bf16 logits would take 2 GiB
+    (32768, 32000, 256),  # many tokens
+    (64, 256000, 2304),  # few tokens, many words
+    (1027, 50257, 770),  # nothing is a multiple of anything
+]
+
+
+def allowed_mib(workspace_mib: int, tokens: int) -> float:
+    return workspace_mib + tokens * 128 / 2**20 + SLACK_MIB
+
+
+@pytest.mark.parametrize("workspace_mib", [64, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward(shape, dtype, workspace_mib):
+    hidden, weight, targets = head_inputs(*shape, dtype)
+    upstream = torch.randn(shape[0])
+
+    def step():
+        logprobs = spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=workspace_mib)
+        return torch.autograd.grad(logprobs, (hidden, weight), upstream)
+
+    step()  # loads modules
+    extra = peak_mib(step) - mib(hidden, weight)
+    assert extra <= allowed_mib(workspace_mib, shape[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape):
+    inputs = [t.detach() for t in head_inputs(*shape, torch.bfloat16)]
+    spo_ext.token_logprobs(*inputs)
+    assert peak_mib(lambda: spo_ext.token_logprobs(*inputs)) <= allowed_mib(64, shape[0])
+
+
+def test_a_view_of_the_states_is_not_copied():
+    hidden, weight, targets = head_inputs(64 * 257, 1000, 2048, torch.bfloat16)
+    states, labels = hidden.detach().view(64, 257, 2048)[:, :-1], targets.view(64, 257)[:, 1:]
+    assert mib(states) > allowed_mib(16, labels.numel())
+
+    def step():
+        return spo_ext.token_logprobs(states, weight.detach(), labels, workspace_mib=16)
+
+    step()
+    assert peak_mib(step) <= allowed_mib(16, labels.numel())
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight"])
+def test_a_gradient_that_nobody_wants_is_not_allocated(wanted):
+    hidden, weight, targets = head_inputs(4096, 65536, 2048, torch.bfloat16)
+    hidden, weight = (
+        t.detach().requires_grad_(name == wanted)
+        for name, t in (("hidden", hidden), ("weight", weight))
+    )
+    leaf = hidden if wanted == "hidden" else weight
+
+    def step():
+        return torch.autograd.grad(spo_ext.token_logprobs(hidden, weight, targets).sum(), leaf)
+
+    step()
+    assert peak_mib(step) - mib(leaf) <= allowed_mib(64, 4096)
+
+
+def test_backward_of_logits_in_place_allocates_no_second_logits():
+    logits = torch.randn(2048, 50257, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(50257, (2048,))
+
+    def step(inplace):
+        scaled = logits * 2
+        spo_ext.logprobs_from_logits(scaled, targets, inplace_backward=inplace).sum().backward()
+        logits.grad = None
+
+    step(True)
+    # logits * 2, its gradient and that of the leaf; in place the first two are one
+    assert peak_mib(lambda: step(True)) <= 2 * mib(logits) + SLACK_MIB
+    assert peak_mib(lambda: step(False)) > 2 * mib(logits) + SLACK_MIB
+
+
+def test_losses_take_no_copy_of_their_inputs():
+    logprobs = (-torch.rand(2**22)).requires_grad_()
+    ref = -torch.rand(2**22)
+    offsets = torch.arange(0, 2**22 + 1, 1024)
+    q0 = torch.zeros(len(offsets) - 1)
+
+    def step():
+        loss = spo_ext.loss(logprobs, ref, q0, q0, beta=0.1, cu_seqlens=offsets)
+        return torch.autograd.grad(loss, logprobs)
+
+    step()
+    assert peak_mib(step) <= mib(logprobs) + SLACK_MIB  # the gradient
