@@ -62,7 +62,7 @@ def long_sums(function: Logprobs, dtype: torch.dtype) -> float:
 
 
 def extra_mib(implementation: str) -> float:
-    arguments = [sys.executable, HERE / "extra_memory.py", "4096", "65536", "256", "float32"]
+    arguments = [sys.executable, str(HERE / "extra_memory.py"), "4096", "65536", "256", "float32"]
     return float(subprocess.check_output([*arguments, implementation]))
 
 

@@ -30,11 +30,19 @@ def load_states(name: str = "samp2") -> HeadStates:
     return HeadStates(f"{os.path.basename(path)}:{name}", hidden, data["weight"].float(), targets)
 
 
-def synthetic_states(tokens: int = 4096, vocabulary: int = 24576, depth: int = 256) -> HeadStates:
-    """Each token has a few likely words, as in language: about one nat of entropy."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(vocabulary, depth, generator=generator) / depth**0.5
-    likely = torch.randint(vocabulary, (tokens, 3), generator=generator)
-    strength = torch.tensor([16.0, 15.0, 14.0])
-    hidden = (weight[likely] * strength[:, None]).sum(1)
-    return HeadStates("synthetic", hidden, weight, likely[:, 0].clone())
+def synthetic_states(
+    tokens: int = 4096,
+    vocabulary: int = 24576,
+    depth: int = 256,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> HeadStates:
+    """Each token has a few likely words, as in language: about one nat of entropy. Made on `device`
+    in `dtype`, since 65536 states of a large head in float32 take long on a CPU."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(vocabulary, depth, generator=generator, device=device) / depth**0.5
+    likely = torch.randint(vocabulary, (tokens, 3), generator=generator, device=device)
+    hidden = torch.zeros(tokens, depth, device=device)
+    for column, strength in enumerate((16.0, 15.0, 14.0)):
+        hidden += weight[likely[:, column]] * strength
+    return HeadStates("synthetic", hidden.to(dtype), weight.to(dtype), likely[:, 0].clone())

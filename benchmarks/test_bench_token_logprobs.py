@@ -1,90 +1,171 @@
 """token_logprobs against what a PyTorch user has today, on the same states.
 
-Machines are shared and noisy, so a time alone says little: each round of spo_ext is preceded by one
-round of the peer, and the ratio of the two medians is the result. Before anything is timed, the
-log-probabilities must agree.
+Every round times the implementation, spo_ext and the bare matrix product of the same shape in turn;
+ratios of medians are the result. Before anything is timed, the log-probabilities must agree.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from states import HeadStates, load_states
+from measure import DEVICE, ON_GPU, extra_mib, take_turns
+from peers import PEERS, Logprobs, warn_if_no_gradient_per_token
+from shapes import HEADS, HeadShape, chosen
 from torch import Tensor
+from truth import HeadInputs
 
 import spo_ext
 
-ROUNDS = 7
-Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
+SHAPES: list[HeadShape] = chosen(HEADS[DEVICE])
 
 
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None]).squeeze(-1)
+def pairs() -> list[Any]:
+    """spo_ext and eager at every shape come first: a peer may take minutes to compile, or crash the
+    GPU's context, and then only the peers after it are lost."""
+    usable = {n: p for n, p in PEERS.items() if ON_GPU or not p.gpu_only}
+    ours = [(s, n) for s in SHAPES for n in usable if n.startswith("spo_ext") or n == "eager"]
+    peers = [(s, n) for s in SHAPES for n, p in usable.items() if s.every_peer or p.every_shape]
+    ordered = [*ours, *(pair for pair in peers if pair not in ours)]
+    return [pytest.param(s, n, id=f"{s.name}-{n}") for s, n in ordered]
 
 
-def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """PyTorch's own op without [N, V] logits, in the form that admits a gradient per token."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+# Largest |difference| of a log-probability before something is called wrong: logits in 16 bits.
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
-PEERS: dict[str, Logprobs] = {"eager": eager, "compile": torch.compile(eager), "chunked": chunked}
+@lru_cache(maxsize=1)  # one shape's inputs at a time: they are large
+def inputs_of(shape: HeadShape) -> HeadInputs:
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    return HeadInputs.make(shape, DEVICE)
 
 
-@pytest.fixture(scope="module")
-def states() -> HeadStates:
-    return load_states()
+@pytest.fixture(scope="module", autouse=True)
+def _free_inputs() -> Iterator[None]:
+    yield
+    inputs_of.cache_clear()
 
 
-def timed_call(function: Logprobs, states: HeadStates, backward: bool) -> Callable[[], float]:
-    hidden, weight = states.hidden.clone(), states.weight.clone()
-    upstream = torch.linspace(
-        -1, 1, len(hidden)
-    )  # a different gradient for every token, as SPO has
-
-    def run() -> float:
-        start = time.perf_counter()
+def loaded(name: str, inputs: HeadInputs, backward: bool) -> Logprobs:
+    """The peer, tried once. One that cannot run here is skipped with its own words; spo_ext never
+    is."""
+    try:
+        function = PEERS[name].load()
+        with torch.no_grad():
+            function(*inputs.leaves)
         if backward:
-            hidden.requires_grad_(), weight.requires_grad_()
-            torch.autograd.grad(
-                function(hidden, weight, states.targets), (hidden, weight), upstream
-            )
-        else:
-            with torch.no_grad():
-                function(hidden, weight, states.targets)
-        return time.perf_counter() - start
+            function(*inputs.leaves).sum().backward(inputs=inputs.leaves[:2])
+            for leaf in inputs.leaves[:2]:
+                leaf.grad = None
+        return function
+    except Exception as error:
+        if name.startswith("spo_ext"):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        pytest.skip(f"{name}: {type(error).__name__}: {reason}")
 
-    return run
 
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_against(benchmark, states: HeadStates, peer: str, backward: bool) -> None:
-    benchmark.group = f"token_logprobs {'forward+backward' if backward else 'forward'}"
+def check_agreement(name: str, function: Logprobs, inputs: HeadInputs) -> Tensor:
     with torch.no_grad():
-        ours = spo_ext.token_logprobs(states.hidden, states.weight, states.targets)
-        theirs = PEERS[peer](states.hidden, states.weight, states.targets)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        logprobs = function(*inputs.leaves).detach()
+    want = inputs.truth.logprobs[: inputs.tokens]
+    if PEERS[name].per_token:
+        assert (logprobs - want).abs().max() <= AGREEMENT[inputs.shape.dtype]
+    else:
+        warn_if_no_gradient_per_token(name)
+        torch.testing.assert_close(logprobs.double(), want.sum(), rtol=1e-2, atol=0)
+    return logprobs
 
-    run_peer = timed_call(PEERS[peer], states, backward)
-    run_spo = timed_call(spo_ext.token_logprobs, states, backward)
-    run_peer(), run_spo()  # warm: compiled, threads started
-    times: dict[str, list[float]] = {"peer": [], "spo_ext": []}
-    benchmark.pedantic(
-        lambda: times["spo_ext"].append(run_spo()),
-        setup=lambda: times["peer"].append(run_peer()),
-        rounds=ROUNDS,
+
+def forward_call(function: Logprobs, inputs: HeadInputs) -> Callable[[], tuple[Tensor, ...]]:
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (function(*inputs.leaves),)
+
+    return call
+
+
+def total_call(
+    function: Logprobs, inputs: HeadInputs, upstream: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    hidden, weight, targets = inputs.leaves
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(hidden, weight, targets), (hidden, weight), upstream)
+
+    return call
+
+
+def gemm_call(inputs: HeadInputs) -> Callable[[], object]:
+    hidden, weight, _ = (t.detach() for t in inputs.leaves)
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    return lambda: torch.mm(hidden, weight.T, out=logits)
+
+
+def scored(function: Logprobs, inputs: HeadInputs) -> Tensor:
+    """Every token that the noise is measured on, in batches of the timed size."""
+    batches = zip(
+        inputs.hidden.split(inputs.tokens), inputs.targets.split(inputs.tokens), strict=True
     )
-    peer_s, spo_s = (statistics.median(times[key]) for key in ("peer", "spo_ext"))
+    with torch.no_grad():
+        return torch.cat([function(h, inputs.weight.detach(), t) for h, t in batches])
+
+
+def errors(name: str, function: Logprobs, inputs: HeadInputs, backward: bool) -> dict[str, object]:
+    truth, per_token = inputs.truth, PEERS[name].per_token
+    if backward:
+        upstream = inputs.upstream if per_token else torch.ones_like(inputs.upstream)
+        given = upstream if per_token else upstream[0]
+        grad_hidden, grad_weight = total_call(function, inputs, given)()
+        return dict(truth.grad_errors(grad_hidden, grad_weight, upstream))
+    if not per_token:
+        return {}
+    logprobs = scored(function, inputs)
+    return {**truth.logprob_errors(logprobs), "noise_of_sum": truth.noise(logprobs)}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape, name", pairs())
+def test_head(benchmark, shape: HeadShape, name: str, backward: bool) -> None:
+    direction = "forward+backward" if backward else "forward"
+    benchmark.group = f"token_logprobs {shape.name} {direction}"
+    inputs = inputs_of(shape)
+    function = loaded(name, inputs, backward)
+    check_agreement(name, function, inputs)
+
+    def timed(function: Logprobs, per_token: bool) -> Callable[[], tuple[Tensor, ...]]:
+        if not backward:
+            return forward_call(function, inputs)
+        return total_call(function, inputs, inputs.upstream if per_token else inputs.upstream[-1])
+
+    call = timed(function, PEERS[name].per_token)
     benchmark.extra_info.update(
-        peer_over_spo_ext=peer_s / spo_s,
-        peer_ms=peer_s * 1e3,
-        spo_ext_ms=spo_s * 1e3,
-        threads=torch.get_num_threads(),
-        states=states.source,
-        shape=[*states.hidden.shape, len(states.weight)],
-        build=spo_ext.build_info(),
+        op="token_logprobs",
+        implementation=name,
+        direction=direction,
+        shape=shape.name,
+        tokens=inputs.tokens,
+        vocabulary=len(inputs.weight),
+        depth=inputs.weight.shape[1],
+        dtype=str(shape.dtype).removeprefix("torch."),
+        states=inputs.source,
+        per_token=PEERS[name].per_token,
+        note=PEERS[name].note,
+        **errors(name, function, inputs, backward),
+    )
+    call()
+    benchmark.extra_info["extra_mib"] = extra_mib(call)
+    others: dict[str, Callable[[], object]] = {"gemm": gemm_call(inputs)}
+    if name != "spo_ext":
+        others["spo_ext"] = timed(spo_ext.token_logprobs, True)
+    times = take_turns(benchmark, call, others)
+    times.setdefault("spo_ext", times["this"])
+    benchmark.extra_info.update(
+        ms=times["this"],
+        spo_ext_ms=times["spo_ext"],
+        gemm_ms=times["gemm"],
+        over_gemm=times["this"] / times["gemm"],
+        peer_over_spo_ext=times["this"] / times["spo_ext"],
     )
