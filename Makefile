@@ -12,7 +12,18 @@ SANITIZED := $(addprefix python_tests/,test_token_logprobs.py test_logprobs_from
 # Real head states, where there are some beside the repository; else tests and benchmarks make their own.
 export SPO_HEAD_STATES ?= $(abspath $(wildcard ../shared/data/lm_head_states.safetensors))
 
-.PHONY: quickstart test lint format bench build package sanitize sandbox clean
+# CUDA kernels are built against a CUDA build of PyTorch, in an environment of its own. Python 3.12 if
+# there is one; python3.12 may be a pyenv shim that only says which versions have it.
+CUDA_VENV ?= .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_PIP := $(CUDA_BIN)/pip install --quiet --disable-pip-version-check -c constraints-cuda.txt
+CUDA_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python \
+	$(PYTHON); do "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
+# Carried to a GPU machine without network: peers of the benchmarks, and the CUDA wheel.
+PEERS := liger_kernel cut-cross-entropy quack-kernels
+
+.PHONY: quickstart test lint format bench build package wheel cuda cuda-wheel carry sanitize sandbox clean
 
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
@@ -59,6 +70,46 @@ package: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --target build/package dist/*.tar.gz
 	cd build/package && ../../$(BIN)/python -c "import spo_ext; print(spo_ext.build_info())"
 
+# For the Python of $(VENV); in an environment of your own: pip wheel --no-build-isolation --no-deps .
+wheel: $(VENV)/.ready
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--wheel-dir dist .
+
+# Builds, installs and imports the CUDA wheel and looks at its kernels; no GPU is needed.
+cuda:
+ifeq ($(NVCC),)
+	@echo "SKIPPED: make cuda builds nothing, because nvcc is neither on PATH nor in CUDA_HOME"
+else
+	$(MAKE) cuda-wheel
+	$(CUDA_PIP) --no-deps --force-reinstall dist/cuda/*.whl
+	$(CUDA_BIN)/python tools/check_kernels.py build/cuda/report.log
+endif
+
+$(CUDA_VENV)/.ready: constraints-cuda.txt
+	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PIP) torch
+	$(CUDA_PIP) setuptools wheel ninja numpy
+	$(CUDA_PIP) --no-deps nvidia-cutlass
+	touch $@
+
+# ninja compiles only what has changed, so the report of registers and spills grows with each build.
+# PATH, because torch takes the ninja it finds there, and another version would compile all anew.
+cuda-wheel: $(CUDA_VENV)/.ready
+	mkdir -p build/cuda && rm -rf dist/cuda
+	PATH="$(abspath $(CUDA_BIN)):$$PATH" SPO_CUDA=1 TORCH_CUDA_ARCH_LIST= \
+		$(CUDA_BIN)/python setup.py build --build-base build/cuda \
+		bdist_wheel --dist-dir dist/cuda >build/cuda/build.log 2>&1; status=$$?; \
+	grep -E "ptxas|bytes spill" build/cuda/build.log >>build/cuda/report.log; \
+	[ $$status = 0 ] || { grep -A5 -E "error|spo_ext:" build/cuda/build.log | tail -n 60; exit 1; }
+	grep -h "spo_ext: CUDA" build/cuda/build.log
+
+carry: cuda
+	mkdir -p .wheels && rm -f .wheels/*
+	cd .wheels && $(abspath $(CUDA_BIN))/pip download --quiet --disable-pip-version-check --no-deps \
+		-c ../constraints-cuda.txt $(PEERS)
+	cp dist/cuda/*.whl .wheels
+	test "$$(du -sm .wheels | cut -f1)" -lt 60
+
 # AddressSanitizer and UndefinedBehaviorSanitizer over the C++ paths. Python itself leaks by design.
 sanitize: $(VENV)/.ready
 	SPO_SANITIZE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade \
@@ -68,4 +119,4 @@ sanitize: $(VENV)/.ready
 		$(BIN)/pytest --capture=no $(SANITIZED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info spo_ext/*.so
+	rm -rf $(VENV) $(CUDA_VENV) .wheels build dist *.egg-info spo_ext/*.so

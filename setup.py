@@ -2,8 +2,8 @@
 be compiled.
 
 SPO_CUDA=1 insists on CUDA, SPO_CUDA=0 refuses it; otherwise CUDA is built when nvcc and a CUDA
-build of torch are
-there. Whether a GPU is present never matters. TORCH_CUDA_ARCH_LIST picks the architectures.
+build of torch are there. Whether a GPU is present never matters. TORCH_CUDA_ARCH_LIST picks the
+architectures; CUTLASS headers come from CUTLASS_HOME or the package nvidia-cutlass.
 SPO_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
 """
 
@@ -11,12 +11,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 VERSION = "0.1.0"
-ROOT = Path(__file__).parent
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import cuda_build  # noqa: E402  (the folder is not a package, and pip does not add it)
 
 
-def fail(message: str) -> None:
+def fail(message: object) -> NoReturn:
     sys.exit(f"spo_ext: {message}")
 
 
@@ -31,53 +34,29 @@ except ImportError:
     )
 
 
-def sources() -> list[str]:
-    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def wants_cuda(files: list[str]) -> bool:
-    asked = os.environ.get("SPO_CUDA", "")
-    if asked not in ("", "0", "1"):
-        fail(f"SPO_CUDA must be 0, 1 or unset, got {asked!r}")
-    has_kernels = any(name.endswith(".cu") for name in files)
-    nvcc = shutil.which("nvcc") or os.environ.get("CUDA_HOME")
-    if asked == "1":
-        if not has_kernels:
-            fail("SPO_CUDA=1, but this version has no CUDA kernels; unset SPO_CUDA")
-        if not nvcc:
-            fail("SPO_CUDA=1 needs nvcc: install the CUDA toolkit or set CUDA_HOME")
-        if torch.version.cuda is None:
-            fail("SPO_CUDA=1 needs a CUDA build of torch, found a CPU build")
-    return asked != "0" and has_kernels and bool(nvcc) and torch.version.cuda is not None
-
-
 def check_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler.split()[0]) or shutil.which("g++") or shutil.which("clang++")):
         fail("building needs a C++17 compiler: install g++ (apt-get install g++) or set CXX")
 
 
-def extension() -> object:
-    files = sources()
-    cuda = wants_cuda(files)
-    check_compiler()
-    macros = [("SPO_VERSION", f'"{VERSION}"')]
+def compiler_flags() -> tuple[list[str], list[str]]:
+    """For compiling and for linking."""
     # OpenMP is compiled in but not linked: torch has loaded the one runtime that both must share.
-    flags = [
-        "-O3",
-        "-fopenmp",
-        "-Wall",
-        "-Wno-psabi",
-        "-Wno-unknown-pragmas",
-        "-fvisibility=hidden",
-    ]
-    link: list[str] = []
-    if os.environ.get("SPO_SANITIZE") == "1":
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
-        flags += [*sanitize, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1"]
-        link += sanitize
-    if not cuda:
+    flags = ["-O3", "-fopenmp", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags += ["-fvisibility=hidden"]
+    if os.environ.get("SPO_SANITIZE") != "1":
+        return flags, []
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+    flags += [*sanitize, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1"]
+    return flags, sanitize
+
+
+def extension(cuda: cuda_build.Plan | None) -> object:
+    files = cuda_build.sources()
+    flags, link = compiler_flags()
+    macros = [("SPO_VERSION", f'"{VERSION}"')]
+    if cuda is None:
         return cpp_extension.CppExtension(
             "spo_ext._C",
             [name for name in files if not name.endswith(".cu")],
@@ -85,19 +64,32 @@ def extension() -> object:
             extra_compile_args={"cxx": flags},
             extra_link_args=link,
         )
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "default")
-    macros += [("SPO_CUDA_TOOLKIT", f'"{torch.version.cuda}"'), ("SPO_CUDA_ARCHS", f'"{archs}"')]
-    return cpp_extension.CUDAExtension(
+    # torch takes the folder above nvcc, which is wrong where the nvcc on PATH is a script.
+    cpp_extension.CUDA_HOME = str(cuda.home)
+    built = cpp_extension.CUDAExtension(
         "spo_ext._C",
         files,
-        define_macros=macros,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+        define_macros=macros + cuda.macros,
+        extra_compile_args={"cxx": flags, "nvcc": cuda.nvcc_flags},
         extra_link_args=link,
     )
+    # After torch's and the toolkit's own: the wheels hold other releases of the same headers.
+    built.include_dirs += cuda.includes
+    return built
 
 
-setup(
-    version=VERSION,
-    ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
-)
+class Build(cpp_extension.BuildExtension):
+    """Says once, when it compiles, what it compiles."""
+
+    def build_extensions(self) -> None:
+        print(f"spo_ext: {plan.summary if plan else 'CPU kernels only'}", file=sys.stderr)
+        super().build_extensions()
+
+
+try:
+    plan = cuda_build.plan(torch.version.cuda)
+except cuda_build.BuildError as error:
+    fail(error)
+check_compiler()
+
+setup(version=VERSION, ext_modules=[extension(plan)], cmdclass={"build_ext": Build})

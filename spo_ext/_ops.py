@@ -17,10 +17,11 @@ _OPS = torch.ops.spo
 
 
 def build_info() -> dict[str, str]:
-    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit
-    and architectures.
+    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit,
+    architectures and the CUTLASS version of the Hopper kernel.
 
-    `cuda_toolkit` and `cuda_archs` are empty for a build without CUDA.
+    `cuda_toolkit`, `cuda_archs` and `cutlass` are empty for a build without CUDA; `cutlass` also
+    for one without the Hopper kernel.
     """
     return dict(_C.build_info())
 
