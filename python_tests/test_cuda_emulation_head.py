@@ -139,6 +139,11 @@ def test_strides(emulated, path, dtype) -> None:
     transposed.weight = transposed.weight.T.contiguous().T
     transposed.hidden = transposed.hidden.T.contiguous().T
     transposed.check(emulated)
+    shared = Case((4, 20), 40, 300, dtype)  # tokens that lie in the same rows
+    shared.hidden = torch.randn(20, 40).to(dtype).expand(4, 20, 40)
+    shared.check(emulated)
+    shared.hidden = torch.randn(32, 40).to(dtype).as_strided((4, 20, 40), (160, 40, 1))
+    shared.check(emulated)
     unaligned = Case((20,), 40, 300, dtype)
     unaligned.hidden = torch.randn(20 * 40 + 1).to(dtype)[1:].view(20, 40)
     unaligned.targets = unaligned.targets.int()

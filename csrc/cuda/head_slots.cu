@@ -3,6 +3,10 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "head_problem.cuh"
 #include "head_sm90.h"
 
@@ -77,16 +81,18 @@ bool SlotLayout::fit(const HeadArgs& args, SlotLayout* out) {
   if (hidden.stride(-1) != 1 || hidden.numel() == 0 ||
       reinterpret_cast<uintptr_t>(hidden.const_data_ptr()) % 16 != 0)
     return false;
-  int64_t stride = 0;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size), the closest first
   for (int64_t i = 0; i + 1 < hidden.dim(); i++)
-    if (hidden.size(i) > 1 && (stride == 0 || hidden.stride(i) < stride)) stride = hidden.stride(i);
-  if (stride == 0) stride = depth;  // a single row
+    if (hidden.size(i) > 1) dims.emplace_back(hidden.stride(i), hidden.size(i));
+  std::sort(dims.begin(), dims.end());
+  const int64_t stride = dims.empty() ? depth : dims.front().first;
   if (stride < depth || stride % chunk != 0) return false;
   int64_t slots = 1, tokens = 1;
-  for (int64_t i = 0; i + 1 < hidden.dim(); i++) {
-    if (hidden.stride(i) % stride != 0 && hidden.size(i) > 1) return false;
-    slots += (hidden.size(i) - 1) * (hidden.stride(i) / stride);
-    tokens *= hidden.size(i);
+  for (const auto& [distance, size] : dims) {
+    // A row that several tokens share, as in an expanded tensor, is no slot.
+    if (distance % stride != 0 || distance / stride < slots) return false;
+    slots += (size - 1) * (distance / stride);
+    tokens *= size;
   }
   if (slots > tokens + tokens / 4 + kSm90PairRows || slots > INT32_MAX) return false;
   *out = {0, slots, stride};
