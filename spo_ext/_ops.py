@@ -40,8 +40,7 @@ def _refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"spo::{op}_backward", backward)
 
 
-# --- token_logprobs
-# ------------------------------------------------------------------------------
+# --- token_logprobs ------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::token_logprobs")
@@ -132,8 +131,7 @@ torch.library.register_autograd(
 _refuse_second_derivative("token_logprobs")
 
 
-# --- logprobs_from_logits
-# ------------------------------------------------------------------------
+# --- logprobs_from_logits ------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::logprobs_from_logits")
@@ -185,8 +183,7 @@ torch.library.register_autograd(
 _refuse_second_derivative("logprobs_from_logits")
 
 
-# --- soft_q
-# --------------------------------------------------------------------------------------
+# --- soft_q --------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::soft_q")
@@ -221,8 +218,7 @@ torch.library.register_autograd("spo::soft_q", _soft_q_backward, setup_context=_
 _refuse_second_derivative("soft_q")
 
 
-# --- cumulative_loss
-# -----------------------------------------------------------------------------
+# --- cumulative_loss -----------------------------------------------------------------------------
 
 
 @torch.library.register_fake("spo::cumulative_loss")
