@@ -249,16 +249,15 @@ def loss(
         delta: where the failure term of cross_entropy becomes a straight line, > 0.
         mask: bool like logprobs, False for tokens that do not count.
         reduction: "none" [S]; "sum"; "mean" over the sequences that have a token. A batch without
-        a token gives a
-            differentiable 0.
+            a token gives a differentiable 0.
         denominator: with "sum", divides it: the global number of sequences, for gradient
-        accumulation and DDP.
+            accumulation and DDP.
         return_stats: also return `LossStats`.
 
     Raises:
         ValueError: for an argument the objective does not use, a missing one, a wrong shape, or a
-        reward that is not finite
-            (for cross_entropy: not <= 0).
+            reward that is not finite (for cross_entropy: not <= 0). On CUDA a bad value stops the
+            kernel by a device-side assert instead.
     """
     _check_reduction(reduction, denominator)
     _check_arguments(
