@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of every operator, and nothing else. Kernels register themselves in cpu/ and cuda/;
-// fake kernels and autograd are in spo_ext/_ops.py. Dims: N tokens, S sequences, V vocabulary, d
-// hidden;
-// [..] stands for [N] or [B, T], alike for every tensor of one call.
+// fake kernels and autograd are in spo_ext/_ops.py. Dims: N tokens, S sequences, V vocabulary,
+// d hidden; [..] stands for [N] or [B, T], alike for every tensor of one call.
 #include <torch/library.h>
 
 TORCH_LIBRARY(spo, m) {
@@ -44,8 +43,7 @@ TORCH_LIBRARY(spo, m) {
       "soft_q_backward(Tensor grad_q_values, float beta, Tensor? cu_seqlens, Tensor? mask) "
       "-> (Tensor grad_logprobs, Tensor grad_q0)");
 
-  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, number of tokens; each
-  // [S].
+  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, number of tokens: [S].
   m.def(
       "cumulative_loss(Tensor logprobs, Tensor ref_logprobs, Tensor? rewards, Tensor? q0, "
       "str objective, float beta, float delta, Tensor? groups, bool leave_one_out, "

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the LM head: the logits of one slice of the vocabulary are computed again, turned
 // into dL/dz in place, and multiplied into grad_hidden and grad_weight.
-//   dz = g (onehot - p) ...                 [rows, slice]   one tile per task
-//   grad_hidden += dz W                     [rows, d]       one chunk of rows per task, blocks in
-//   order grad_weight += dz^T hidden              [slice, d]      one block of words and d-range
-//   per task
+//   dz = g (onehot - p) ...          [rows, slice]  one tile at a time
+//   grad_hidden += dz weight         [rows, d]      one chunk of rows per task, blocks in order
+//   grad_weight += dz^T hidden       [slice, d]     one block of words and range of d per task
 // No two tasks write the same number and each sum has one order, so the result is the same for any
 // number of threads. A 16-bit gradient is summed in float and rounded once.
 #include <ATen/ops/zeros.h>
