@@ -92,13 +92,14 @@ $(CUDA_VENV)/.ready: constraints-cuda.txt
 	$(CUDA_PIP) --no-deps nvidia-cutlass
 	touch $@
 
+# --skip-build: without it bdist_wheel builds all a second time, with other flags.
 # ninja compiles only what has changed, so the report of registers and spills grows with each build.
 # PATH, because torch takes the ninja it finds there, and another version would compile all anew.
 cuda-wheel: $(CUDA_VENV)/.ready
 	mkdir -p build/cuda && rm -rf dist/cuda
 	PATH="$(abspath $(CUDA_BIN)):$$PATH" SPO_CUDA=1 TORCH_CUDA_ARCH_LIST= \
 		$(CUDA_BIN)/python setup.py build --build-base build/cuda \
-		bdist_wheel --dist-dir dist/cuda >build/cuda/build.log 2>&1; status=$$?; \
+		bdist_wheel --skip-build --dist-dir dist/cuda >build/cuda/build.log 2>&1; status=$$?; \
 	grep -E "ptxas|bytes spill" build/cuda/build.log >>build/cuda/report.log; \
 	[ $$status = 0 ] || { grep -A5 -E "error|spo_ext:" build/cuda/build.log | tail -n 60; exit 1; }
 	grep -h "spo_ext: CUDA" build/cuda/build.log
