@@ -20,11 +20,11 @@ __global__ void __launch_bounds__(kScaleThreads)
     const Real bound = ::fabs(grad.grad_logprob) + 16 * ::fabs(grad.grad_entropy);
     largest = bound > largest ? bound : largest;
   }
-  largest = warp_max(largest);
+  largest = lanes_max<32>(largest);
   if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  largest = warp_max(warp_largest[threadIdx.x]) * slope;
+  largest = lanes_max<32>(warp_largest[threadIdx.x]) * slope;
   int exponent = 12;  // no gradient, or one that no scale can save
   if (largest > 0 && largest < std::numeric_limits<Real>::infinity()) ::frexp(largest, &exponent);
   const int shift = exponent > 112 ? -100 : exponent < -88 ? 100 : 12 - exponent;

@@ -4,24 +4,9 @@
 // row of the product, col0 is the tile's first column, `cols` the columns of the product.
 #pragma once
 #include "head_rows.cuh"
+#include "lane_statistics.cuh"
 
 namespace spo::cuda {
-
-// Butterflies: every lane gets the same result, in an order that never changes.
-template <class Real>
-__device__ Real warp_max(Real x) {
-  for (int d = 16; d > 0; d /= 2) {
-    const Real other = __shfl_xor_sync(0xffffffffu, x, d);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-template <class Real>
-__device__ Real warp_sum(Real x) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-  return x;
-}
 
 // The products of one slice of the vocabulary, seen as logits.
 template <class Real>
@@ -55,7 +40,7 @@ struct StatisticsEpilogue {
     constexpr int kEach = kTile / 32;
     const Real lowest = -std::numeric_limits<Real>::infinity();
     const int64_t label = slice.label(row) - col0;
-    Real logits[kEach], top = lowest, slope;
+    Real logits[kEach], slope;
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int c = lane + e * 32;
@@ -68,20 +53,9 @@ struct StatisticsEpilogue {
           logits[e] = z;
         }
       }
-      top = logits[e] > top ? logits[e] : top;
     }
-    top = warp_max(top);
-    const Real base = top == lowest ? Real(0) : top;  // all -inf: exp(-inf - 0) is 0
-    Real sum = 0, weighted = 0;
-#pragma unroll
-    for (int e = 0; e < kEach; e++) {
-      const Real below = logits[e] - base, exponential = Math<Real>::exp(below);
-      sum += exponential;
-      if (entropy && !(exponential == 0)) weighted += exponential * below;
-    }
-    sum = warp_sum(sum);
-    if (entropy) weighted = warp_sum(weighted);
-    if (lane == 0) stats[row * blocks + col0 / kTile] = {top, sum, weighted};
+    const BlockStats<Real> found = lane_statistics<32, kEach>(logits, entropy);
+    if (lane == 0) stats[row * blocks + col0 / kTile] = found;
   }
 };
 

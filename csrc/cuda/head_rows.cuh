@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     SPO_DEVICE_CHECK(label == ignore_index || (label >= 0 && label < vocabulary),
                      "targets must be in [0, V) or ignore_index");
     const bool kept = token < tokens && keep(token, label);
-    const unsigned ballot = __ballot_sync(0xffffffffu, kept);
+    const unsigned ballot = __ballot_sync(kAllLanes, kept);
     if (lane == 0) kept_by_warp[warp] = __popc(ballot);
     __syncthreads();
     int64_t place = before + __popc(ballot & ((1u << lane) - 1));

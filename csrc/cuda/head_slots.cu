@@ -31,7 +31,7 @@ __device__ bool group_counts(const int64_t* place, int64_t slots, int64_t group,
     const int64_t slot = group * width + i;
     any = any || (slot < slots && place[slot] >= 0);
   }
-  return __ballot_sync(0xffffffffu, any) != 0;
+  return __ballot_sync(kAllLanes, any) != 0;
 }
 
 // One block: a warp looks at a group of slots, then the groups found are listed in order.

@@ -7,20 +7,6 @@
 
 namespace spo::cuda {
 
-// Of the four lanes of a row; every lane gets the same result.
-__device__ __forceinline__ float quad_max(float x) {
-  for (int d = 1; d < 4; d *= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, x, d);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  for (int d = 1; d < 4; d *= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-  return x;
-}
-
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   const T pair[2] = {static_cast<T>(first), static_cast<T>(second)};
@@ -45,7 +31,7 @@ struct Sm90Statistics {
     const float lowest = -std::numeric_limits<float>::infinity();
     const int64_t row = rows(slot), label = row < 0 ? -1 : base.slice.label(row) - col0;
     const int left = words - col0 < kSm90TileCols ? static_cast<int>(words - col0) : kSm90TileCols;
-    float top = lowest, slope;
+    float slope;
 #pragma unroll
     for (int i = 0; i < Fragment::kEach; i++) {
       const int c = z.col(i);
@@ -53,21 +39,10 @@ struct Sm90Statistics {
       if (c < left) logit = base.slice.map.logit(base.slice.raw(z[i], col0 + c), &slope);
       if (c == label) base.label_logit[row] = logit, logit = lowest;
       z[i] = logit;
-      top = logit > top ? logit : top;
     }
-    top = quad_max(top);
-    const float from = top == lowest ? 0.f : top;  // all -inf: exp(-inf - 0) is 0
-    float sum = 0, weighted = 0;
-#pragma unroll
-    for (int i = 0; i < Fragment::kEach; i++) {
-      const float below = z[i] - from, exponential = Math<float>::exp(below);
-      sum += exponential;
-      if (base.entropy && !(exponential == 0)) weighted += exponential * below;
-    }
-    sum = quad_sum(sum);
-    if (base.entropy) weighted = quad_sum(weighted);
+    const auto found = lane_statistics<4, Fragment::kEach>(z, base.entropy);
     if (row >= 0 && threadIdx.x % 4 == 0)
-      base.stats[row * base.blocks + col0 / kSm90TileCols] = {top, sum, weighted};
+      base.stats[row * base.blocks + col0 / kSm90TileCols] = found;
   }
 };
 

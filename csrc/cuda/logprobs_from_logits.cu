@@ -55,18 +55,6 @@ struct Targets {
   }
 };
 
-template <class Real>
-struct TokenOutputs {
-  Real *logprobs, *entropy, *lse;  // by row; entropy may be null
-};
-
-template <class Real>
-__device__ void write(const TokenOutputs<Real>& out, int64_t row, const TokenSoftmax& token) {
-  out.logprobs[row] = static_cast<Real>(token.logprob);
-  out.lse[row] = static_cast<Real>(token.lse);
-  if (out.entropy) out.entropy[row] = static_cast<Real>(token.entropy);
-}
-
 // Statistics of block `block`, all lanes; the lane that holds the label keeps its logit.
 template <class Storage, class Real>
 __device__ BlockStats<Real> read_block(const RowPiece<Storage>& piece, const LogitMap<Real>& map,
@@ -83,7 +71,7 @@ __device__ BlockStats<Real> read_block(const RowPiece<Storage>& piece, const Log
     logits[e] = map.logit(logits[e], &slope);
     if (piece.column(lane, e) == label) *label_logit = logits[e], logits[e] = lowest;
   }
-  return statistics(logits, entropy);
+  return lane_statistics<32, kEach>(logits, entropy);
 }
 
 template <class Storage, class Real>
@@ -96,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = team.warp();
   const bool leader = warp == 0 && lane == 0;
   if (label == targets.ignore_index) {
-    if (leader) write(out, row, {0, 0, 0});
+    if (leader) out.write(row, {0, 0, 0});
     return;
   }
   auto* const stats = shared_memory<BlockStats<Real>>() +
@@ -115,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
     if (warp == 0) merge_blocks(stats, count, &others);
     team.sync();  // and may be overwritten
   }
-  if (leader) write(out, row, others.finish(*label_logit));
+  if (leader) out.write(row, others.finish(*label_logit));
 }
 
 template <class Storage, class Real>

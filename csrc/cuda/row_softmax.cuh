@@ -84,25 +84,6 @@ struct RowsOf {
   }
 };
 
-// Statistics of one block over the columns that are not -inf, by one warp.
-template <class Real, int kEach>
-__device__ BlockStats<Real> statistics(const Real (&logits)[kEach], bool entropy) {
-  const Real lowest = -std::numeric_limits<Real>::infinity();
-  Real top = lowest;
-#pragma unroll
-  for (int e = 0; e < kEach; e++) top = logits[e] > top ? logits[e] : top;
-  top = warp_max(top);
-  const Real base = top == lowest ? Real(0) : top;  // all -inf: exp(-inf - 0) is 0
-  Real sum = 0, weighted = 0;
-#pragma unroll
-  for (int e = 0; e < kEach; e++) {
-    const Real below = logits[e] - base, exponential = Math<Real>::exp(below);
-    sum += exponential;
-    if (entropy && !(exponential == 0)) weighted += exponential * below;
-  }
-  return {top, warp_sum(sum), entropy ? warp_sum(weighted) : Real(0)};
-}
-
 // Adds the blocks to lane 0's total, in vocabulary order, by one warp: each lane merges a run of
 // neighbouring blocks, then neighbouring lanes merge.
 template <class Real>
@@ -111,13 +92,7 @@ __device__ void merge_blocks(const BlockStats<Real>* stats, int64_t blocks, LogS
   const int64_t run = (blocks + 31) / 32, begin = lane * run;
   LogSumExp mine;
   for (int64_t b = begin; b < begin + run && b < blocks; b++) mine.merge(stats[b]);
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const BlockStats<double> next{__shfl_down_sync(kAllLanes, mine.max, distance),
-                                  __shfl_down_sync(kAllLanes, mine.sum, distance),
-                                  __shfl_down_sync(kAllLanes, mine.weighted, distance)};
-    mine.merge(next);  // right in the lanes that are multiples of 2 distance, unused in the others
-  }
-  total->merge(BlockStats<double>{mine.max, mine.sum, mine.weighted});
+  merge_lanes(mine, total);
 }
 
 }  // namespace spo::cuda

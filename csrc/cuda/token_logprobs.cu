@@ -12,17 +12,6 @@ namespace {
 constexpr int kMergeThreads = 256;
 constexpr int kMergeBlocks = 32;  // merged as a tree by the lanes of a warp, then one after another
 
-template <class Real>
-struct TokenOutputs {
-  Real *logprobs, *entropy, *lse;  // by token; entropy may be null
-};
-
-__device__ LogSumExp shuffle_down(const LogSumExp& x, int distance) {
-  return {__shfl_down_sync(0xffffffffu, x.max, distance),
-          __shfl_down_sync(0xffffffffu, x.sum, distance),
-          __shfl_down_sync(0xffffffffu, x.weighted, distance)};
-}
-
 // Adds the statistics of one slice to `running`; after the last slice, everything about the token.
 template <class Real>
 __global__ void __launch_bounds__(kMergeThreads)
@@ -37,21 +26,14 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int64_t block = 0; block < blocks; block += kMergeBlocks) {
     LogSumExp mine;
     if (block + lane < blocks) mine.merge(stats[row * blocks + block + lane]);
-    for (int d = 1; d < kMergeBlocks; d *= 2) {
-      const LogSumExp next = shuffle_down(mine, d);
-      mine.merge(BlockStats<double>{next.max, next.sum, next.weighted});
-    }
-    total.merge(BlockStats<double>{mine.max, mine.sum, mine.weighted});
+    merge_lanes(mine, &total);
   }
   if (lane != 0) return;  // only lane 0 has merged the blocks in order
   if (!last) {
     running[row] = total;
     return;
   }
-  const TokenSoftmax softmax = total.finish(label_logit[row]);
-  const int64_t token = tokens.list.token[tokens.first + row];
-  out.logprobs[token] = softmax.logprob, out.lse[token] = softmax.lse;
-  if (out.entropy) out.entropy[token] = softmax.entropy;
+  out.write(tokens.list.token[tokens.first + row], total.finish(label_logit[row]));
 }
 
 // Rows and vocabulary blocks whose statistics fit in the workspace together. Slices are whole merge

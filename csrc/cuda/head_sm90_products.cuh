@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// The three products on Hopper as operands, tiles and epilogues. What multiplies them is left to
+// launch_product: head_sm90_launch.cuh has the kernel, cuda_emulation/hopper.cpp a plain sum, so
+// that everything here is tested on the host.
+#pragma once
+#include "head_sm90_epilogues.cuh"
+#include "head_sm90_tiles.cuh"
+
+namespace spo::cuda {
+
+// Along which of its two dimensions a matrix is contiguous: the steps of the sum, or the output.
+enum class Along { kStep, kOutput };
+
+// The other dimension's numbers are `pitch` apart. Sizes are those of the TileList.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t pitch;
+};
+
+// Computes `tiles` of a [m, k] times b [n, k] and hands their rows to the epilogue.
+template <class T, Along kA, Along kB, class Epilogue>
+void launch_product(const Operand<T>& a, const Operand<T>& b, const TileList& tiles,
+                    int64_t most_pairs, const Epilogue& epilogue);
+
+template <class T>
+Operand<T> hidden_operand(const HeadArgs& args, const SlotLayout& layout) {
+  return {args.hidden.const_data_ptr<T>() + layout.first * layout.stride, layout.stride};
+}
+
+template <class T>
+Operand<T> weight_operand(const HeadArgs& args, int64_t first_word) {
+  const int64_t pitch = args.weight.stride(0);
+  return {args.weight.const_data_ptr<T>() + first_word * pitch, pitch};
+}
+
+template <class T, class Epilogue>
+void launch_logits(const HeadArgs& args, const Slots& slots, int64_t first_word, int64_t words,
+                   const Epilogue& epilogue) {
+  const SlotMap& map = slots.map();
+  const int64_t count = slots.layout().slots;
+  launch_product<T, Along::kStep, Along::kStep>(
+      hidden_operand<T>(args, slots.layout()), weight_operand<T>(args, first_word),
+      TileList{count, words, args.weight.size(1), map.pairs, map.pair_count, nullptr, nullptr,
+               nullptr},
+      blocks_of(count, kSm90PairRows), epilogue);
+}
+
+inline SlotRows slot_rows(const Slots& slots) { return {slots.map().place, slots.layout().slots}; }
+
+template <class T>
+void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t words,
+                     const StatisticsEpilogue<float>& epilogue) {
+  launch_logits<T>(args, slots, epilogue.slice.first_word, words,
+                   Sm90Statistics{epilogue, slot_rows(slots), words});
+}
+
+template <class T>
+void sm90_gradient(const HeadArgs& args, const Slots& slots, int64_t words,
+                   const GradientEpilogue<float, T>& epilogue) {
+  launch_logits<T>(args, slots, epilogue.slice.first_word, words,
+                   Sm90Gradient<T>{epilogue, slot_rows(slots), words});
+}
+
+template <class T>
+void sm90_hidden_grad(const HeadArgs& args, const Slots& slots, const T* dz, int64_t pitch,
+                      int64_t first_word, int64_t words,
+                      const HiddenGradEpilogue<float, T>& epilogue) {
+  const SlotMap& map = slots.map();
+  const int64_t count = slots.layout().slots;
+  launch_product<T, Along::kStep, Along::kOutput>(
+      {dz, pitch}, weight_operand<T>(args, first_word),
+      TileList{count, args.weight.size(1), words, map.pairs, map.pair_count, nullptr, nullptr,
+               nullptr},
+      blocks_of(count, kSm90PairRows), Sm90HiddenGrad<T>{epilogue, slot_rows(slots)});
+}
+
+template <class T>
+void sm90_weight_grad(const HeadArgs& args, const Slots& slots, const T* dz, int64_t pitch,
+                      int64_t words, const WeightGradEpilogue<float, T>& epilogue) {
+  const SlotMap& map = slots.map();
+  launch_product<T, Along::kOutput, Along::kOutput>(
+      {dz, pitch}, hidden_operand<T>(args, slots.layout()),
+      TileList{words, args.weight.size(1), slots.layout().slots, nullptr, nullptr, map.steps,
+               map.step_count, map.poisoned},
+      blocks_of(words, kSm90PairRows), Sm90WeightGrad<T>{epilogue, words});
+}
+
+#define SPO_INSTANTIATE_SM90(T)                                                                \
+  template void sm90_statistics<T>(const HeadArgs&, const Slots&, int64_t,                     \
+                                   const StatisticsEpilogue<float>&);                          \
+  template void sm90_gradient<T>(const HeadArgs&, const Slots&, int64_t,                       \
+                                 const GradientEpilogue<float, T>&);                           \
+  template void sm90_hidden_grad<T>(const HeadArgs&, const Slots&, const T*, int64_t, int64_t, \
+                                    int64_t, const HiddenGradEpilogue<float, T>&);             \
+  template void sm90_weight_grad<T>(const HeadArgs&, const Slots&, const T*, int64_t, int64_t, \
+                                    const WeightGradEpilogue<float, T>&);
+
+}  // namespace spo::cuda

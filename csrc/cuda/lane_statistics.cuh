@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The softmax statistics of one row, dealt out to lanes: reductions whose order never changes.
+#pragma once
+#include "../math/logsumexp.h"
+#include "launch.cuh"
+
+namespace spo::cuda {
+
+// What the forward pass of a token leaves; entropy may be null.
+template <class Real>
+struct TokenOutputs {
+  Real *logprobs, *entropy, *lse;
+
+  __device__ void write(int64_t token, const TokenSoftmax& softmax) const {
+    logprobs[token] = static_cast<Real>(softmax.logprob);
+    lse[token] = static_cast<Real>(softmax.lse);
+    if (entropy) entropy[token] = static_cast<Real>(softmax.entropy);
+  }
+};
+
+// Butterflies over groups of kLanes lanes: each lane gets the same result.
+template <int kLanes, class Real>
+__device__ Real lanes_max(Real x) {
+#pragma unroll
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    const Real other = __shfl_xor_sync(kAllLanes, x, d);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <int kLanes, class Real>
+__device__ Real lanes_sum(Real x) {
+#pragma unroll
+  for (int d = kLanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
+}
+
+// Statistics of one block of logits, kEach of them in each of kLanes lanes; -inf adds nothing.
+template <int kLanes, int kEach, class Logits>
+__device__ auto lane_statistics(const Logits& logits, bool entropy) {
+  using Real = std::remove_cv_t<std::remove_reference_t<decltype(logits[0])>>;
+  const Real lowest = -std::numeric_limits<Real>::infinity();
+  Real top = lowest;
+#pragma unroll
+  for (int e = 0; e < kEach; e++) top = logits[e] > top ? logits[e] : top;
+  top = lanes_max<kLanes>(top);
+  const Real base = top == lowest ? Real(0) : top;  // all -inf: exp(-inf - 0) is 0
+  Real sum = 0, weighted = 0;
+#pragma unroll
+  for (int e = 0; e < kEach; e++) {
+    const Real below = logits[e] - base, exponential = Math<Real>::exp(below);
+    sum += exponential;
+    if (entropy && !(exponential == 0)) weighted += exponential * below;
+  }
+  return BlockStats<Real>{top, lanes_sum<kLanes>(sum),
+                          entropy ? lanes_sum<kLanes>(weighted) : Real(0)};
+}
+
+// Adds the lanes' parts, neighbour to neighbour, to lane 0's total; other lanes' are of no use.
+__device__ inline void merge_lanes(LogSumExp mine, LogSumExp* total) {
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const BlockStats<double> next{__shfl_down_sync(kAllLanes, mine.max, distance),
+                                  __shfl_down_sync(kAllLanes, mine.sum, distance),
+                                  __shfl_down_sync(kAllLanes, mine.weighted, distance)};
+    mine.merge(next);
+  }
+  total->merge(BlockStats<double>{mine.max, mine.sum, mine.weighted});
+}
+
+}  // namespace spo::cuda
