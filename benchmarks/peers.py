@@ -24,6 +24,7 @@ class Peer:
     every_shape: bool = False  # else only at shapes marked every_peer
     per_token: bool = True  # False: one sum, and one gradient scale for all tokens
     gpu_only: bool = True
+    trains_head: bool = True  # False: the gradient of hidden alone
     note: str = ""
 
 
@@ -100,6 +101,17 @@ PEERS: dict[str, Peer] = {
         lambda: partial(spo_ext.token_logprobs, workspace_mib=512),
         every_shape=True,
         note="workspace_mib=512 instead of 64",
+    ),
+    "spo_ext-stored": Peer(
+        lambda: partial(spo_ext.token_logprobs, strategy="stored"),
+        gpu_only=False,
+        note="keeps the logits for the backward pass",
+    ),
+    "spo_ext-frozen": Peer(
+        lambda: partial(spo_ext.token_logprobs, strategy="frozen"),
+        gpu_only=False,
+        trains_head=False,
+        note="the head is not trained: no grad_weight",
     ),
     "eager": Peer(lambda: eager, every_shape=True, gpu_only=False),
     "liger-rl": Peer(liger_rl, every_shape=True),

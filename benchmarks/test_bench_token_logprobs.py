@@ -56,9 +56,7 @@ def loaded(name: str, inputs: HeadInputs, backward: bool) -> Logprobs:
         with torch.no_grad():
             function(*inputs.leaves)
         if backward:
-            function(*inputs.leaves).sum().backward(inputs=inputs.leaves[:2])
-            for leaf in inputs.leaves[:2]:
-                leaf.grad = None
+            total_call(name, function, inputs, None)()
         return function
     except Exception as error:
         if name.startswith("spo_ext"):
@@ -88,12 +86,18 @@ def forward_call(function: Logprobs, inputs: HeadInputs) -> Callable[[], tuple[T
 
 
 def total_call(
-    function: Logprobs, inputs: HeadInputs, upstream: Tensor
+    name: str, function: Logprobs, inputs: HeadInputs, upstream: Tensor | None
 ) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward; without `upstream` of the sum."""
     hidden, weight, targets = inputs.leaves
+    wanted = (hidden, weight) if PEERS[name].trains_head else (hidden,)
+    weight = weight if PEERS[name].trains_head else weight.detach()
 
     def call() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(hidden, weight, targets), (hidden, weight), upstream)
+        logprobs = function(hidden, weight, targets)
+        return torch.autograd.grad(
+            logprobs.sum() if upstream is None else logprobs, wanted, upstream
+        )
 
     return call
 
@@ -118,8 +122,7 @@ def errors(name: str, function: Logprobs, inputs: HeadInputs, backward: bool) ->
     if backward:
         upstream = inputs.upstream if per_token else torch.ones_like(inputs.upstream)
         given = upstream if per_token else upstream[0]
-        grad_hidden, grad_weight = total_call(function, inputs, given)()
-        return dict(truth.grad_errors(grad_hidden, grad_weight, upstream))
+        return dict(truth.grad_errors(total_call(name, function, inputs, given)(), upstream))
     if not per_token:
         return {}
     logprobs = scored(function, inputs)
@@ -135,12 +138,13 @@ def test_head(benchmark, shape: HeadShape, name: str, backward: bool) -> None:
     function = loaded(name, inputs, backward)
     check_agreement(name, function, inputs)
 
-    def timed(function: Logprobs, per_token: bool) -> Callable[[], tuple[Tensor, ...]]:
+    def timed(name: str, function: Logprobs) -> Callable[[], tuple[Tensor, ...]]:
         if not backward:
             return forward_call(function, inputs)
-        return total_call(function, inputs, inputs.upstream if per_token else inputs.upstream[-1])
+        upstream = inputs.upstream if PEERS[name].per_token else inputs.upstream[-1]
+        return total_call(name, function, inputs, upstream)
 
-    call = timed(function, PEERS[name].per_token)
+    call = timed(name, function)
     benchmark.extra_info.update(
         op="token_logprobs",
         implementation=name,
@@ -159,7 +163,7 @@ def test_head(benchmark, shape: HeadShape, name: str, backward: bool) -> None:
     benchmark.extra_info["extra_mib"] = extra_mib(call)
     others: dict[str, Callable[[], object]] = {"gemm": gemm_call(inputs)}
     if name != "spo_ext":
-        others["spo_ext"] = timed(spo_ext.token_logprobs, True)
+        others["spo_ext"] = timed("spo_ext", spo_ext.token_logprobs)
     times = take_turns(benchmark, call, others)
     times.setdefault("spo_ext", times["this"])
     benchmark.extra_info.update(

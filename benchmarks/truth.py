@@ -107,11 +107,11 @@ class Truth:
             "logprob_bias": error.mean().item(),
         }
 
-    def grad_errors(
-        self, grad_hidden: Tensor, grad_weight: Tensor, upstream: Tensor
-    ) -> dict[str, float]:
-        got = grad_hidden[self.rows].double(), grad_weight[self.words].double()
-        pairs = zip(("hidden", "weight"), got, self.grads(upstream), strict=True)
+    def grad_errors(self, grads: tuple[Tensor, ...], upstream: Tensor) -> dict[str, float]:
+        """Of (grad_hidden, grad_weight), or of the first alone."""
+        named = zip(("hidden", "weight"), (self.rows, self.words), grads, strict=False)
+        got = [(name, grad[pick].double()) for name, pick, grad in named]
+        pairs = [(name, a, b) for (name, a), b in zip(got, self.grads(upstream), strict=False)]
         return {f"grad_{name}": ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
 
     def noise(self, logprobs: Tensor) -> dict[str, float]:

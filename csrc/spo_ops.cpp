@@ -6,19 +6,19 @@
 
 TORCH_LIBRARY(spo, m) {
   // hidden [.., d], weight [V, d], targets [..], bias [V] -> logprobs [..], entropy [..] or [0],
-  // lse [..]
+  // lse [..], and for the backward pass what `keep` names (kept.h)
   m.def(
       "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float "
-      "temperature, "
-      "float logit_scale, float? softcap, int ignore_index, bool return_entropy, int "
-      "workspace_mib) "
-      "-> (Tensor logprobs, Tensor entropy, Tensor lse)");
+      "temperature, float logit_scale, float? softcap, int ignore_index, bool return_entropy, "
+      "int workspace_mib, str keep) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor kept)");
   // needs: gradients wanted for (hidden, weight, bias); the others come back as [0]
   m.def(
       "token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, "
       "Tensor weight, Tensor targets, Tensor? bias, Tensor logprobs, Tensor entropy, Tensor lse, "
-      "float temperature, float logit_scale, float? softcap, int ignore_index, bool[3] needs, "
-      "int workspace_mib) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor kept, float temperature, float logit_scale, float? softcap, int ignore_index, "
+      "bool[3] needs, int workspace_mib, str keep) -> (Tensor grad_hidden, Tensor grad_weight, "
+      "Tensor grad_bias)");
 
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], lse [..]
   m.def(

@@ -45,6 +45,7 @@ class Case:
         self.options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
         self.entropy = False
         self.needs = [True, True, False]
+        self.keep = "nothing"
         self.workspace_mib = 64  # of the emulated op; the CPU's needs more at times
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.grad = torch.randn(tokens, dtype=wide)
@@ -60,6 +61,7 @@ class Case:
             -100,
             self.entropy,
             64 if ops is torch.ops.spo else self.workspace_mib,
+            self.keep,
         )
 
     def backward(self, ops, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -75,13 +77,15 @@ class Case:
             -100,
             self.needs,
             64 if ops is torch.ops.spo else self.workspace_mib,
+            self.keep,
         )
 
     def check(self, emulated) -> None:
-        want = self.forward(torch.ops.spo)
-        for got, expected in zip(self.forward(emulated), want, strict=True):
+        want, saved = self.forward(torch.ops.spo), self.forward(emulated)
+        for got, expected in zip(saved[:3], want[:3], strict=True):
             assert logprob_error(got, expected) <= LOGPROB_TOLERANCE[self.hidden.dtype]
-        got_grads = self.backward(emulated, want)
+        assert saved[3].shape == want[3].shape and saved[3].dtype == want[3].dtype
+        got_grads = self.backward(emulated, (*want[:3], saved[3]))
         inputs = (self.hidden, self.weight, self.bias)
         for tensor, got, expected in zip(
             inputs, got_grads, self.backward(torch.ops.spo, want), strict=True
@@ -107,6 +111,30 @@ def test_every_option(emulated, path, dtype) -> None:
     case.options = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 20.0}
     case.entropy, case.needs = True, [True, True, True]
     case.grad_entropy = torch.randn_like(case.grad)
+    case.check(emulated)
+
+
+@pytest.mark.parametrize("keep", ["logits", "jacobian"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "depth", "vocabulary", "workspace_mib"),
+    [((13,), 33, 507, 64), ((2, 65), 40, 1000, 1), ((40,), 24, 9000, 1)],
+)
+def test_what_the_forward_keeps(
+    emulated, path, tokens, depth, vocabulary, workspace_mib, dtype, keep
+) -> None:
+    case = Case(tokens, depth, vocabulary, dtype)
+    plain = case.forward(emulated)
+    case.keep, case.workspace_mib = keep, workspace_mib
+    assert all(map(torch.equal, case.forward(emulated)[:3], plain[:3]))
+    case.targets.view(-1)[4:7] = -100
+    case.grad.view(-1)[2] = 0
+    case.bias = torch.randn(vocabulary).to(dtype)
+    case.options = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 20.0}
+    if keep == "logits":
+        case.entropy, case.grad_entropy = True, torch.randn_like(case.grad)
+    else:
+        case.needs = [True, False, False]
     case.check(emulated)
 
 
@@ -177,7 +205,8 @@ def test_a_token_does_not_see_its_batch(emulated, path, dtype) -> None:
     for rows in ([7], list(range(140, 3, -9))):
         case.hidden, case.targets = hidden[rows], targets[rows]
         assert all(
-            torch.equal(a, b[rows]) for a, b in zip(case.forward(emulated), whole, strict=True)
+            torch.equal(a, b[rows])
+            for a, b in zip(case.forward(emulated)[:3], whole[:3], strict=True)
         )
 
 
@@ -188,7 +217,7 @@ def test_a_split_float_keeps_24_bits(emulated, path) -> None:
     saved = case.forward(torch.ops.spo)
     one_slice = case.backward(emulated, saved)[0]
     case.hidden, case.targets = case.hidden.repeat(16, 1), case.targets.repeat(16)
-    case.grad, saved = case.grad.repeat(16), tuple(t.repeat(16) for t in saved)
+    case.grad, saved = case.grad.repeat(16), (*(t.repeat(16) for t in saved[:3]), saved[3])
     case.workspace_mib = 1
     many_slices = case.backward(emulated, saved)[0][:40]
     # The last bit of a bfloat16 may fall either way; more would show sums rounded on the way.

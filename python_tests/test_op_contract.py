@@ -17,7 +17,7 @@ OPS = torch.ops.spo
 def head_arguments(dtype=torch.float32):
     hidden, weight, targets = head_inputs(5, 9, 4, dtype)
     targets[1] = -100
-    return hidden, weight, targets, None, 0.9, 1.0, None, -100, True, 64
+    return hidden, weight, targets, None, 0.9, 1.0, None, -100, True, 64, "nothing"
 
 
 def loss_arguments(form):
@@ -46,28 +46,22 @@ def samples():
     head = head_arguments()
     logits = torch.randn(4, 9, requires_grad=True)
     labels = torch.tensor([0, 3, -100, 8])
-    yield "token_logprobs", head
     yield (
         "token_logprobs",
-        (*head[:3], torch.randn(9, requires_grad=True), 1.0, 1.0, 5.0, -100, False, 64),
+        (*head[:3], torch.randn(9, requires_grad=True), 1.0, 1.0, 5.0, -100, False, 64, "nothing"),
     )
-    out = OPS.token_logprobs(*head)
-    detached = [t.detach() for t in (*head[:2], *out)]
-    grads = (torch.randn(5), torch.randn(5))
-    yield (
-        "token_logprobs_backward",
-        (
-            *grads,
-            detached[0],
-            detached[1],
-            head[2],
-            None,
-            *detached[2:],
-            *head[4:8],
-            [True, True, False],
-            64,
-        ),
-    )
+    for keep in ("nothing", "logits", "jacobian"):
+        frozen = keep == "jacobian"
+        arguments = (head[0], head[1].detach() if frozen else head[1], *head[2:8])
+        yield "token_logprobs", (*arguments, not frozen, 64, keep)
+        saved = [t.detach() for t in OPS.token_logprobs(*arguments, not frozen, 64, keep)]
+        grads = (torch.randn(5), None if frozen else torch.randn(5))
+        inputs = (head[0].detach(), head[1].detach(), head[2], None)
+        needs = [True, not frozen, False]
+        yield (
+            "token_logprobs_backward",
+            (*grads, *inputs, *saved, *head[4:8], needs, 64, keep),
+        )
     yield "logprobs_from_logits", (logits, labels, 1.0, -100, True, False)
     saved = [t.detach() for t in OPS.logprobs_from_logits(logits, labels, 1.0, -100, True, False)]
     backward = (torch.randn(4), torch.randn(4), logits.detach(), labels, *saved, 1.0, -100)
@@ -83,10 +77,10 @@ def samples():
     yield "cumulative_loss_backward", (torch.randn(6).double(), lp.detach(), ref, *without_groups)
 
 
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(17))
 def test_opcheck(index):
     cases = list(samples())
-    assert len(cases) == 13  # every op of csrc/spo_ops.cpp is among them
+    assert len(cases) == 17  # every op of csrc/spo_ops.cpp is among them
     name, arguments = cases[index]
     torch.library.opcheck(getattr(OPS, name).default, arguments)
 
@@ -254,6 +248,7 @@ BAD_HEAD = [
     (dict(softcap=-1.0), ValueError, "softcap must be a finite number > 0, got -1"),
     (dict(logit_scale=0.0), ValueError, "logit_scale must be a finite number other than 0"),
     (dict(workspace_mib=0), ValueError, "workspace_mib must be > 0, got 0"),
+    (dict(strategy="sparse"), ValueError, "strategy must be one of auto, .*, got 'sparse'"),
     (dict(max_dropped_mass=1.0), ValueError, r"max_dropped_mass must be in \[0, 1\), got 1.0"),
 ]
 

@@ -37,7 +37,8 @@ def check_against_reference(hidden, weight, targets, grad_scale=1.0, bias=None, 
     logprobs, entropy = spo_ext.token_logprobs(
         hidden, weight, targets, bias=bias, return_entropy=True, **options
     )
-    options.pop("workspace_mib", None)
+    for name in ("workspace_mib", "strategy"):
+        options.pop(name, None)
     truth = [doubled(t) for t in inputs]
     want, want_entropy = reference.token_logprobs(
         truth[0], truth[1], targets, bias=truth[2] if bias is not None else None, **options
@@ -57,12 +58,14 @@ def check_against_reference(hidden, weight, targets, grad_scale=1.0, bias=None, 
         assert relative_error(got, expected) <= GRAD_TOLERANCE[tensor.dtype]
 
 
+@pytest.mark.parametrize("strategy", ["recompute", "stored"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape, dtype):
-    check_against_reference(*head_inputs(*shape, dtype))
+def test_matches_reference(shape, dtype, strategy):
+    check_against_reference(*head_inputs(*shape, dtype), strategy=strategy)
 
 
+@pytest.mark.parametrize("strategy", ["recompute", "stored"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
@@ -73,10 +76,10 @@ def test_matches_reference(shape, dtype):
         dict(softcap=30.0, logit_scale=2.0, temperature=0.6),
     ],
 )
-def test_logit_options_and_bias(options, dtype):
+def test_logit_options_and_bias(options, dtype, strategy):
     hidden, weight, targets = head_inputs(40, 700, 50, dtype)
     bias = torch.randn(700).to(dtype).requires_grad_()
-    check_against_reference(hidden, weight, targets, bias=bias, **options)
+    check_against_reference(hidden, weight, targets, bias=bias, strategy=strategy, **options)
 
 
 def test_mixed_precision_uses_every_operand_as_it_is():
@@ -219,7 +222,7 @@ def test_only_the_wanted_gradients():
     both = torch.autograd.grad(
         spo_ext.token_logprobs(hidden, weight, targets).sum(), (hidden, weight)
     )
-    frozen = spo_ext.token_logprobs(hidden, weight.detach(), targets)
+    frozen = spo_ext.token_logprobs(hidden, weight.detach(), targets, strategy="recompute")
     assert torch.equal(torch.autograd.grad(frozen.sum(), hidden)[0], both[0])
     probe = spo_ext.token_logprobs(hidden.detach(), weight, targets)
     assert torch.equal(torch.autograd.grad(probe.sum(), weight)[0], both[1])

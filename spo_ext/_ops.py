@@ -55,10 +55,16 @@ def _(
     ignore_index,
     return_entropy,
     workspace_mib,
+    keep,
 ):
     logprobs = hidden.new_empty(targets.shape, dtype=_result_dtype(hidden))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
-    return logprobs, entropy, torch.empty_like(logprobs)
+    kept = {
+        "nothing": lambda: logprobs.new_empty(0),
+        "logits": lambda: logprobs.new_empty(targets.numel(), weight.shape[0]),
+        "jacobian": lambda: hidden.new_empty(hidden.shape),
+    }[keep]()
+    return logprobs, entropy, torch.empty_like(logprobs), kept
 
 
 @torch.library.register_fake("spo::token_logprobs_backward")
@@ -72,12 +78,14 @@ def _(
     logprobs,
     entropy,
     lse,
+    kept,
     temperature,
     logit_scale,
     softcap,
     ignore_index,
     needs,
     workspace_mib,
+    keep,
 ):
     bias_dtype = torch.float64 if bias is None else bias.dtype
     return (
@@ -98,9 +106,12 @@ def _token_logprobs_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, logprobs, entropy, lse = ctx.saved_tensors
-    temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib = ctx.options
+    hidden, weight, targets, bias, logprobs, entropy, lse, kept = ctx.saved_tensors
+    temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib, keep = (
+        ctx.options
+    )
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     grads = _OPS.token_logprobs_backward(
         grad_logprobs,
@@ -112,17 +123,19 @@ def _token_logprobs_backward(
         logprobs,
         entropy,
         lse,
+        kept,
         temperature,
         logit_scale,
         softcap,
         ignore_index,
         needs,
         workspace_mib,
+        keep,
     )
     grad_hidden, grad_weight, grad_bias = (
         g if need else None for g, need in zip(grads, needs, strict=True)
     )
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 6
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from spo_ext.strategy import BackwardPlan, Strategy, choose
+
 _OPS = torch.ops.spo
 
 
@@ -32,6 +34,7 @@ class HeadOptions(TypedDict, total=False):
     softcap: float | None
     ignore_index: int
     max_dropped_mass: float
+    strategy: Strategy
     workspace_mib: int
 
 
@@ -77,13 +80,15 @@ def token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     max_dropped_mass: float = 0.0,
+    strategy: Strategy = "auto",
     workspace_mib: int = 64,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(z)[target] of an LM head, z = softcap(logit_scale (hidden weight^T + bias)) /
     temperature.
 
-    The [N, V] logits never exist: memory beyond the inputs and gradients is `workspace_mib` MiB
-    plus O(N). The logits of 16-bit inputs are float32. A token's result does not depend, to the
+    The [N, V] logits never exist unless they fit in half of the workspace: memory beyond the inputs
+    and gradients is `workspace_mib` MiB plus O(N), and with a frozen head one tensor like hidden.
+    The logits of 16-bit inputs are float32. A token's result does not depend, to the
     last bit, on the other tokens, on their order or on the number of threads.
 
     Args:
@@ -95,6 +100,7 @@ def token_logprobs(
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         max_dropped_mass: in [0, 1): how much probability the backward pass may leave out of each
             token's gradient. It is an upper bound; the kernels of this version leave out nothing.
+        strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
             5/8 of it cost one product more in the backward pass.
 
@@ -112,7 +118,10 @@ def token_logprobs(
             f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
         )
     same_device("token_logprobs", "hidden", hidden, weight=weight, targets=targets, bias=bias)
-    logprobs, entropy, _ = _OPS.token_logprobs(
+    plan = choose(
+        strategy, hidden, weight, bias, return_entropy=return_entropy, workspace_mib=workspace_mib
+    )
+    logprobs, entropy, _, _ = _OPS.token_logprobs(
         hidden,
         weight,
         targets,
@@ -123,8 +132,27 @@ def token_logprobs(
         ignore_index,
         return_entropy,
         workspace_mib,
+        plan.keep,
     )
     return (logprobs, entropy) if return_entropy else logprobs
+
+
+def explain(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_entropy: bool = False,
+    strategy: Strategy = "auto",
+    workspace_mib: int = 64,
+) -> BackwardPlan:
+    """The strategy that `token_logprobs` and `linear_loss` would use for these arguments, and why.
+
+    Nothing is computed: shapes, dtypes and `requires_grad` decide.
+    """
+    return choose(
+        strategy, hidden, weight, bias, return_entropy=return_entropy, workspace_mib=workspace_mib
+    )
 
 
 @overload

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from spo_ext.head import HeadOptions, same_device, token_logprobs
 from spo_ext.stats import LossStats
+from spo_ext.strategy import Strategy
 
 Objective = Literal["squared", "cross_entropy", "advantage", "group", "linear"]
 Reduction = Literal["none", "mean", "sum"]
@@ -382,6 +383,7 @@ def linear_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     max_dropped_mass: float = 0.0,
+    strategy: Strategy = "auto",
     workspace_mib: int = 64,
     mask: Tensor | None = None,
     **loss_arguments: object,
@@ -395,8 +397,8 @@ def linear_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, logit_scale, softcap, max_dropped_mass,
-        workspace_mib: see
-            `token_logprobs`. targets is [B, T], or [N] with `cu_seqlens`.
+            strategy, workspace_mib: see `token_logprobs`. targets is [B, T], or [N] with
+            `cu_seqlens`.
         ref_logprobs, rewards, q0, beta, objective: see `loss`, as for every other argument.
     """
     counted = targets != ignore_index
@@ -418,6 +420,7 @@ def linear_loss(
         softcap=softcap,
         ignore_index=ignore_index,
         max_dropped_mass=max_dropped_mass,
+        strategy=strategy,
         workspace_mib=workspace_mib,
     )
     return loss(  # type: ignore[no-any-return, call-overload]

@@ -7,9 +7,10 @@
 
 namespace spo {
 
-// What one pass over the rows computes, and the float sums it needs beside 16-bit gradients.
+// What one pass over the rows computes, whether from logits of its own making, and the float sums
+// it needs beside 16-bit gradients.
 struct BackwardWork {
-  bool hidden_side, weight_side, weight_sums;
+  bool hidden_side, weight_side, weight_sums, recompute;
   int64_t hidden_sums;
 };
 
@@ -17,20 +18,19 @@ template <class Real>
 struct BackwardBuffers {
   BackwardBuffers(const HeadArgs& args, const HeadKernels<Real>& kernels, int64_t rows,
                   const BackwardWork& work)
-      : depth(args.hidden.size(-1)), kernels(kernels) {
+      : work(work), depth(args.hidden.size(-1)), kernels(kernels) {
     const int64_t budget = (args.workspace_mib << 20) / int64_t(sizeof(Real)) - work.hidden_sums;
     row_chunk = row_chunk_for<Real>(rows);
     slice_cols = std::min<int64_t>(panels(args.weight.size(0), kBlockCols), 4) * kBlockCols;
-    while (slice_cols > kBlockCols &&
-           (fixed_size(work) > budget / 2 || groups_fitting(work, budget) == 0))
+    while (slice_cols > kBlockCols && (fixed_size() > budget / 2 || groups_fitting(budget) == 0))
       slice_cols -= kBlockCols;
-    group_rows = groups_fitting(work, budget) * kDepthStep;
+    group_rows = groups_fitting(budget) * kDepthStep;
     // Half as much again: a third of the workspace may hold the sums of grad_hidden.
-    const int64_t least = (fixed_size(work) + kDepthStep * row_size(work)) * 3 / 2 * sizeof(Real);
+    const int64_t least = (fixed_size() + kDepthStep * row_size()) * 3 / 2 * sizeof(Real);
     TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ",
                       (least >> 20) + 1, " for d = ", depth, ", got ", args.workspace_mib);
     group_rows = std::min(group_rows, rows);
-    allocate(work);
+    allocate();
   }
 
   int64_t padded_depth() const { return panels(depth, kernels.panel_cols) * kernels.panel_cols; }
@@ -40,6 +40,7 @@ struct BackwardBuffers {
   }
   Real* dz_block(int64_t block) const { return dz + block * group_rows * padded_block(); }
 
+  const BackwardWork work;
   const int64_t depth;
   const HeadKernels<Real>& kernels;
   int64_t group_rows, slice_cols, row_chunk;
@@ -51,29 +52,29 @@ struct BackwardBuffers {
   Real* hidden_sums;  // float sums of a 16-bit grad_hidden
 
  private:
-  int64_t dz_cols(const BackwardWork& work) const {
+  int64_t dz_cols() const {
     return work.weight_side ? slice_cols / kBlockCols * padded_block() : 0;
   }
-  int64_t row_size(const BackwardWork& work) const {  // numbers per row of a group
-    return depth + (work.weight_side ? padded_depth() : 0) + dz_cols(work);
+  int64_t row_size() const {  // numbers per row of a group
+    return (work.recompute ? depth : 0) + (work.weight_side ? padded_depth() : 0) + dz_cols();
   }
-  int64_t fixed_size(const BackwardWork& work) const {  // numbers whatever the group: words, tiles
-    const int64_t per_col =
-        depth + (work.hidden_side ? padded_depth() : 0) + (work.weight_sums ? depth : 0);
+  int64_t fixed_size() const {  // numbers whatever the group: words, tiles
+    const int64_t per_col = (work.recompute ? depth : 0) + (work.hidden_side ? padded_depth() : 0) +
+                            (work.weight_sums ? depth : 0);
     return slice_cols * per_col + at::get_num_threads() * row_chunk * kBlockCols +
            kernels.tile_rows * depth;
   }
-  int64_t groups_fitting(const BackwardWork& work,
-                         int64_t budget) const {  // in depth steps of rows
-    return std::max<int64_t>(budget - fixed_size(work), 0) / row_size(work) / kDepthStep;
+  int64_t groups_fitting(int64_t budget) const {            // in depth steps of rows
+    const int64_t each = std::max<int64_t>(row_size(), 1);  // 0: nothing is packed per row
+    return std::max<int64_t>(budget - fixed_size(), 0) / each / kDepthStep;
   }
 
-  void allocate(const BackwardWork& work) {
+  void allocate() {
     const int64_t tile_rows = panels(group_rows, kernels.tile_rows) * kernels.tile_rows;
     workspace_.emplace(std::vector<int64_t>{
-        tile_rows * depth, work.weight_side ? group_rows * padded_depth() : 0, slice_cols * depth,
-        work.hidden_side ? slice_cols * padded_depth() : 0, group_rows * dz_cols(work),
-        work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
+        work.recompute ? tile_rows * depth : 0, work.weight_side ? group_rows * padded_depth() : 0,
+        work.recompute ? slice_cols * depth : 0, work.hidden_side ? slice_cols * padded_depth() : 0,
+        group_rows * dz_cols(), work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
     Real** const arrays[] = {&hidden_rows, &hidden_cols, &weight_rows, &weight_cols,
                              &dz,          &weight_sums, &hidden_sums};
     for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = workspace_->array(i);

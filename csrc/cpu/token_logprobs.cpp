@@ -6,7 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "head_problem.h"
+#include "../kept.h"
+#include "head_jacobian.h"
 
 namespace spo {
 namespace {
@@ -41,10 +42,12 @@ HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t row_chunk, in
 template <class Real>
 class HeadForward {
  public:
-  HeadForward(const HeadArgs& args, const Rows& rows, bool entropy)
+  // `logits`: where to keep them, [N, V], or null.
+  HeadForward(const HeadArgs& args, const Rows& rows, bool entropy, Real* logits)
       : args_(args),
         rows_(rows),
         entropy_(entropy),
+        logits_(logits),
         kernels_(head_kernels<Real>()),
         map_(logit_map<Real>(args)),
         plan_(plan_forward(args, rows.size(), row_chunk_for<Real>(rows.size()), sizeof(Real))),
@@ -94,6 +97,9 @@ class HeadForward {
     kernels_.gemm({rows, cols, depth_, Left::kPanel, hidden_ + row * depth_,
                    depth_ * kernels_.tile_rows, weight_ + block * kBlockCols * depth_,
                    depth_ * kernels_.panel_cols, out.data(), false});
+    if (logits_)
+      for (int64_t i = 0; i < rows; i++)
+        std::copy_n(out[i], cols, logits_ + rows_.token[first + row + i] * vocabulary_ + col);
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t label = rows_.label[first + row + i] - col;
@@ -120,6 +126,7 @@ class HeadForward {
   const HeadArgs& args_;
   const Rows& rows_;
   const bool entropy_;
+  Real* const logits_;
   const HeadKernels<Real>& kernels_;
   const LogitMap<Real> map_;
   const HeadPlan plan_;
@@ -130,29 +137,37 @@ class HeadForward {
   std::vector<Real> label_logit_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, bool return_entropy,
-    int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
-                      temperature,      logit_scale, softcap, ignore_index, workspace_mib};
+    std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
+    c10::string_view keep_name) {
+  HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
+                temperature,      logit_scale, softcap, ignore_index, workspace_mib};
   check_head(args);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
-  const bool wide = hidden.scalar_type() == at::kDouble;
-  const auto options = hidden.options().dtype(wide ? at::kDouble : at::kFloat);
+  const Keep keep = keep_of(args.op, keep_name);
+  const auto options = hidden.options().dtype(result_type_of(hidden));
   const auto logprobs = at::zeros(targets.sizes(), options);
   const auto lse = at::zeros(targets.sizes(), options);
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
+  const auto kept = make_kept(args, keep, return_entropy);
+  args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   const Rows rows =
       collect_rows(hidden, targets, [&](int64_t, int64_t label) { return label != ignore_index; });
   if (rows.size() > 0) {
     AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "token_logprobs", [&] {
-      HeadForward<scalar_t>(args, rows, return_entropy)
+      if (keep == Keep::kJacobian) {
+        HeadJacobian<scalar_t>(args, rows)
+            .run(data_of<scalar_t>(logprobs), data_of<scalar_t>(lse), kept);
+        return;
+      }
+      scalar_t* const logits = keep == Keep::kLogits ? data_of<scalar_t>(kept) : nullptr;
+      HeadForward<scalar_t>(args, rows, return_entropy, logits)
           .run(data_of<scalar_t>(logprobs), data_of<scalar_t>(entropy), data_of<scalar_t>(lse));
     });
   }
-  return {logprobs, entropy, lse};
+  return {logprobs, entropy, lse, kept};
 }
 
 TORCH_LIBRARY_IMPL(spo, CPU, m) { m.impl("token_logprobs", &token_logprobs_cpu); }

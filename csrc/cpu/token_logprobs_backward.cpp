@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the LM head: the logits of one slice of the vocabulary are computed again, turned
-// into dL/dz in place, and multiplied into grad_hidden and grad_weight.
+// Backward of the LM head: the logits of one slice of the vocabulary are computed again, or read
+// where the forward pass kept them, turned into dL/dz, and multiplied into grad_hidden and
+// grad_weight.
 //   dz = g (onehot - p) ...          [rows, slice]  one tile at a time
 //   grad_hidden += dz weight         [rows, d]      one chunk of rows per task, blocks in order
 //   grad_weight += dz^T hidden       [slice, d]     one block of words and range of d per task
@@ -9,7 +10,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "backward_buffers.h"
+#include "../kept.h"
+#include "head_tiles.h"
 
 namespace spo {
 namespace {
@@ -22,31 +24,28 @@ struct HeadGrads {
 };
 
 template <class Real>
-class HeadBackward {
+class HeadBackward : HeadTiles<Real> {
+  using Base = HeadTiles<Real>;
+  using Base::args_, Base::rows_, Base::kernels_, Base::map_, Base::depth_, Base::vocabulary_;
+  using typename Base::Buffers;
+
  public:
-  HeadBackward(const HeadArgs& args, const Rows& rows, const TokenState& state,
+  // `logits`: [N, V] as the forward pass kept them, or null.
+  HeadBackward(const HeadArgs& args, const Rows& rows, const TokenState& state, const Real* logits,
                const HeadGrads& grads)
-      : args_(args),
-        rows_(rows),
-        state_(state),
-        grads_(grads),
-        kernels_(head_kernels<Real>()),
-        map_(logit_map<Real>(args)),
-        depth_(args.hidden.size(-1)),
-        vocabulary_(args.weight.size(0)) {}
+      : Base(args, rows), state_(state), logits_(logits), grads_(grads) {}
 
   void run() {
     const bool hidden_side = grads_.hidden.defined();
     const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
     const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const int64_t most_sums = (args_.workspace_mib << 20) / sizeof(Real) / 3;
-    if (!rounded || rows_.size() * depth_ <= most_sums) {
+    const int64_t group = this->most_sum_rows();
+    if (!rounded || rows_.size() <= group) {
       pass(0, rows_.size(), hidden_side, weight_side);
       return;
     }
     // The float sums of grad_hidden do not fit: finish it for one group of rows after the other,
     // then make grad_weight over all rows. One more product, but neither gradient is rounded twice.
-    const int64_t group = std::max<int64_t>(most_sums / depth_, 1);
     for (int64_t first = 0; first < rows_.size(); first += group)
       pass(first, std::min(group, rows_.size() - first), true, false);
     if (weight_side) pass(0, rows_.size(), false, true);
@@ -54,39 +53,30 @@ class HeadBackward {
 
  private:
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
-    const bool direct = hidden_side && is_sum_type<Real>(grads_.hidden);
-    const int64_t sums = hidden_side && !direct ? count * depth_ : 0;
+    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
     const bool weight_sums =
         weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
-    const BackwardBuffers<Real> b(args_, kernels_, count,
-                                  {hidden_side, weight_side, weight_sums, sums});
-    std::fill_n(b.hidden_sums, sums, Real(0));
-    std::vector<Real*> hidden_out(hidden_side ? count : 0);
-    for (size_t i = 0; i < hidden_out.size(); i++)
-      hidden_out[i] = direct ? data_of<Real>(grads_.hidden) + rows_.token[first + i] * depth_
-                             : b.hidden_sums + i * depth_;
+    const Buffers b(
+        args_, kernels_, count,
+        {hidden_side, weight_side, weight_sums, logits_ == nullptr, rounded ? count * depth_ : 0});
+    std::vector<Real*> hidden_out;
+    if (hidden_side) hidden_out = this->sum_rows(b, first, count, grads_.hidden);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols)
       run_slice(b, first, count, col, hidden_out, weight_side);
-    if (hidden_side && !direct)
+    if (rounded)
       write_rows(b.hidden_sums, count, grads_.hidden,
                  [&](int64_t i) { return rows_.token[first + i]; });
   }
 
-  void run_slice(const BackwardBuffers<Real>& b, int64_t first, int64_t count, int64_t col,
+  void run_slice(const Buffers& b, int64_t first, int64_t count, int64_t col,
                  const std::vector<Real*>& hidden_out, bool weight_side) {
     const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
-    const auto words = MatrixView::of_weight(args_.weight);
-    const auto tokens = MatrixView::of_rows(args_.hidden, rows_);
-    pack_rows(words, col, cols, depth_, kernels_.panel_cols, b.weight_rows);
-    if (!hidden_out.empty()) pack_blocks(b, words, col, cols);
+    this->pack_words(b, col, cols, !hidden_out.empty());
     if (b.weight_sums) std::fill_n(b.weight_sums, cols * depth_, Real(0));
     for (int64_t row = 0; row < count; row += b.group_rows) {
       const int64_t rows = std::min(b.group_rows, count - row);
-      if (col == 0 || count > b.group_rows) {  // a single group stays packed for every slice
-        pack_rows(tokens, first + row, rows, depth_, kernels_.tile_rows, b.hidden_rows);
-        if (weight_side)
-          pack_cols(tokens, first + row, rows, depth_, kernels_.panel_cols, b.hidden_cols);
-      }
+      if (col == 0 || count > b.group_rows)  // a single group stays packed for every slice
+        this->pack_tokens(b, first + row, rows, weight_side);
       add_rows(b, first + row, rows, col, cols,
                hidden_out.empty() ? nullptr : hidden_out.data() + row, weight_side);
       if (weight_side && grads_.weight.defined()) add_weight(b, rows, col, cols);
@@ -96,25 +86,24 @@ class HeadBackward {
       write_rows(b.weight_sums, cols, grads_.weight, [&](int64_t v) { return col + v; });
   }
 
-  // weight for grad_hidden: one set of panels per block, since blocks are multiplied one by one.
-  void pack_blocks(const BackwardBuffers<Real>& b, const MatrixView& words, int64_t col,
-                   int64_t cols) const {
-    for (int64_t block = 0; block * kBlockCols < cols; block++)
-      pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols),
-                depth_, kernels_.panel_cols, b.weight_block(block));
-  }
-
   // One task per chunk of rows. dz of a block stays in cache while it is multiplied into
   // grad_hidden and copied into the panels that grad_weight will read.
-  void add_rows(const BackwardBuffers<Real>& b, int64_t first, int64_t rows, int64_t slice,
-                int64_t cols, Real* const* hidden_out, bool weight_side) const {
+  void add_rows(const Buffers& b, int64_t first, int64_t rows, int64_t slice, int64_t cols,
+                Real* const* hidden_out, bool weight_side) const {
     parallel_tasks(panels(rows, b.row_chunk), [&](TaskQueue& queue) {
       std::vector<Real> tile(b.row_chunk * kBlockCols);
       for (int64_t chunk; queue.take(&chunk);) {
         const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
         for (int64_t block = 0; block * kBlockCols < cols; block++) {
-          gradient_tile(b, first + row, row, count, slice + block * kBlockCols, block, tile.data());
-          if (hidden_out) add_hidden(b, count, block, cols, tile.data(), hidden_out + row);
+          const int64_t col = slice + block * kBlockCols;
+          const int64_t words = std::min(kBlockCols, vocabulary_ - col);
+          if (logits_) {
+            read_logits(first + row, count, col, words, tile.data());
+          } else {
+            this->logits_tile(b, row, count, block, words, tile.data());
+          }
+          make_gradient(first + row, count, col, words, tile.data());
+          if (hidden_out) this->add_products(b, count, block, words, tile.data(), hidden_out + row);
           if (weight_side)
             kernels_.transpose_block(tile.data(), count,
                                      b.dz_block(block) + row * kernels_.tile_rows, b.group_rows);
@@ -123,33 +112,23 @@ class HeadBackward {
     });
   }
 
-  // dL/dz of tokens [token, token + rows), which are `row`.. of the group, in one block of words.
-  void gradient_tile(const BackwardBuffers<Real>& b, int64_t token, int64_t row, int64_t rows,
-                     int64_t col, int64_t block, Real* tile) const {
-    const int64_t cols = std::min(kBlockCols, vocabulary_ - col);
-    std::vector<Real*> out(rows);
-    for (int64_t i = 0; i < rows; i++) out[i] = tile + i * kBlockCols;
-    kernels_.gemm({rows, cols, depth_, Left::kPanel, b.hidden_rows + row * depth_,
-                   depth_ * kernels_.tile_rows, b.weight_rows + block * kBlockCols * depth_,
-                   depth_ * kernels_.panel_cols, out.data(), false});
+  void read_logits(int64_t first, int64_t rows, int64_t col, int64_t cols, Real* tile) const {
+    for (int64_t i = 0; i < rows; i++)
+      std::copy_n(logits_ + rows_.token[first + i] * vocabulary_ + col, cols,
+                  tile + i * kBlockCols);
+  }
+
+  // The products of rows [first, first + rows) with one block of words become dL/dz.
+  void make_gradient(int64_t first, int64_t rows, int64_t col, int64_t cols, Real* tile) const {
     const auto bias = bias_block<Real>(args_.bias, col, cols);
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t label = rows_.label[token + i] - col;
-      const bool inside = label >= 0 && label < cols;
-      kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols, inside ? label : -1},
+    for (int64_t i = 0; i < rows; i++)
+      kernels_.gradient({tile + i * kBlockCols, args_.bias ? bias.data() : nullptr, cols,
+                         this->label_in(first + i, col, cols)},
                         map_, state_.grad_entropy.has_value(),
-                        state_.grad_of<Real>(rows_.token[token + i]));
-    }
+                        state_.grad_of<Real>(rows_.token[first + i]));
   }
 
-  void add_hidden(const BackwardBuffers<Real>& b, int64_t rows, int64_t block, int64_t cols,
-                  const Real* tile, Real* const* out) const {
-    const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
-    kernels_.gemm({rows, depth_, words, Left::kBlock, tile, kernels_.tile_rows * kBlockCols,
-                   b.weight_block(block), words * kernels_.panel_cols, out, true});
-  }
-
-  void add_weight(const BackwardBuffers<Real>& b, int64_t rows, int64_t slice, int64_t cols) const {
+  void add_weight(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
     Real* base = b.weight_sums ? b.weight_sums : data_of<Real>(grads_.weight) + slice * depth_;
     const int64_t ranges = panels(depth_, kDepthRange);
     parallel_tasks(panels(cols, kBlockCols) * ranges, [&](TaskQueue& queue) {
@@ -165,7 +144,7 @@ class HeadBackward {
     });
   }
 
-  void add_bias(const BackwardBuffers<Real>& b, int64_t rows, int64_t slice, int64_t cols) const {
+  void add_bias(const Buffers& b, int64_t rows, int64_t slice, int64_t cols) const {
     double* sums = data_of<double>(grads_.bias) + slice;
     at::parallel_for(0, cols, kBlockCols, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; v++) {
@@ -177,33 +156,33 @@ class HeadBackward {
     });
   }
 
-  const HeadArgs& args_;
-  const Rows& rows_;
   const TokenState& state_;
+  const Real* const logits_;
   const HeadGrads& grads_;
-  const HeadKernels<Real>& kernels_;
-  const LogitMap<Real> map_;
-  const int64_t depth_, vocabulary_;
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, double temperature, double logit_scale, std::optional<double> softcap,
-    int64_t ignore_index, std::array<bool, 3> needs, int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs_backward",
-                      hidden,
-                      weight,
-                      targets,
-                      bias,
-                      temperature,
-                      logit_scale,
-                      softcap,
-                      ignore_index,
-                      workspace_mib};
+    const at::Tensor& lse, const at::Tensor& kept, double temperature, double logit_scale,
+    std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
+    int64_t workspace_mib, c10::string_view keep_name) {
+  HeadArgs args{"token_logprobs_backward",
+                hidden,
+                weight,
+                targets,
+                bias,
+                temperature,
+                logit_scale,
+                softcap,
+                ignore_index,
+                workspace_mib};
   check_head(args);
   check_grads(args.op, grad_logprobs, grad_entropy, logprobs);
+  const Keep keep = keep_of(args.op, keep_name);
+  check_kept(args, keep, kept, grad_entropy, needs);
+  args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
   const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, lse);
   const auto like = [](const at::Tensor& t, bool wanted) {
@@ -212,6 +191,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   const auto grad_hidden = like(hidden, needs[0]), grad_weight = like(weight, needs[1]);
   const auto bias_sums =
       at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  if (keep == Keep::kJacobian)
+    return {needs[0] ? scale_jacobian(kept, grad_logprobs) : grad_hidden, grad_weight,
+            bias_sums.to(bias ? bias->scalar_type() : at::kDouble)};
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden.view({-1, hidden.size(-1)});
   if (needs[1]) grads.weight = grad_weight;
@@ -221,7 +203,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     const Rows rows = collect_rows(hidden, targets, [&](int64_t i, int64_t label) {
       return label != ignore_index && state.needs_gradient<scalar_t>(i);
     });
-    if (rows.size() > 0) HeadBackward<scalar_t>(args, rows, state, grads).run();
+    const auto logits = keep == Keep::kLogits ? kept.contiguous() : at::Tensor();
+    const scalar_t* data = logits.defined() ? logits.const_data_ptr<scalar_t>() : nullptr;
+    if (rows.size() > 0) HeadBackward<scalar_t>(args, rows, state, data, grads).run();
   });
   const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two small kernels of the LM head's backward pass: the scale of float16 gradients, and grad_bias.
+// The small kernels of the LM head's backward pass: the scale of float16 gradients, dL/dz from
+// products that were kept, and grad_bias.
 #pragma once
 #include "head_problem.cuh"
 
 namespace spo::cuda {
 
 constexpr int kBiasCols = 32, kBiasThreads = 256, kScaleThreads = 1024;
+constexpr int kProductThreads = 256, kProductCols = 256;
 
 // The largest power of two that keeps |dz| below 2^13, so that float16 can hold it and loses only
 // probabilities below 2^-37 of the largest gradient. [0] the scale, [1] its inverse.
@@ -29,6 +31,51 @@ __global__ void __launch_bounds__(kScaleThreads)
   if (largest > 0 && largest < std::numeric_limits<Real>::infinity()) ::frexp(largest, &exponent);
   const int shift = exponent > 112 ? -100 : exponent < -88 ? 100 : 12 - exponent;
   if (threadIdx.x == 0) out[0] = ::ldexp(Real(1), shift), out[1] = ::ldexp(Real(1), -shift);
+}
+
+// run(pointer) with the type of a gradient that this arithmetic can have.
+template <class Multiply, class Run>
+void with_output(const at::Tensor& grad, const Run& run) {
+  using Real = typename Multiply::Real;
+  using Storage = typename Multiply::Storage;
+  if constexpr (!std::is_same_v<Storage, Real>) {
+    run(grad.mutable_data_ptr<Storage>());
+  } else if (grad.scalar_type() == c10::CppTypeToScalarType<Real>::value) {
+    run(grad.mutable_data_ptr<Real>());
+  } else if constexpr (std::is_same_v<Real, float>) {  // mixed inputs
+    if (grad.scalar_type() == at::kHalf) return run(grad.mutable_data_ptr<c10::Half>());
+    run(grad.mutable_data_ptr<c10::BFloat16>());
+  }
+}
+
+// dL/dz of one slice of kept products: one warp per row of dz and 256 words. Rows are slots if
+// `place` is given (head_sm90.h); unused slots get zeros.
+template <class Real, class Storage>
+__global__ void __launch_bounds__(kProductThreads)
+    gradient_of_products(const int64_t* place, int64_t rows, KeptProducts<const Real> products,
+                         int64_t words, GradientEpilogue<Real, Storage> epilogue) {
+  const int64_t at = int64_t(blockIdx.x) * (kProductThreads / 32) + threadIdx.x / 32;
+  const int64_t col0 = int64_t(blockIdx.y) * kProductCols;
+  const int lane = threadIdx.x % 32;
+  if (at >= (place ? rows : epilogue.slice.tokens.size())) return;
+  const int64_t row = place ? place[at] : at;
+  epilogue.dz += (at - row) * epilogue.pitch;  // row `row` of the epilogue is row `at` of dz
+  if (row < 0) {
+    for (int64_t c = col0 + lane; c < words && c < col0 + kProductCols; c += 32)
+      epilogue.dz[row * epilogue.pitch + c] = Storage(0);
+    return;
+  }
+  const Real* const source = products.data + epilogue.slice.token(row) * products.pitch + col0;
+  epilogue.template row<kProductCols>(source, row, col0, words, lane);
+}
+
+template <class Real, class Storage>
+void launch_gradient_of_products(const Slots* slots, const KeptProducts<const Real>& products,
+                                 int64_t words, const GradientEpilogue<Real, Storage>& epilogue) {
+  const int64_t rows = slots ? slots->layout().slots : epilogue.slice.tokens.most;
+  launch(&gradient_of_products<Real, Storage>,
+         dim3(blocks_of(rows, kProductThreads / 32), blocks_of(words, kProductCols)),
+         kProductThreads, 0, slots ? slots->map().place : nullptr, rows, products, words, epilogue);
 }
 
 // grad_bias[word] += sum of dz over the group's tokens, in double: eight partial sums per word.

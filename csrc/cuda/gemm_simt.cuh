@@ -65,21 +65,7 @@ struct SimtMultiply {
       const bool inside = output0 + output < outputs && step0 + step < steps;
       const int64_t row = kByOutput ? output0 + output : step0 + step;
       const int64_t col = kByOutput ? step0 + step : output0 + output;
-      shared[step * kPitch + output] = inside ? element(view, row, col) : Real(0);
-    }
-  }
-
-  static __device__ Real element(const RowsView& view, int64_t row, int64_t col) {
-    const int64_t at = view.offset(row) + col * view.col_stride;
-    switch (view.type) {  // the same for every thread
-      case at::kDouble:
-        return static_cast<Real>(static_cast<const double*>(view.data)[at]);
-      case at::kHalf:
-        return static_cast<Real>(static_cast<const c10::Half*>(view.data)[at]);
-      case at::kBFloat16:
-        return static_cast<Real>(static_cast<const c10::BFloat16*>(view.data)[at]);
-      default:
-        return static_cast<Real>(static_cast<const float*>(view.data)[at]);
+      shared[step * kPitch + output] = inside ? view.number<Real>(row, col) : Real(0);
     }
   }
 };

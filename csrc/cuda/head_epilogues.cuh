@@ -25,14 +25,23 @@ struct LogitSlice {
   __device__ int64_t token(int64_t row) const { return tokens.list.token[tokens.first + row]; }
 };
 
-// Forward: (max, sum of exponentials) of the row's words other than the label, and its logit.
+// The products of a slice as they were summed, kept by token; data may be null.
+template <class Real>
+struct KeptProducts {
+  Real* data;
+  int64_t pitch;
+};
+
+// Forward: (max, sum of exponentials) of the row's words other than the label, and the label's
+// product.
 template <class Real>
 struct StatisticsEpilogue {
   LogitSlice<Real> slice;
   bool entropy;
-  BlockStats<Real>* stats;  // [rows, blocks of the slice]
+  BlockStats<Real>* stats;  // [rows, blocks]
   int64_t blocks;
-  Real* label_logit;  // [rows]
+  Real* label_raw;  // [rows]
+  KeptProducts<Real> kept;
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
@@ -40,17 +49,19 @@ struct StatisticsEpilogue {
     constexpr int kEach = kTile / 32;
     const Real lowest = -std::numeric_limits<Real>::infinity();
     const int64_t label = slice.label(row) - col0;
+    Real* const keep = kept.data ? kept.data + slice.token(row) * kept.pitch + col0 : nullptr;
     Real logits[kEach], slope;
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int c = lane + e * 32;
       logits[e] = lowest;  // words past the end, and the label, add nothing
       if (col0 + c < cols) {
-        const Real z = slice.map.logit(slice.raw(products[c], col0 + c), &slope);
+        if (keep) keep[c] = products[c];
+        const Real raw = slice.raw(products[c], col0 + c);
         if (c == label) {
-          label_logit[row] = z;
+          label_raw[row] = raw;
         } else {
-          logits[e] = z;
+          logits[e] = slice.map.logit(raw, &slope);
         }
       }
     }
@@ -112,21 +123,22 @@ struct HiddenGradEpilogue {
   RowRange tokens;
   int64_t depth;
   const Real* unscale;  // null: 1
+  const Real* shrink;   // [rows] what to multiply the sum before by; null: 1
   bool first, last;
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
     Out* const out = grad + tokens.list.token[tokens.first + row] * depth + col0;
-    const Real factor = unscale ? *unscale : Real(1);
+    const Real factor = unscale ? *unscale : Real(1), before = shrink ? shrink[row] : Real(1);
     for (int c = lane; c < kTile && col0 + c < cols; c += 32) {
       const Real value = products[c] * factor;
       if constexpr (sizeof(Out) == sizeof(Real)) {
-        out[c] = first ? value : out[c] + value;
+        out[c] = first ? value : out[c] * before + value;
       } else {
         uint16_t* const high = reinterpret_cast<uint16_t*>(out + c);
         uint8_t* const rest = low + row * depth + col0 + c;
-        const Real sum = first ? value : SplitFloat::join(*high, *rest) + value;
+        const Real sum = first ? value : SplitFloat::join(*high, *rest) * before + value;
         if (last) {
           out[c] = static_cast<Out>(sum);
         } else {

@@ -23,6 +23,21 @@ struct RowsView {
   __device__ int64_t offset(int64_t row) const {
     return (positions ? positions[row] : row) * row_stride;
   }
+
+  template <class Real>
+  __device__ Real number(int64_t row, int64_t col) const {
+    const int64_t at = offset(row) + col * col_stride;
+    switch (type) {  // the same for every thread
+      case at::kDouble:
+        return static_cast<Real>(static_cast<const double*>(data)[at]);
+      case at::kHalf:
+        return static_cast<Real>(static_cast<const c10::Half*>(data)[at]);
+      case at::kBFloat16:
+        return static_cast<Real>(static_cast<const c10::BFloat16*>(data)[at]);
+      default:
+        return static_cast<Real>(static_cast<const float*>(data)[at]);
+    }
+  }
 };
 
 // What the rows of an operand are: an index of the output, with the sum running along the row, or

@@ -31,13 +31,23 @@ struct Sm90Statistics {
     const float lowest = -std::numeric_limits<float>::infinity();
     const int64_t row = rows(slot), label = row < 0 ? -1 : base.slice.label(row) - col0;
     const int left = words - col0 < kSm90TileCols ? static_cast<int>(words - col0) : kSm90TileCols;
+    float* const keep = base.kept.data && row >= 0
+                            ? base.kept.data + base.slice.token(row) * base.kept.pitch + col0
+                            : nullptr;
     float slope;
 #pragma unroll
     for (int i = 0; i < Fragment::kEach; i++) {
       const int c = z.col(i);
       float logit = lowest;  // words past the end, and the label, add nothing
-      if (c < left) logit = base.slice.map.logit(base.slice.raw(z[i], col0 + c), &slope);
-      if (c == label) base.label_logit[row] = logit, logit = lowest;
+      if (c < left) {
+        if (keep) keep[c] = z[i];
+        const float raw = base.slice.raw(z[i], col0 + c);
+        if (c == label) {
+          base.label_raw[row] = raw;
+        } else {
+          logit = base.slice.map.logit(raw, &slope);
+        }
+      }
       z[i] = logit;
     }
     const auto found = lane_statistics<4, Fragment::kEach>(z, base.entropy);
@@ -88,6 +98,7 @@ struct Sm90HiddenGrad {
     const int64_t row = rows(slot);
     if (row < 0) return;
     const float factor = base.unscale ? *base.unscale : 1.f;
+    const float before = base.shrink ? base.shrink[row] : 1.f;
     T* const out = base.grad + base.tokens.list.token[base.tokens.first + row] * base.depth + col0;
     uint8_t* const low = base.low + slot * base.depth + col0;
 #pragma unroll
@@ -100,8 +111,8 @@ struct Sm90HiddenGrad {
       if (!base.first) {
         const uint32_t high = *high_pair;
         const uint16_t rest = *low_pair;
-        first += SplitFloat::join(high & 0xffff, rest & 0xff);
-        second += SplitFloat::join(high >> 16, rest >> 8);
+        first += before * SplitFloat::join(high & 0xffff, rest & 0xff);
+        second += before * SplitFloat::join(high >> 16, rest >> 8);
       }
       if (base.last) {
         *high_pair = pack_pair<T>(first, second);

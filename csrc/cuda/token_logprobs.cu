@@ -4,37 +4,10 @@
 // warp per row merges the blocks in vocabulary order, in double.
 #include <ATen/ops/zeros.h>
 
-#include "head_problem.cuh"
+#include "head_jacobian.cuh"
 
 namespace spo::cuda {
 namespace {
-
-constexpr int kMergeThreads = 256;
-constexpr int kMergeBlocks = 32;  // merged as a tree by the lanes of a warp, then one after another
-
-// Adds the statistics of one slice to `running`; after the last slice, everything about the token.
-template <class Real>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_statistics(RowRange tokens, const BlockStats<Real>* stats, int64_t blocks,
-                     const Real* label_logit, LogSumExp* running, bool first, bool last,
-                     TokenOutputs<Real> out) {
-  const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (row >= tokens.size()) return;
-  LogSumExp total;
-  if (!first) total = running[row];
-  for (int64_t block = 0; block < blocks; block += kMergeBlocks) {
-    LogSumExp mine;
-    if (block + lane < blocks) mine.merge(stats[row * blocks + block + lane]);
-    merge_lanes(mine, &total);
-  }
-  if (lane != 0) return;  // only lane 0 has merged the blocks in order
-  if (!last) {
-    running[row] = total;
-    return;
-  }
-  out.write(tokens.list.token[tokens.first + row], total.finish(label_logit[row]));
-}
 
 // Rows and vocabulary blocks whose statistics fit in the workspace together. Slices are whole merge
 // steps, so that the order of the merge does not depend on them. In one group, a merge step of
@@ -55,7 +28,8 @@ struct ForwardPlan {
 // of `tile` words.
 template <class Real, class MakeStatistics>
 void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutputs<Real>& out,
-                 const ForwardPlan& plan, int64_t tile, const MakeStatistics& make_statistics) {
+                 Real* kept, const ForwardPlan& plan, int64_t tile,
+                 const MakeStatistics& make_statistics) {
   const int64_t vocabulary = args.weight.size(0);
   const int64_t most_blocks = blocks_of(std::min(plan.slice_words, vocabulary), tile);
   const int64_t group = plan.group_rows;
@@ -64,7 +38,7 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
                           Workspace::padded(group * sizeof(Real)) +
                           Workspace::padded(group * sizeof(LogSumExp)));
   auto* const stats = workspace.take<BlockStats<Real>>(group * most_blocks);
-  auto* const label_logit = workspace.take<Real>(group);
+  auto* const label_raw = workspace.take<Real>(group);
   auto* const running = workspace.take<LogSumExp>(group);
   const at::Tensor bias = bias_of<Real>(args);
   for (int64_t row = 0; row < rows.most; row += group) {
@@ -73,26 +47,26 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
       const int64_t words = std::min(plan.slice_words, vocabulary - word);
       const int64_t blocks = blocks_of(words, tile);
       const LogitSlice<Real> slice{logit_map<Real>(args), data_or_null<Real>(bias), tokens, word};
+      const KeptProducts<Real> keep{kept ? kept + word : nullptr, vocabulary};
       make_statistics(
           tokens, words,
-          StatisticsEpilogue<Real>{slice, out.entropy != nullptr, stats, blocks, label_logit});
-      launch(&merge_statistics<Real>, dim3(blocks_of(tokens.most, kMergeThreads / 32)),
-             kMergeThreads, 0, tokens, stats, blocks, label_logit, running, word == 0,
-             word + words == vocabulary, out);
+          StatisticsEpilogue<Real>{slice, out.entropy != nullptr, stats, blocks, label_raw, keep});
+      launch_merge(tokens, stats, blocks, blocks, slice.map, label_raw, running, word == 0,
+                   word + words == vocabulary, out);
     }
   }
 }
 
 template <class Multiply>
-void forward_with(const HeadArgs& args, const TokenOutputs<typename Multiply::Real>& out) {
+void forward_with(const HeadArgs& args, const SelectedRows& rows,
+                  const TokenOutputs<typename Multiply::Real>& out, typename Multiply::Real* kept) {
   using Real = typename Multiply::Real;
-  const SelectedRows rows(args, KeepRow<Real>{args.ignore_index, false, {}});
   if constexpr (kHopperBuilt && !std::is_same_v<Real, typename Multiply::Storage>) {
     if (const auto layout = hopper_layout(args)) {
       const Slots slots(args, *layout, rows.list, rows.most);
       const ForwardPlan plan(args, kSm90TileCols, sizeof(BlockStats<float>), true);
       return run_forward<float>(
-          args, rows, out, plan, kSm90TileCols,
+          args, rows, out, kept, plan, kSm90TileCols,
           [&](const RowRange&, int64_t words, const StatisticsEpilogue<float>& epilogue) {
             sm90_statistics<typename Multiply::Storage>(args, slots, words, epilogue);
           });
@@ -100,7 +74,7 @@ void forward_with(const HeadArgs& args, const TokenOutputs<typename Multiply::Re
   }
   const ForwardPlan plan(args, Multiply::kTile, sizeof(BlockStats<Real>), false);
   run_forward<Real>(
-      args, rows, out, plan, Multiply::kTile,
+      args, rows, out, kept, plan, Multiply::kTile,
       [&](const RowRange& tokens, int64_t words, const StatisticsEpilogue<Real>& epilogue) {
         launch_gemm<Multiply, RowIs::kOutput, RowIs::kOutput>(
             {hidden_rows(args.hidden, tokens), weight_rows(args.weight, epilogue.slice.first_word),
@@ -109,29 +83,35 @@ void forward_with(const HeadArgs& args, const TokenOutputs<typename Multiply::Re
       });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, bool return_entropy,
-    int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
-                      temperature,      logit_scale, softcap, ignore_index, workspace_mib};
+    std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
+    c10::string_view keep_name) {
+  HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
+                temperature,      logit_scale, softcap, ignore_index, workspace_mib};
   check_head(args);
+  const Keep keep = keep_of(args.op, keep_name);
   const DeviceGuard guard(hidden.device());
-  const bool wide = hidden.scalar_type() == at::kDouble;
-  const auto options = hidden.options().dtype(wide ? at::kDouble : at::kFloat);
+  const auto options = hidden.options().dtype(result_type_of(hidden));
   const auto logprobs = at::zeros(targets.sizes(), options);
   const auto lse = at::zeros(targets.sizes(), options);
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
-  if (targets.numel() == 0) return {logprobs, entropy, lse};
+  const auto kept = make_kept(args, keep, return_entropy);
+  args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
+  if (targets.numel() == 0) return {logprobs, entropy, lse, kept};
   with_arithmetic(args, [&](auto multiply) {
     using Multiply = decltype(multiply);
     using Real = typename Multiply::Real;
-    forward_with<Multiply>(args, {logprobs.mutable_data_ptr<Real>(),
-                                  return_entropy ? entropy.mutable_data_ptr<Real>() : nullptr,
-                                  lse.mutable_data_ptr<Real>()});
+    const SelectedRows rows(args, KeepRow<Real>{ignore_index, false, {}});
+    const TokenOutputs<Real> out{logprobs.mutable_data_ptr<Real>(),
+                                 return_entropy ? entropy.mutable_data_ptr<Real>() : nullptr,
+                                 lse.mutable_data_ptr<Real>()};
+    if (keep == Keep::kJacobian) return HeadJacobian<Multiply>(args, rows, out, kept).run();
+    forward_with<Multiply>(args, rows, out,
+                           keep == Keep::kLogits ? kept.mutable_data_ptr<Real>() : nullptr);
   });
-  return {logprobs, entropy, lse};
+  return {logprobs, entropy, lse, kept};
 }
 
 SPO_CUDA_LIBRARY(m) { m.impl("token_logprobs", &token_logprobs_cuda); }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the LM head on CUDA: the logits of one slice of the vocabulary are computed again and
-// leave as dL/dz, which is multiplied into grad_hidden and grad_weight.
+// Backward of the LM head on CUDA: the logits of one slice of the vocabulary are computed again, or
+// read where the forward pass kept them, and leave as dL/dz, which is multiplied into grad_hidden
+// and grad_weight.
 //   dz = g (onehot - p) ...                [tokens, slice]  in the inputs' 16 bits, or in float
 //   grad_hidden += dz weight               [tokens, d]      split floats, rounded after the last
 //   grad_weight  = dz^T hidden             [slice, d]       rounded once
 // On Hopper the rows of dz are slots (head_sm90.h), elsewhere the tokens that take part.
 #include <ATen/ops/zeros.h>
 
+#include "../kept.h"
 #include "backward_kernels.cuh"
 #include "backward_plan.cuh"
 
@@ -24,11 +26,13 @@ class HeadBackward {
   static constexpr bool kOnHopper = kHopperBuilt && !std::is_same_v<Real, Storage>;
 
  public:
+  // `products`: [N, V] as the forward pass kept them, or undefined.
   HeadBackward(const HeadArgs& args, const SelectedRows& rows, const TokenStates<Real>& states,
-               const HeadGrads& grads)
+               const at::Tensor& products, const HeadGrads& grads)
       : args_(args),
         rows_(rows),
         states_(states),
+        products_(data_or_null<Real>(products)),
         grads_(grads),
         map_(logit_map<Real>(args)),
         bias_(bias_of<Real>(args)),
@@ -99,6 +103,10 @@ class HeadBackward {
   void make_gradient(const RowRange& tokens) {
     const GradientEpilogue<Real, Storage> epilogue{
         {map_, data_or_null<Real>(bias_), tokens, words_.first}, states_, scale(0), dz_, pitch_};
+    if (products_)
+      return launch_gradient_of_products<Real, Storage>(slots_ ? &*slots_ : nullptr,
+                                                        {products_ + words_.first, vocabulary_},
+                                                        words_.count, epilogue);
     if constexpr (kOnHopper) {
       if (slots_) return sm90_gradient(args_, *slots_, words_.count, epilogue);
     }
@@ -109,10 +117,16 @@ class HeadBackward {
   }
 
   void add_hidden(const RowRange& tokens, uint8_t* low) {
-    with_output(grads_.hidden, [&](auto* grad) {
+    with_output<Multiply>(grads_.hidden, [&](auto* grad) {
       using Out = std::remove_pointer_t<decltype(grad)>;
-      const HiddenGradEpilogue<Real, Out> epilogue{
-          grad, low, tokens, depth_, scale(1), words_.first == 0, words_.end() == vocabulary_};
+      const HiddenGradEpilogue<Real, Out> epilogue{grad,
+                                                   low,
+                                                   tokens,
+                                                   depth_,
+                                                   scale(1),
+                                                   nullptr,
+                                                   words_.first == 0,
+                                                   words_.end() == vocabulary_};
       if constexpr (kOnHopper) {
         if (slots_)
           return sm90_hidden_grad(args_, *slots_, dz_, pitch_, words_.first, words_.count,
@@ -131,7 +145,7 @@ class HeadBackward {
              0, tokens, dz_rows(), words_.count, scale(1),
              grads_.bias.template mutable_data_ptr<double>() + words_.first);
     if (!grads_.weight.defined()) return;
-    with_output(grads_.weight, [&](auto* grad) {
+    with_output<Multiply>(grads_.weight, [&](auto* grad) {
       using Out = std::remove_pointer_t<decltype(grad)>;
       const WeightGradEpilogue<Real, Out> epilogue{
           grad + words_.first * depth_, weight_sums_, depth_, scale(1), first, last};
@@ -148,22 +162,10 @@ class HeadBackward {
     });
   }
 
-  // run(pointer) with the type of a gradient that this arithmetic can have.
-  template <class Run>
-  static void with_output(const at::Tensor& grad, const Run& run) {
-    if constexpr (!std::is_same_v<Storage, Real>) {
-      run(grad.mutable_data_ptr<Storage>());
-    } else if (grad.scalar_type() == c10::CppTypeToScalarType<Real>::value) {
-      run(grad.mutable_data_ptr<Real>());
-    } else if constexpr (std::is_same_v<Real, float>) {  // mixed inputs
-      if (grad.scalar_type() == at::kHalf) return run(grad.mutable_data_ptr<c10::Half>());
-      run(grad.mutable_data_ptr<c10::BFloat16>());
-    }
-  }
-
   const HeadArgs& args_;
   const SelectedRows& rows_;
   const TokenStates<Real> states_;
+  const Real* const products_;
   const HeadGrads& grads_;
   const LogitMap<Real> map_;
   const at::Tensor bias_;
@@ -198,20 +200,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, double temperature, double logit_scale, std::optional<double> softcap,
-    int64_t ignore_index, std::array<bool, 3> needs, int64_t workspace_mib) {
-  const HeadArgs args{"token_logprobs_backward",
-                      hidden,
-                      weight,
-                      targets,
-                      bias,
-                      temperature,
-                      logit_scale,
-                      softcap,
-                      ignore_index,
-                      workspace_mib};
+    const at::Tensor& lse, const at::Tensor& kept, double temperature, double logit_scale,
+    std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
+    int64_t workspace_mib, c10::string_view keep_name) {
+  HeadArgs args{"token_logprobs_backward",
+                hidden,
+                weight,
+                targets,
+                bias,
+                temperature,
+                logit_scale,
+                softcap,
+                ignore_index,
+                workspace_mib};
   check_head(args);
   check_grads(args.op, grad_logprobs, grad_entropy, logprobs);
+  const Keep keep = keep_of(args.op, keep_name);
+  check_kept(args, keep, kept, grad_entropy, needs);
+  args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   const DeviceGuard guard(hidden.device());
   const bool any = targets.numel() > 0;
   const auto grad_hidden =
@@ -222,6 +228,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
       any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
   const auto bias_sums =
       at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  if (keep == Keep::kJacobian)
+    return {needs[0] ? scale_jacobian(kept, grad_logprobs) : grad_hidden, grad_weight,
+            bias_sums.to(bias ? bias->scalar_type() : at::kDouble)};
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden;
   if (needs[1]) grads.weight = grad_weight;
@@ -237,7 +246,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
                                        optional(grad_logprobs), optional(grad_entropy)};
       const auto states = tensors.pointers();
       const SelectedRows rows(args, KeepRow<Real>{ignore_index, true, states});
-      HeadBackward<Multiply>(args, rows, states, grads).run();
+      const auto products = keep == Keep::kLogits ? kept.contiguous() : at::Tensor();
+      HeadBackward<Multiply>(args, rows, states, products, grads).run();
     });
   }
   const auto bias_type = bias ? bias->scalar_type() : at::kDouble;

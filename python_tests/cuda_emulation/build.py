@@ -27,7 +27,12 @@ def sources() -> list[Path]:
     portable = [path for path in kernels if not path.stem.endswith("_sm90")]
     if ONLY:
         portable = [path for path in portable if path.stem in ONLY.split(",")]
-    return [HERE / "schemas.cpp", HERE / "hopper.cpp", ROOT / "csrc" / "checks.cpp", *portable]
+    return [
+        HERE / "schemas.cpp",
+        HERE / "hopper.cpp",
+        *(ROOT / "csrc" / name for name in ("checks.cpp", "kept.cpp")),
+        *portable,
+    ]
 
 
 def _flags() -> list[str]:

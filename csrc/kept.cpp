@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kept.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+namespace spo {
+namespace {
+
+std::vector<int64_t> kept_shape(const HeadArgs& args, Keep keep) {
+  if (keep == Keep::kLogits) return {args.targets.numel(), args.weight.size(0)};
+  if (keep == Keep::kJacobian) return args.hidden.sizes().vec();
+  return {0};
+}
+
+}  // namespace
+
+Keep keep_of(const char* op, std::string_view name) {
+  if (name == "nothing") return Keep::kNothing;
+  if (name == "logits") return Keep::kLogits;
+  if (name == "jacobian") return Keep::kJacobian;
+  TORCH_CHECK_VALUE(false, op, ": keep must be nothing, logits or jacobian, got ", name);
+}
+
+at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy) {
+  TORCH_CHECK_VALUE(keep != Keep::kJacobian || !return_entropy, args.op,
+                    ": keep must not be jacobian with return_entropy, whose gradient it lacks");
+  const auto shape = kept_shape(args, keep);
+  if (keep == Keep::kJacobian) return at::zeros(shape, args.hidden.options());
+  return at::empty(shape, args.hidden.options().dtype(result_type_of(args.hidden)));
+}
+
+int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept) {
+  if (keep != Keep::kLogits) return workspace_mib;
+  const int64_t taken = static_cast<int64_t>(kept.nbytes()) >> 20;
+  return std::max(workspace_mib - taken, (workspace_mib + 1) / 2);
+}
+
+void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,
+                const OptionalTensor& grad_entropy, std::array<bool, 3> needs) {
+  check_like(args.op, "kept", kept, kept_shape(args, keep), args.hidden);
+  if (keep != Keep::kJacobian) return;
+  TORCH_CHECK_VALUE(!needs[1] && !needs[2] && !grad_entropy, args.op,
+                    ": a kept jacobian has the gradient of logprobs in hidden and no other");
+}
+
+at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs) {
+  constexpr int64_t kRows = 4096;  // at a time: products in float beside 16-bit results
+  if (!grad_logprobs) return at::zeros_like(jacobian, at::MemoryFormat::Contiguous);
+  const auto out = at::empty_like(jacobian, at::MemoryFormat::Contiguous);
+  const auto from = jacobian.reshape({-1, jacobian.size(-1)});
+  const auto to = out.view({-1, jacobian.size(-1)});
+  const auto grad = grad_logprobs->reshape({-1, 1});
+  for (int64_t row = 0; row < from.size(0); row += kRows) {
+    const int64_t rows = std::min(kRows, from.size(0) - row);
+    const auto g = grad.narrow(0, row, rows);
+    to.narrow(0, row, rows).copy_(from.narrow(0, row, rows).mul(g).masked_fill_(g.eq(0), 0));
+  }
+  return out;
+}
+
+}  // namespace spo

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a forward pass of the LM head keeps for its backward pass. spo_ext/strategy.py says which of
+// these a call uses, and why.
+#pragma once
+#include <array>
+#include <string_view>
+
+#include "checks.h"
+
+namespace spo {
+
+enum class Keep {
+  kNothing,   // [0]; the logits are computed again
+  kLogits,    // [N, V] the products hidden weight^T, as they were summed
+  kJacobian,  // [.., d] dlogprob/dhidden, when the head itself needs no gradient
+};
+
+Keep keep_of(const char* op, std::string_view name);
+
+// For the forward pass to fill: zeros where ignored tokens leave a part unwritten that is read.
+at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy);
+
+// What is left of the workspace beside kept logits: they are the caller's to bound, so never less
+// than half.
+int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept);
+
+// What the backward pass was given, before it works.
+void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,
+                const OptionalTensor& grad_entropy, std::array<bool, 3> needs);
+
+// dL/dhidden of a kept jacobian; rows without upstream gradient are zero whatever they hold.
+at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs);
+
+}  // namespace spo
