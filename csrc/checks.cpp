@@ -65,6 +65,8 @@ void check_head(const HeadArgs& a) {
   TORCH_CHECK_VALUE(std::isfinite(a.logit_scale) && a.logit_scale != 0, a.op,
                     ": logit_scale must be a finite number other than 0, got ", a.logit_scale);
   if (a.softcap) check_positive(a.op, "softcap", *a.softcap);
+  TORCH_CHECK_VALUE(a.max_dropped_mass >= 0 && a.max_dropped_mass < 1, a.op,
+                    ": max_dropped_mass must be in [0, 1), got ", a.max_dropped_mass);
   TORCH_CHECK_VALUE(a.workspace_mib > 0, a.op, ": workspace_mib must be > 0, got ",
                     a.workspace_mib);
 }

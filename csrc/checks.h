@@ -20,6 +20,7 @@ struct HeadArgs {
   double temperature, logit_scale;
   std::optional<double> softcap;
   int64_t ignore_index, workspace_mib;
+  double max_dropped_mass = 0;  // forward, if it keeps what is dropped
 };
 
 void check_head(const HeadArgs& args);

@@ -14,6 +14,8 @@ namespace {
 std::vector<int64_t> kept_shape(const HeadArgs& args, Keep keep) {
   if (keep == Keep::kLogits) return {args.targets.numel(), args.weight.size(0)};
   if (keep == Keep::kJacobian) return args.hidden.sizes().vec();
+  if (keep == Keep::kDropped)
+    return {args.targets.numel(), (args.weight.size(0) + kBlockWords - 1) / kBlockWords};
   return {0};
 }
 
@@ -23,7 +25,8 @@ Keep keep_of(const char* op, std::string_view name) {
   if (name == "nothing") return Keep::kNothing;
   if (name == "logits") return Keep::kLogits;
   if (name == "jacobian") return Keep::kJacobian;
-  TORCH_CHECK_VALUE(false, op, ": keep must be nothing, logits or jacobian, got ", name);
+  if (name == "dropped") return Keep::kDropped;
+  TORCH_CHECK_VALUE(false, op, ": keep must be nothing, logits, jacobian or dropped, got ", name);
 }
 
 at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy) {
@@ -31,7 +34,9 @@ at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy) {
                     ": keep must not be jacobian with return_entropy, whose gradient it lacks");
   const auto shape = kept_shape(args, keep);
   if (keep == Keep::kJacobian) return at::zeros(shape, args.hidden.options());
-  return at::empty(shape, args.hidden.options().dtype(result_type_of(args.hidden)));
+  const auto options = args.hidden.options().dtype(result_type_of(args.hidden));
+  // An ignored token drops nothing; its row is asked for by callers, though not read.
+  return keep == Keep::kDropped ? at::zeros(shape, options) : at::empty(shape, options);
 }
 
 int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept) {

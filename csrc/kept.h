@@ -13,7 +13,11 @@ enum class Keep {
   kNothing,   // [0]; the logits are computed again
   kLogits,    // [N, V] the products hidden weight^T, as they were summed
   kJacobian,  // [.., d] dlogprob/dhidden, when the head itself needs no gradient
+  kDropped,   // [N, blocks of kBlockWords] the probability, the label's aside, of each block that
+              // the gradient does without; -1 for the others
 };
+
+constexpr int64_t kBlockWords = 256;
 
 Keep keep_of(const char* op, std::string_view name);
 

@@ -10,7 +10,7 @@ TORCH_LIBRARY(spo, m) {
   m.def(
       "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float "
       "temperature, float logit_scale, float? softcap, int ignore_index, bool return_entropy, "
-      "int workspace_mib, str keep) "
+      "int workspace_mib, str keep, float max_dropped_mass) "
       "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor kept)");
   // needs: gradients wanted for (hidden, weight, bias); the others come back as [0]
   m.def(

@@ -62,6 +62,7 @@ class Case:
             self.entropy,
             64 if ops is torch.ops.spo else self.workspace_mib,
             self.keep,
+            0.0,
         )
 
     def backward(self, ops, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

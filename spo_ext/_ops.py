@@ -56,6 +56,7 @@ def _(
     return_entropy,
     workspace_mib,
     keep,
+    max_dropped_mass,
 ):
     logprobs = hidden.new_empty(targets.shape, dtype=_result_dtype(hidden))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
@@ -63,6 +64,7 @@ def _(
         "nothing": lambda: logprobs.new_empty(0),
         "logits": lambda: logprobs.new_empty(targets.numel(), weight.shape[0]),
         "jacobian": lambda: hidden.new_empty(hidden.shape),
+        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // 256)),
     }[keep]()
     return logprobs, entropy, torch.empty_like(logprobs), kept
 
@@ -109,7 +111,7 @@ def _token_logprobs_backward(
     grad_kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, logprobs, entropy, lse, kept = ctx.saved_tensors
-    temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib, keep = (
+    temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib, keep, _ = (
         ctx.options
     )
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
@@ -135,7 +137,7 @@ def _token_logprobs_backward(
     grad_hidden, grad_weight, grad_bias = (
         g if need else None for g, need in zip(grads, needs, strict=True)
     )
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 7
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
 
 
 torch.library.register_autograd(

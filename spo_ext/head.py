@@ -68,6 +68,18 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: bool = ...,
+    return_dropped_mass: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, ...]: ...
+
+
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -79,10 +91,11 @@ def token_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_dropped_mass: bool = False,
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
     workspace_mib: int = 64,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """log softmax(z)[target] of an LM head, z = softcap(logit_scale (hidden weight^T + bias)) /
     temperature.
 
@@ -98,15 +111,25 @@ def token_logprobs(
         bias: [V].
         temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
-        max_dropped_mass: in [0, 1): how much probability the backward pass may leave out of each
-            token's gradient. It is an upper bound; the kernels of this version leave out nothing.
+        return_dropped_mass: also return the probability left out of each token's gradient.
+        max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass
+            leaves out blocks of 256 neighbouring words, smallest first, as long as the probability
+            left out of a token's gradient, m_t, stays within eps; the label's own terms are always
+            in. With g_t the gradient that arrives and s = |logit_scale| / temperature
+              |error of grad_hidden_t|            <= |g_t| s m_t D
+              sum_v |error of grad_weight_v|      <= sum_t |g_t| s m_t |hidden_t|
+            where D is the largest distance between two words of a block (with softcap: the length
+            of the longest word). A word that no token kept a block of, and that is no label, gets
+            no gradient. If a gradient arrives in the entropy, nothing is left out; on CUDA nothing
+            ever is.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
             5/8 of it cost one product more in the backward pass.
 
     Returns:
         float32 (float64 for float64 inputs) [..] log-probabilities in nats, 0 at ignored targets;
-        with `return_entropy`, also the entropies, 0 at ignored targets.
+        with `return_entropy`, also the entropies, and with `return_dropped_mass` the m_t, both
+        [..] and 0 at ignored targets.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it must be and what it was.
@@ -119,9 +142,15 @@ def token_logprobs(
         )
     same_device("token_logprobs", "hidden", hidden, weight=weight, targets=targets, bias=bias)
     plan = choose(
-        strategy, hidden, weight, bias, return_entropy=return_entropy, workspace_mib=workspace_mib
+        strategy,
+        hidden,
+        weight,
+        bias,
+        return_entropy=return_entropy,
+        max_dropped_mass=max_dropped_mass,
+        workspace_mib=workspace_mib,
     )
-    logprobs, entropy, _, _ = _OPS.token_logprobs(
+    logprobs, entropy, _, kept = _OPS.token_logprobs(
         hidden,
         weight,
         targets,
@@ -133,8 +162,18 @@ def token_logprobs(
         return_entropy,
         workspace_mib,
         plan.keep,
+        max_dropped_mass,
     )
-    return (logprobs, entropy) if return_entropy else logprobs
+    results = (logprobs, entropy) if return_entropy else (logprobs,)
+    if return_dropped_mass:
+        results += (_dropped_mass(plan, kept, logprobs),)
+    return results if len(results) > 1 else logprobs
+
+
+def _dropped_mass(plan: BackwardPlan, kept: Tensor, logprobs: Tensor) -> Tensor:
+    if plan.strategy != "sparse":
+        return torch.zeros_like(logprobs)
+    return kept.detach().clamp(min=0).sum(-1).view(logprobs.shape)
 
 
 def explain(
@@ -143,6 +182,7 @@ def explain(
     *,
     bias: Tensor | None = None,
     return_entropy: bool = False,
+    max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
     workspace_mib: int = 64,
 ) -> BackwardPlan:
@@ -151,7 +191,13 @@ def explain(
     Nothing is computed: shapes, dtypes and `requires_grad` decide.
     """
     return choose(
-        strategy, hidden, weight, bias, return_entropy=return_entropy, workspace_mib=workspace_mib
+        strategy,
+        hidden,
+        weight,
+        bias,
+        return_entropy=return_entropy,
+        max_dropped_mass=max_dropped_mass,
+        workspace_mib=workspace_mib,
     )
 
 

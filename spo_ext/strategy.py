@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Strategy = Literal["auto", "recompute", "stored", "frozen"]
+Strategy = Literal["auto", "recompute", "stored", "frozen", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,20 @@ class BackwardPlan:
         "stored": the forward pass keeps the products hidden weight^T. 3 GEMMs; N V numbers.
         "frozen": the forward pass makes dlogprob/dhidden beside the log-probabilities, and the
             backward pass scales it. 2 GEMMs; one tensor like hidden.
+        "sparse": max_dropped_mass > 0. The backward pass visits only the blocks of words that some
+            probability above it lies in: 1 + 3 a GEMMs, where a is the share of (token, block)
+            pairs kept; it computes all of them if a is above 0.9. N V / 256 numbers. CPU only.
     reason: why, in words.
     """
 
-    strategy: Literal["none", "recompute", "stored", "frozen"]
+    strategy: Literal["none", "recompute", "stored", "frozen", "sparse"]
     reason: str
 
     @property
     def keep(self) -> str:
         """What the forward op keeps (csrc/kept.h)."""
-        return {"stored": "logits", "frozen": "jacobian"}.get(self.strategy, "nothing")
+        kept = {"stored": "logits", "frozen": "jacobian", "sparse": "dropped"}
+        return kept.get(self.strategy, "nothing")
 
 
 def choose(
@@ -41,6 +45,7 @@ def choose(
     bias: Tensor | None,
     *,
     return_entropy: bool,
+    max_dropped_mass: float,
     workspace_mib: int,
 ) -> BackwardPlan:
     if strategy not in get_args(Strategy):
@@ -55,10 +60,17 @@ def choose(
         raise ValueError(
             "token_logprobs: strategy must not be frozen when weight or bias requires grad"
         )
+    if strategy == "sparse" and hidden.device.type != "cpu":
+        raise ValueError(
+            "token_logprobs: strategy must not be sparse but on the CPU, "
+            f"got hidden on {hidden.device.type}"
+        )
     if strategy == "frozen" and return_entropy:
         raise ValueError("token_logprobs: strategy must not be frozen with return_entropy")
     if strategy != "auto":
         return BackwardPlan(strategy, "asked for")
+    if max_dropped_mass > 0 and hidden.device.type == "cpu":
+        return BackwardPlan("sparse", f"max_dropped_mass is {max_dropped_mass:g}")
     if not head_trains and not return_entropy:
         return BackwardPlan(
             "frozen", "weight needs no gradient: dlogprob/dhidden comes from the forward's logits"

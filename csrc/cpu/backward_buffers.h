@@ -7,6 +7,13 @@
 
 namespace spo {
 
+constexpr int64_t kDepthRange = 256;  // columns of hidden in one grad_weight task: C stays in L2
+
+struct HeadGrads {
+  at::Tensor hidden, weight;  // undefined where not wanted; hidden as [tokens, d]
+  at::Tensor bias;            // in double
+};
+
 // What one pass over the rows computes, whether from logits of its own making, and the float sums
 // it needs beside 16-bit gradients.
 struct BackwardWork {

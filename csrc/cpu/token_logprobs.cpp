@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../kept.h"
+#include "drop_blocks.h"
 #include "head_jacobian.h"
 
 namespace spo {
@@ -42,12 +43,13 @@ HeadPlan plan_forward(const HeadArgs& a, int64_t num_rows, int64_t row_chunk, in
 template <class Real>
 class HeadForward {
  public:
-  // `logits`: where to keep them, [N, V], or null.
-  HeadForward(const HeadArgs& args, const Rows& rows, bool entropy, Real* logits)
+  // `logits`: where to keep them, [N, V], or null; `dropped` likewise, [N, blocks].
+  HeadForward(const HeadArgs& args, const Rows& rows, bool entropy, Real* logits, Real* dropped)
       : args_(args),
         rows_(rows),
         entropy_(entropy),
         logits_(logits),
+        dropped_(dropped),
         kernels_(head_kernels<Real>()),
         map_(logit_map<Real>(args)),
         plan_(plan_forward(args, rows.size(), row_chunk_for<Real>(rows.size()), sizeof(Real))),
@@ -70,6 +72,7 @@ class HeadForward {
         run_slice(first, count, col);
       merge(first, count, logprobs, entropy, lse);
     }
+    if (dropped_) keep_all_if_most(dropped_, rows_.token, blocks_);
   }
 
  private:
@@ -119,14 +122,22 @@ class HeadForward {
         const int64_t at = rows_.token[first + i];
         logprobs[at] = token.logprob, lse[at] = token.lse;
         if (entropy_) entropy[at] = token.entropy;
+        if (dropped_) drop(i, token.lse, dropped_ + at * blocks_);
       }
     });
+  }
+
+  void drop(int64_t row, double lse, Real* mass) {
+    // Masses are rounded to Real, and the logits have an error of their own.
+    constexpr double kSlack = 1. / 4096;
+    for (int64_t b = 0; b < blocks_; b++) mass[b] = stats_of(row)[b].mass(lse);
+    drop_blocks(mass, blocks_, args_.max_dropped_mass * (1 - kSlack));
   }
 
   const HeadArgs& args_;
   const Rows& rows_;
   const bool entropy_;
-  Real* const logits_;
+  Real *const logits_, *const dropped_;
   const HeadKernels<Real>& kernels_;
   const LogitMap<Real> map_;
   const HeadPlan plan_;
@@ -141,9 +152,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, double temperature, double logit_scale,
     std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
-    c10::string_view keep_name) {
+    c10::string_view keep_name, double max_dropped_mass) {
   HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
-                temperature,      logit_scale, softcap, ignore_index, workspace_mib};
+                temperature,      logit_scale, softcap, ignore_index, workspace_mib,
+                max_dropped_mass};
   check_head(args);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
   const Keep keep = keep_of(args.op, keep_name);
@@ -163,7 +175,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
         return;
       }
       scalar_t* const logits = keep == Keep::kLogits ? data_of<scalar_t>(kept) : nullptr;
-      HeadForward<scalar_t>(args, rows, return_entropy, logits)
+      scalar_t* const dropped = keep == Keep::kDropped ? data_of<scalar_t>(kept) : nullptr;
+      HeadForward<scalar_t>(args, rows, return_entropy, logits, dropped)
           .run(data_of<scalar_t>(logprobs), data_of<scalar_t>(entropy), data_of<scalar_t>(lse));
     });
   }

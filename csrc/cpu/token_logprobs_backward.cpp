@@ -12,16 +12,10 @@
 
 #include "../kept.h"
 #include "head_tiles.h"
+#include "sparse_backward.h"
 
 namespace spo {
 namespace {
-
-constexpr int64_t kDepthRange = 256;  // columns of hidden in one grad_weight task: C stays in L2
-
-struct HeadGrads {
-  at::Tensor hidden, weight;  // undefined where not wanted; hidden as [tokens, d]
-  at::Tensor bias;            // in double
-};
 
 template <class Real>
 class HeadBackward : HeadTiles<Real> {
@@ -205,7 +199,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     });
     const auto logits = keep == Keep::kLogits ? kept.contiguous() : at::Tensor();
     const scalar_t* data = logits.defined() ? logits.const_data_ptr<scalar_t>() : nullptr;
-    if (rows.size() > 0) HeadBackward<scalar_t>(args, rows, state, data, grads).run();
+    if (rows.size() == 0) return;
+    if (keep == Keep::kDropped && !grad_entropy) {
+      const auto dropped = kept.contiguous();
+      const scalar_t* mass = dropped.const_data_ptr<scalar_t>();
+      SparseBackward<scalar_t> sparse(args, rows, state, mass, grads);
+      if (sparse.applies()) return sparse.run();
+    }
+    HeadBackward<scalar_t>(args, rows, state, data, grads).run();
   });
   const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};

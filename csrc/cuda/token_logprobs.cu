@@ -87,11 +87,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, double temperature, double logit_scale,
     std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
-    c10::string_view keep_name) {
+    c10::string_view keep_name, double max_dropped_mass) {
   HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
-                temperature,      logit_scale, softcap, ignore_index, workspace_mib};
+                temperature,      logit_scale, softcap, ignore_index, workspace_mib,
+                max_dropped_mass};
   check_head(args);
   const Keep keep = keep_of(args.op, keep_name);
+  TORCH_CHECK_NOT_IMPLEMENTED(keep != Keep::kDropped, args.op,
+                              ": keep must not be dropped on CUDA, where nothing is");
   const DeviceGuard guard(hidden.device());
   const auto options = hidden.options().dtype(result_type_of(hidden));
   const auto logprobs = at::zeros(targets.sizes(), options);

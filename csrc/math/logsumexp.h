@@ -14,6 +14,9 @@ struct BlockStats {
   Real max;       // max_j z_j; -inf if no column counts
   Real sum;       // sum_j exp(z_j - max)
   Real weighted;  // sum_j exp(z_j - max) (z_j - max), only for the entropy
+
+  // The probability of the block's columns.
+  SPO_HD double mass(double lse) const { return sum == 0 ? 0. : sum * ::exp(max - lse); }
 };
 
 struct TokenSoftmax {
