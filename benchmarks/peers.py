@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from tile_filter import tile_filter
 from torch import Tensor
 
 import spo_ext
@@ -24,6 +25,7 @@ class Peer:
     every_shape: bool = False  # else only at shapes marked every_peer
     per_token: bool = True  # False: one sum, and one gradient scale for all tokens
     gpu_only: bool = True
+    cpu_only: bool = False
     trains_head: bool = True  # False: the gradient of hidden alone
     note: str = ""
 
@@ -113,6 +115,20 @@ PEERS: dict[str, Peer] = {
         trains_head=False,
         note="the head is not trained: no grad_weight",
     ),
+    "spo_ext-sparse10": Peer(
+        lambda: partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-10),
+        every_shape=True,
+        gpu_only=False,
+        cpu_only=True,
+        note="max_dropped_mass = 2^-10",
+    ),
+    "spo_ext-sparse8": Peer(
+        lambda: partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-8),
+        every_shape=True,
+        gpu_only=False,
+        cpu_only=True,
+        note="max_dropped_mass = 2^-8",
+    ),
     "eager": Peer(lambda: eager, every_shape=True, gpu_only=False),
     "liger-rl": Peer(liger_rl, every_shape=True),
     "cce": Peer(
@@ -125,6 +141,13 @@ PEERS: dict[str, Peer] = {
         "against the 4 of ops that recompute",
     ),
     "trl": Peer(trl),
+    "tile-filter": Peer(
+        lambda: tile_filter,
+        every_shape=True,
+        gpu_only=False,
+        cpu_only=True,
+        note="the filter of cut-cross-entropy restated in PyTorch; drops gradients without a bound",
+    ),
     "chunked": Peer(pytorch_chunked, gpu_only=False),
     "compile": Peer(lambda: torch.compile(eager, dynamic=False), gpu_only=False),
     "liger-ce": Peer(liger_ce),

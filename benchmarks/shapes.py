@@ -17,6 +17,8 @@ class HeadShape:
     dtype: torch.dtype
     every_peer: bool = False  # else only the peers that are fast to set up
     noise_tokens: int = 0  # tokens scored for the noise of Q_T, if more than `tokens`
+    states: str = ""  # a set of SPO_HEAD_STATES (states.py); else synthetic
+    sharpness: float = 1.0  # factor on hidden
 
     @property
     def flop(self) -> int:
@@ -57,7 +59,11 @@ HEADS = {
         HeadShape("GPT-2, ragged", 8191, 50257, 768, BF16),
     ],
     "cpu": [
-        HeadShape("states", 4096, 24576, 256, FP32, every_peer=True),
+        HeadShape("0.85 nats", 4096, 24576, 256, FP32, every_peer=True, states="samp2"),
+        HeadShape("0.37 nats", 4096, 24576, 256, FP32, states="samp3"),
+        HeadShape("1.5 nats", 4096, 24576, 256, FP32, states="samp1.5"),
+        HeadShape("4 nats", 4096, 24576, 256, FP32, states="samp2", sharpness=0.5),
+        HeadShape("0.85 nats, bf16", 2048, 24576, 1024, BF16, states="samp2"),
         HeadShape("tiny", 300, 1003, 64, FP32, every_peer=True, noise_tokens=1024),
         HeadShape("tiny, bf16", 256, 2048, 64, BF16, every_peer=True, noise_tokens=1024),
     ],

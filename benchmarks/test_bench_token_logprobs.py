@@ -24,7 +24,7 @@ SHAPES: list[HeadShape] = chosen(HEADS[DEVICE])
 def pairs() -> list[Any]:
     """spo_ext and eager at every shape come first: a peer may take minutes to compile, or crash the
     GPU's context, and then only the peers after it are lost."""
-    usable = {n: p for n, p in PEERS.items() if ON_GPU or not p.gpu_only}
+    usable = {n: p for n, p in PEERS.items() if not (p.cpu_only if ON_GPU else p.gpu_only)}
     ours = [(s, n) for s in SHAPES for n in usable if n.startswith("spo_ext") or n == "eager"]
     peers = [(s, n) for s in SHAPES for n, p in usable.items() if s.every_peer or p.every_shape]
     ordered = [*ours, *(pair for pair in peers if pair not in ours)]

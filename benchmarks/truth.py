@@ -31,15 +31,21 @@ class HeadInputs:
     def make(shape: HeadShape, device: str) -> "HeadInputs":
         tokens = max(shape.tokens, shape.noise_tokens)
         states = (
-            load_states()
-            if shape.name == "states"
+            load_states(shape.states)
+            if shape.states
             else synthetic_states(tokens, shape.vocabulary, shape.depth, device, shape.dtype)
         )
+        hidden, weight = states.hidden * shape.sharpness, states.weight
+        if shape.depth > hidden.shape[1]:  # turned into more dimensions, the logits stay the same
+            generator = torch.Generator().manual_seed(2)
+            turn = torch.randn(shape.depth, hidden.shape[1], generator=generator)
+            turn = torch.linalg.qr(turn).Q.T
+            hidden, weight = hidden @ turn, weight @ turn
         return HeadInputs(
             shape,
             states.source,
-            states.hidden.to(device, shape.dtype),
-            states.weight.to(device, shape.dtype),
+            hidden.to(device, shape.dtype),
+            weight.to(device, shape.dtype),
             states.targets.to(device),
         )
 

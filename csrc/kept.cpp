@@ -40,7 +40,7 @@ at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy) {
 }
 
 int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept) {
-  if (keep != Keep::kLogits) return workspace_mib;
+  if (keep != Keep::kLogits && keep != Keep::kDropped) return workspace_mib;
   const int64_t taken = static_cast<int64_t>(kept.nbytes()) >> 20;
   return std::max(workspace_mib - taken, (workspace_mib + 1) / 2);
 }

@@ -24,8 +24,8 @@ Keep keep_of(const char* op, std::string_view name);
 // For the forward pass to fill: zeros where ignored tokens leave a part unwritten that is read.
 at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy);
 
-// What is left of the workspace beside kept logits: they are the caller's to bound, so never less
-// than half.
+// What is left of the workspace beside kept logits or masses: these are the caller's to bound, so
+// never less than half.
 int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept);
 
 // What the backward pass was given, before it works.
