@@ -30,9 +30,23 @@ def head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int, **options
     bias = torch.randn(vocabulary, device="cuda").to(dtype)
     inputs = tuple(t.requires_grad_() for t in (hidden, weight, bias))
     logprobs, entropy = spo_ext.token_logprobs(
-        hidden, weight, targets, bias=bias, return_entropy=True, **options
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        return_entropy=True,
+        **{"strategy": "recompute", **options},
     )
     finish((logprobs, entropy), inputs)
+
+
+def frozen_head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int) -> None:
+    hidden = torch.randn(tokens, depth, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, depth, device="cuda").to(dtype) / depth**0.5
+    targets = torch.randint(vocabulary, (tokens,), device="cuda")
+    targets[::5] = -100
+    out = spo_ext.token_logprobs(hidden, weight, targets, softcap=5.0, strategy="frozen")
+    finish((out,), (hidden,))
 
 
 def logits(dtype: torch.dtype, vocabulary: int) -> None:
@@ -74,6 +88,8 @@ def main() -> None:
         head(dtype, 1, 1, 1)
         logits(dtype, 1003)
         losses(dtype)
+        head(dtype, 70, 515, 72, strategy="stored")
+        frozen_head(dtype, 131, 900, 72)
     head(torch.bfloat16, 300, 1030, 64, workspace_mib=4)
     torch.cuda.synchronize()
     print("small_case: every op ran, every number finite")

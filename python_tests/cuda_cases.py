@@ -14,7 +14,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [N, d], weight [V, d], targets 
 
 def run_head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: object) -> Outputs:
     """Forward and backward with another upstream gradient for every token, the same for a token
-    wherever it is: it depends on the token's own results."""
+    wherever it is: it depends on the token's own results. By the strategy of large shapes."""
+    options = {"strategy": "recompute", **options}
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logprobs, entropy = spo_ext.token_logprobs(
         hidden, weight, targets, return_entropy=True, **options

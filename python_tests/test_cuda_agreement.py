@@ -14,7 +14,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options", [dict(), dict(temperature=0.7, softcap=20.0, logit_scale=1.5, workspace_mib=16)]
+    "options",
+    [
+        dict(),
+        dict(strategy="stored"),
+        dict(temperature=0.7, softcap=20.0, logit_scale=1.5, workspace_mib=16),
+    ],
 )
 def test_token_logprobs(dtype, options):
     inputs = head_inputs(150, 3001, 200, dtype)

@@ -38,6 +38,31 @@ def test_forward_and_backward(shape, dtype, workspace_mib):
     assert extra <= allowed_mib(workspace_mib, shape[0])
 
 
+def test_stored_logits_are_part_of_the_workspace():
+    hidden, weight, targets = head_inputs(1024, 32000, 512, torch.bfloat16)  # 125 MiB of logits
+    assert spo_ext.explain(hidden, weight, workspace_mib=256).strategy == "stored"
+
+    def step():
+        logprobs = spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=256)
+        return torch.autograd.grad(logprobs.sum(), (hidden, weight))
+
+    step()
+    assert peak_mib(step) - mib(hidden, weight) <= allowed_mib(256, 1024)
+
+
+def test_a_frozen_head_takes_one_tensor_like_hidden_and_its_low_bytes():
+    hidden, weight, targets = head_inputs(8192, 50257, 2048, torch.bfloat16)
+    frozen = weight.detach()
+
+    def step():
+        logprobs = spo_ext.token_logprobs(hidden, frozen, targets)
+        return torch.autograd.grad(logprobs.sum(), hidden)
+
+    step()
+    # Rows wait in the workspace with 32 blocks of statistics, whatever it is: O(N).
+    assert peak_mib(step) - mib(hidden) <= 1.5 * mib(hidden) + allowed_mib(64, 8192 * 8)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape):
     inputs = [t.detach() for t in head_inputs(*shape, torch.bfloat16)]

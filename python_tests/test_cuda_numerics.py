@@ -25,7 +25,7 @@ def test_float32_is_not_tf32(tf32_allowed):
     """tf32 keeps 11 bits. A user who allows it for other products still gets float32 here."""
     hidden, weight, targets = head_inputs(500, 32000, 1024, torch.float32, scale=4.0)
     upstream = torch.randn(500)
-    got = spo_ext.token_logprobs(hidden, weight, targets)
+    got = spo_ext.token_logprobs(hidden, weight, targets, strategy="recompute")
     grads = torch.autograd.grad(got, (hidden, weight), upstream)
     want, *want_grads = float64_on_gpu(hidden, weight, targets, upstream)
     assert logprob_error(got, want) <= 3e-6
@@ -63,7 +63,7 @@ def test_rows_without_upstream_gradient_may_hold_anything(dtype):
     upstream[solved] = 0.0
     with torch.no_grad():
         hidden[solved] = float("nan")
-    logprobs = spo_ext.token_logprobs(hidden, weight, targets)
+    logprobs = spo_ext.token_logprobs(hidden, weight, targets, strategy="recompute")
     grads = torch.autograd.grad(logprobs, (hidden, weight), upstream)
     assert (grads[0][solved] == 0).all()
     kept = [t.detach()[~solved] for t in (hidden, targets, upstream)]
@@ -75,7 +75,7 @@ def test_rows_without_upstream_gradient_may_hold_anything(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_batch_without_any_upstream_gradient(dtype):
     hidden, weight, targets = head_inputs(130, 700, 64, dtype)
-    logprobs = spo_ext.token_logprobs(hidden, weight, targets)
+    logprobs = spo_ext.token_logprobs(hidden, weight, targets, strategy="recompute")
     for grad in torch.autograd.grad(logprobs, (hidden, weight), torch.zeros(130)):
         assert (grad == 0).all()
 
@@ -100,7 +100,7 @@ def test_tiny_and_huge_upstream_gradients(scale, dtype):
     (the result may leave float16's range, so the truth is rounded to it as well)."""
     hidden, weight, targets = head_inputs(200, 3000, 128, dtype)
     upstream = torch.randn(200) * scale
-    logprobs = spo_ext.token_logprobs(hidden, weight, targets)
+    logprobs = spo_ext.token_logprobs(hidden, weight, targets, strategy="recompute")
     got = torch.autograd.grad(logprobs, (hidden, weight), upstream)
     want = float64_on_gpu(hidden, weight, targets, upstream)[1:]
     for grad, true in zip(got, want, strict=True):
@@ -119,7 +119,7 @@ def test_confident_tokens_keep_their_gradient():
     chosen = weight[targets].float()
     hidden = (chosen / chosen.norm(dim=1, keepdim=True) * strength).bfloat16()
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
-    logprobs = spo_ext.token_logprobs(*inputs, targets)
+    logprobs = spo_ext.token_logprobs(*inputs, targets, strategy="recompute")
     grads = torch.autograd.grad(logprobs.sum(), inputs)
     want, grad_hidden, _ = float64_on_gpu(hidden, weight, targets, torch.ones(60))
     lost = -torch.expm1(want)

@@ -10,6 +10,14 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "extra_memory.py"
 
 
+def extra_mib(*arguments):
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     "shape",
@@ -18,10 +26,13 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "extra_memory.py"
         (16384, 2048, 768, "bfloat16"),  # the float sums of grad_hidden alone would take 48 MiB
     ],
 )
-def test_extra_memory_is_within_the_workspace(shape):
-    result = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, shape)], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    extra_mib = float(result.stdout)
-    assert 0 < extra_mib <= 64, f"{extra_mib:.1f} MiB beyond inputs and gradients"
+@pytest.mark.parametrize("name", ["spo_ext", "sparse"])
+def test_extra_memory_is_within_the_workspace(shape, name):
+    extra = extra_mib(*shape, name)
+    assert 0 < extra <= 64, f"{extra:.1f} MiB beyond inputs and gradients"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_frozen_head_takes_one_tensor_like_hidden_more():
+    like_hidden = 8192 * 1024 * 4 / 2**20
+    assert 0 < extra_mib(8192, 4096, 1024, "float32", "frozen") <= 64 + like_hidden

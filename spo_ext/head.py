@@ -237,16 +237,13 @@ def logprobs_from_logits(
         targets: [..], int64 or int32, in [0, V) or `ignore_index`.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         inplace_backward: let the backward pass overwrite `logits` with its gradient, so that no
-        second [.., V] tensor
-            is made. The logits must not be a leaf and must not be used afterwards; PyTorch's
-            version counter
-            catches it if another operation saved them. Under torch.compile the gradient is a new
-            tensor.
+            second [.., V] tensor is made. The logits must not be a leaf and must not be used
+            afterwards; PyTorch's version counter catches it if another operation saved them. Under
+            torch.compile the gradient is a new tensor.
 
     Returns:
         float32 (float64 for float64 logits) [..] in nats, 0 at ignored targets; with
-        `return_entropy`, also the
-        entropies.
+        `return_entropy`, also the entropies.
     """
     if inplace_backward and logits.requires_grad and logits.is_leaf:
         raise ValueError(

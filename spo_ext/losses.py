@@ -56,9 +56,8 @@ def soft_q(
     return _OPS.soft_q(logprobs, ref_logprobs, start, beta, cu_seqlens, mask)  # type: ignore[no-any-return]
 
 
-# Which arguments an objective needs, and which it may have beside them. Everything else is
-# refused: an argument that
-# would be ignored is a mistake.
+# Which arguments an objective needs, and which it may have beside them. Everything else is refused:
+# an argument that would be ignored is a mistake.
 _NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "squared": (frozenset({"rewards", "q0"}), frozenset({"token_rewards"})),
     "cross_entropy": (frozenset({"rewards", "q0"}), frozenset({"token_rewards"})),
@@ -392,8 +391,7 @@ def linear_loss(
     loss.
 
     hidden[i] is the state that predicts targets[i]: shift before the call. Tokens whose target is
-    `ignore_index` and tokens
-    outside `mask` are skipped by the head and by the loss.
+    `ignore_index` and tokens outside `mask` are skipped by the head and by the loss.
 
     Args:
         hidden, weight, targets, bias, temperature, logit_scale, softcap, max_dropped_mass,
@@ -442,14 +440,12 @@ def taper_weights(
     threshold, else 1.
 
     A failing completion that the policy has already moved away from is pushed no further
-    (truncated importance
-    weights, applied to failures only). Use as `weights` of `loss` when the behaviour policy mu
-    lags.
+    (truncated importance weights, applied to failures only). Use as `weights` of `loss` when the
+    behaviour policy mu lags.
 
     Args:
         logprob_sums, behaviour_logprob_sums: [S], log-probability of each completion under the
-        policy and under the policy
-            that sampled it, nats.
+            policy and under the policy that sampled it, nats.
         rewards: [S].
         threshold: a reward below it is a failure.
 
