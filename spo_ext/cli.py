@@ -66,6 +66,12 @@ def _add_quickstart(subparsers: Subparsers) -> None:
         "--beta", type=float, default=defaults.beta, help="softness, reward per nat of KL"
     )
     parser.add_argument(
+        "--max-dropped-mass",
+        type=float,
+        default=defaults.max_dropped_mass,
+        help="probability that the SPO gradient of a token may leave out",
+    )
+    parser.add_argument(
         "--evaluation-split",
         choices=("development", "test"),
         default=defaults.evaluation_split,

@@ -8,63 +8,30 @@
 // dropped pulls on grad_hidden as if it lay at the centre of its block: the error is then the
 // dropped mass times the spread of the block's words, not their length.
 #pragma once
-#include "drop_blocks.h"
-#include "head_tiles.h"
+#include "pair_lists.h"
+#include "sparse_tiles.h"
 
 namespace spo {
 
-// One slice of the vocabulary, a group of rows: who kept each block, and whose label lies in a
-// block that it dropped. Rows are in increasing order.
-struct PairLists {
-  std::vector<std::vector<int32_t>> rows, labels;  // [blocks]
-  std::vector<int64_t> start;                      // [blocks + 1] pairs before each block
-
-  explicit PairLists(int64_t blocks) : rows(blocks), labels(blocks), start(blocks + 1) {}
-  int64_t blocks() const { return static_cast<int64_t>(rows.size()); }
-  int64_t pairs() const { return start.back(); }
-
-  // Sets the lists to rows [first, end) as far as `capacity` pairs go; returns the row after.
-  template <class Real>
-  int64_t fill(const Rows& all, const Real* dropped, int64_t row_blocks, int64_t slice,
-               int64_t first, int64_t end, int64_t capacity) {
-    for (auto& list : rows) list.clear();
-    for (auto& list : labels) list.clear();
-    int64_t total = 0, row = first;
-    for (; row < end && total + blocks() <= capacity; row++) {
-      const Real* mass = dropped + all.token[row] * row_blocks + slice;
-      for (int64_t b = 0; b < blocks(); b++)
-        if (mass[b] < 0) rows[b].push_back(row), total++;
-      const int64_t home = all.label[row] / kBlockCols - slice;
-      if (home >= 0 && home < blocks() && mass[home] >= 0) labels[home].push_back(row);
-    }
-    for (int64_t b = 0; b < blocks(); b++)
-      start[b + 1] = start[b] + static_cast<int64_t>(rows[b].size());
-    return row;
-  }
-};
-
 template <class Real>
-class SparseBackward : HeadTiles<Real> {
-  using Base = HeadTiles<Real>;
+class SparseBackward : SparseTiles<Real> {
+  using Base = SparseTiles<Real>;
   using Base::args_, Base::rows_, Base::kernels_, Base::map_, Base::depth_, Base::vocabulary_;
+  using Base::state_, Base::dropped_, Base::blocks_, Base::padded_depth_, Base::kGather;
 
  public:
   // `dropped`: [N, blocks] as the forward pass kept it.
   SparseBackward(const HeadArgs& args, const Rows& rows, const TokenState& state,
                  const Real* dropped, const HeadGrads& grads)
-      : Base(args, rows),
-        state_(state),
-        dropped_(dropped),
+      : Base(args, rows, state, dropped),
         grads_(grads),
-        blocks_(panels(vocabulary_, kBlockCols)),
-        padded_depth_(panels(depth_, kernels_.panel_cols) * kernels_.panel_cols),
         padded_block_(panels(kBlockCols, kernels_.tile_rows) * kernels_.tile_rows) {}
 
   // Whether anything was dropped (keep_all_if_most).
   bool applies() const {
     for (const int64_t token : rows_.token)
       for (int64_t b = 0; b < blocks_; b++)
-        if (mass_of(token)[b] >= 0) return true;
+        if (this->mass_of(token)[b] >= 0) return true;
     return false;
   }
 
@@ -80,9 +47,8 @@ class SparseBackward : HeadTiles<Real> {
   }
 
  private:
-  static constexpr int64_t kMostSlice = 32;       // blocks of words at a time
-  static constexpr int64_t kGather = kBlockCols;  // numbers of a gathered row that lie together
-  static constexpr int64_t kWeightRows = 512;     // rows gathered at a time for grad_weight
+  static constexpr int64_t kMostSlice = 32;    // blocks of words at a time
+  static constexpr int64_t kWeightRows = 512;  // rows gathered at a time for grad_weight
 
   // Scratch of one pass, cut from the workspace.
   struct Buffers {
@@ -94,8 +60,6 @@ class SparseBackward : HeadTiles<Real> {
     std::optional<Workspace<Real>> workspace;
   };
 
-  const Real* mass_of(int64_t token) const { return dropped_ + token * blocks_; }
-
   Buffers allocate(int64_t sums, bool hidden_side, bool weight_side) const {
     Buffers b;
     b.hidden_side = hidden_side, b.weight_side = weight_side;
@@ -106,12 +70,13 @@ class SparseBackward : HeadTiles<Real> {
         kBlockCols * (depth_ + (hidden_side ? padded_depth_ : 0) + (rounded ? depth_ : 0));
     const int64_t centres = hidden_side ? blocks_ * padded_depth_ : 0;
     const int64_t locals =
-        at::get_num_threads() * std::max(row_chunk() * padded_gather(), kWeightRows * kDepthRange);
+        at::get_num_threads() *
+        std::max(this->row_chunk() * this->padded_gather(), kWeightRows * kDepthRange);
     const int64_t rest = budget - centres - locals;
     b.slice_blocks = std::clamp<int64_t>(rest / 3 / per_block, 1, std::min(kMostSlice, blocks_));
     const int64_t per_pair = kBlockCols + (weight_side ? padded_block_ : 0);
     b.capacity = (rest - b.slice_blocks * per_block) / per_pair;
-    const int64_t least = (centres + locals + per_block + row_chunk() * per_pair) * 3 / 2;
+    const int64_t least = (centres + locals + per_block + this->row_chunk() * per_pair) * 3 / 2;
     TORCH_CHECK_VALUE(b.capacity >= b.slice_blocks, args_.op, ": workspace_mib must be at least ",
                       (least * sizeof(Real) >> 20) + 1, " for d = ", depth_,
                       " with max_dropped_mass > 0, got ", args_.workspace_mib);
@@ -126,12 +91,6 @@ class SparseBackward : HeadTiles<Real> {
     if (!rounded) b.weight_sums = nullptr;
     return b;
   }
-
-  static int64_t row_chunk() {
-    const int64_t tile = head_kernels<Real>().tile_rows;
-    return std::max<int64_t>(112 / tile, 1) * tile;
-  }
-  int64_t padded_gather() const { return panels(depth_, kGather) * kGather; }
 
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
     const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
@@ -168,15 +127,11 @@ class SparseBackward : HeadTiles<Real> {
                  [&](int64_t i) { return rows_.token[first + i]; });
   }
 
-  int64_t words_of(int64_t block) const {
-    return std::min(kBlockCols, vocabulary_ - block * kBlockCols);
-  }
-
   // -g s times the dropped masses of a row, times the centre of each block.
   void pull_to_centres(const Buffers& b, int64_t first, const std::vector<Real*>& out) const {
     if (map_.capped) return;  // there s differs from word to word
-    const int64_t count = static_cast<int64_t>(out.size()), chunk = row_chunk();
-    make_centres(mean_row(first, count), b.centres);
+    const int64_t count = static_cast<int64_t>(out.size()), chunk = this->row_chunk();
+    this->make_centres(this->mean_row(first, count), b.centres);
     parallel_tasks(panels(count, chunk), [&](TaskQueue& queue) {
       std::vector<Real> masses(chunk * kBlockCols);
       for (int64_t task; queue.take(&task);) {
@@ -187,7 +142,7 @@ class SparseBackward : HeadTiles<Real> {
             const int64_t token = rows_.token[first + row + i];
             const Real pull = -map_.outer * state_.template grad_of<Real>(token).grad_logprob;
             for (int64_t j = 0; j < blocks; j++) {
-              const Real mass = mass_of(token)[block + j];
+              const Real mass = this->mass_of(token)[block + j];
               masses[i * kBlockCols + j] = mass > 0 ? pull * mass : Real(0);
             }
           }
@@ -199,57 +154,12 @@ class SparseBackward : HeadTiles<Real> {
     });
   }
 
-  // The mean of hidden over rows [first, first + count).
-  std::vector<Real> mean_row(int64_t first, int64_t count) const {
-    std::vector<Real> mean(depth_);
-    parallel_tasks(panels(depth_, kDepthRange), [&](TaskQueue& queue) {
-      for (int64_t task; queue.take(&task);) {
-        const int64_t begin = task * kDepthRange, end = std::min(begin + kDepthRange, depth_);
-        for (int64_t row = first; row < first + count; row++)
-          for_row(row, [&](const auto* h, int64_t stride) {
-            for (int64_t k = begin; k < end; k++) mean[k] += static_cast<Real>(h[k * stride]);
-          });
-        for (int64_t k = begin; k < end; k++) mean[k] /= count;
-      }
-    });
-    return mean;
-  }
-
-  // The centre of every block: its words weighted by their probabilities at the state `at`, so that
-  // words which are rare everywhere count for little. As a right factor: [panels of
-  // d][block][panel_cols].
-  void make_centres(const std::vector<Real>& at, Real* centres) const {
-    const int64_t width = kernels_.panel_cols;
-    parallel_tasks(blocks_, [&](TaskQueue& queue) {
-      std::vector<Real> weights(kBlockCols), sum(padded_depth_);
-      for (int64_t block; queue.take(&block);) {
-        const int64_t col = block * kBlockCols, cols = words_of(block);
-        const auto bias = bias_block<Real>(args_.bias, col, cols);
-        Real top = -std::numeric_limits<Real>::infinity(), total = 0, slope;
-        for (int64_t v = 0; v < cols; v++) {
-          const Real raw = product(col + v, at.data(), 1) + (args_.bias ? bias[v] : Real(0));
-          weights[v] = map_.logit(raw, &slope);
-          top = std::max(top, weights[v]);
-        }
-        for (int64_t v = 0; v < cols; v++) total += weights[v] = std::exp(weights[v] - top);
-        std::fill(sum.begin(), sum.end(), Real(0));
-        for (int64_t v = 0; v < cols; v++)
-          for_word(col + v, [&](const auto* w, int64_t stride) {
-            const Real share = weights[v] / total;
-            for (int64_t k = 0; k < depth_; k++) sum[k] += share * static_cast<Real>(w[k * stride]);
-          });
-        for (int64_t k = 0; k < padded_depth_; k++)
-          centres[(k / width * blocks_ + block) * width + k % width] = sum[k];
-      }
-    });
-  }
-
   // The blocks that some row kept.
   void pack_slice(const Buffers& b, int64_t slice, const PairLists& lists) const {
     const auto words = MatrixView::of_weight(args_.weight);
     for (int64_t block = 0; block < lists.blocks(); block++) {
       if (lists.rows[block].empty()) continue;
-      const int64_t word = (slice + block) * kBlockCols, count = words_of(slice + block);
+      const int64_t word = (slice + block) * kBlockCols, count = this->words_of(slice + block);
       pack_rows(words, word, count, depth_, kernels_.panel_cols, weight_rows(b, block));
       if (b.hidden_side)
         pack_cols(words, word, count, depth_, kernels_.panel_cols, weight_cols(b, block));
@@ -267,69 +177,18 @@ class SparseBackward : HeadTiles<Real> {
     return b.dz_panels + lists.start[block] * padded_block_;
   }
 
-  // Rows of hidden side by side, [kGather numbers][row][kGather]: copies of whole pieces, which a
-  // left factor of layout kBlock can be read from.
-  void gather_pieces(const int32_t* list, int64_t rows, Real* out) const {
-    const int64_t stride = args_.hidden.stride(-1);
-    SPO_DISPATCH_STORAGE(args_.hidden.scalar_type(), "token_logprobs_backward", [&] {
-      const scalar_t* data = args_.hidden.template const_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < rows; i++) {
-        const scalar_t* row = data + rows_.offset[list[i]];
-        for (int64_t k0 = 0; k0 < depth_; k0 += kGather) {
-          Real* to = out + k0 * rows + i * kGather;
-          const int64_t end = std::min(kGather, depth_ - k0);
-          for (int64_t k = 0; k < end; k++) to[k] = static_cast<Real>(row[(k0 + k) * stride]);
-        }
-      }
-    });
-  }
-
-  // Numbers [k, k + cols) of rows of hidden as a right factor: [panels of
-  // columns][row][panel_cols].
-  void gather_panels(const int32_t* list, int64_t rows, int64_t first, int64_t cols,
-                     Real* out) const {
-    const int64_t stride = args_.hidden.stride(-1), width = kernels_.panel_cols;
-    SPO_DISPATCH_STORAGE(args_.hidden.scalar_type(), "token_logprobs_backward", [&] {
-      const scalar_t* data = args_.hidden.template const_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < rows; i++) {
-        const scalar_t* row = data + rows_.offset[list[i]] + first * stride;
-        for (int64_t k0 = 0; k0 < cols; k0 += width) {
-          Real* to = out + k0 * rows + i * width;
-          const int64_t end = std::min(width, cols - k0);
-          for (int64_t k = 0; k < end; k++) to[k] = static_cast<Real>(row[(k0 + k) * stride]);
-          for (int64_t k = end; k < width; k++) to[k] = 0;
-        }
-      }
-    });
-  }
-
-  struct Piece {
-    int64_t block, first, rows;  // of the block's list
-  };
-
-  // Lists cut into pieces of at most `most` rows.
-  static std::vector<Piece> pieces_of(const PairLists& lists, int64_t most) {
-    std::vector<Piece> pieces;
-    for (int64_t block = 0; block < lists.blocks(); block++) {
-      const int64_t rows = static_cast<int64_t>(lists.rows[block].size());
-      for (int64_t first = 0; first < rows; first += most)
-        pieces.push_back({block, first, std::min(most, rows - first)});
-    }
-    return pieces;
-  }
-
   void make_gradient(const Buffers& b, int64_t slice, const PairLists& lists) const {
-    const auto pieces = pieces_of(lists, row_chunk());
+    const auto pieces = lists.pieces(this->row_chunk());
     parallel_tasks(pieces.size(), [&](TaskQueue& queue) {
-      std::vector<Real> gathered(row_chunk() * padded_gather());
-      std::vector<Real*> out(row_chunk());
+      std::vector<Real> gathered(this->row_chunk() * this->padded_gather());
+      std::vector<Real*> out(this->row_chunk());
       for (int64_t task; queue.take(&task);) {
         const auto [block, first, rows] = pieces[task];
         const int32_t* list = lists.rows[block].data() + first;
-        const int64_t col = (slice + block) * kBlockCols, cols = words_of(slice + block);
+        const int64_t col = (slice + block) * kBlockCols, cols = this->words_of(slice + block);
         Real* const dz = b.dz + (lists.start[block] + first) * kBlockCols;
         for (int64_t i = 0; i < rows; i++) out[i] = dz + i * kBlockCols;
-        gather_pieces(list, rows, gathered.data());
+        this->gather_pieces(list, rows, gathered.data());
         for (int64_t k = 0; k < depth_; k += kGather)
           kernels_.gemm({rows, cols, std::min(kGather, depth_ - k), Left::kBlock,
                          gathered.data() + k * rows, kernels_.tile_rows * kGather,
@@ -363,7 +222,7 @@ class SparseBackward : HeadTiles<Real> {
           const auto& list = lists.rows[block];
           const auto begin = std::lower_bound(list.begin(), list.end(), from);
           const auto stop = std::lower_bound(begin, list.end(), from + part_rows);
-          const int64_t rows = stop - begin, words = words_of(slice + block);
+          const int64_t rows = stop - begin, words = this->words_of(slice + block);
           at.clear();
           for (auto row = begin; row != stop; row++) at.push_back(out[*row] + k);
           const Real* dz = b.dz + (lists.start[block] + (begin - list.begin())) * kBlockCols;
@@ -378,58 +237,11 @@ class SparseBackward : HeadTiles<Real> {
     });
   }
 
-  // dL/d(product) of a label whose block was dropped.
-  Real label_gradient(int64_t row) const {
-    Real slope, raw = 0;
-    if (map_.capped) raw = label_product(row);
-    map_.logit(raw, &slope);
-    return slope * state_.template grad_of<Real>(rows_.token[row]).label();
-  }
-
-  Real label_product(int64_t row) const {
-    const int64_t word = rows_.label[row];
-    Real sum = args_.bias ? bias_block<Real>(args_.bias, word, 1)[0] : Real(0);
-    for_row(row, [&](const auto* h, int64_t stride) { sum += product(word, h, stride); });
-    return sum;
-  }
-
-  // A word of weight times a vector of depth_ numbers.
-  template <class T>
-  Real product(int64_t word, const T* numbers, int64_t stride) const {
-    constexpr int64_t kChains = 16;  // side by side, for the vector units
-    Real sums[kChains] = {};
-    for_word(word, [&](const auto* w, int64_t w_stride) {
-      for (int64_t k0 = 0; k0 < depth_; k0 += kChains)
-        for (int64_t k = k0; k < std::min(k0 + kChains, depth_); k++)
-          sums[k - k0] +=
-              static_cast<Real>(w[k * w_stride]) * static_cast<Real>(numbers[k * stride]);
-    });
-    Real total = 0;
-    for (const Real sum : sums) total += sum;
-    return total;
-  }
-
   void add_label_word(int64_t row, int64_t first, int64_t cols, Real* out) const {
-    const Real grad = label_gradient(row);
-    for_word(rows_.label[row], [&](const auto* w, int64_t stride) {
+    const Real grad = this->label_gradient(row);
+    this->for_word(rows_.label[row], [&](const auto* w, int64_t stride) {
       for (int64_t k = first; k < first + cols; k++)
         out[k] += grad * static_cast<Real>(w[k * stride]);
-    });
-  }
-
-  // visit(numbers, stride) of a word of weight or a row of hidden in its own type.
-  template <class Visit>
-  void for_word(int64_t word, const Visit& visit) const {
-    const at::Tensor& weight = args_.weight;
-    SPO_DISPATCH_STORAGE(weight.scalar_type(), "token_logprobs_backward", [&] {
-      visit(weight.template const_data_ptr<scalar_t>() + word * weight.stride(0), weight.stride(1));
-    });
-  }
-  template <class Visit>
-  void for_row(int64_t row, const Visit& visit) const {
-    const at::Tensor& hidden = args_.hidden;
-    SPO_DISPATCH_STORAGE(hidden.scalar_type(), "token_logprobs_backward", [&] {
-      visit(hidden.template const_data_ptr<scalar_t>() + rows_.offset[row], hidden.stride(-1));
     });
   }
 
@@ -448,7 +260,7 @@ class SparseBackward : HeadTiles<Real> {
   // Columns [k, k + kDepthRange) of one block of grad_weight.
   void add_block(const Buffers& b, int64_t slice, const PairLists& lists, int64_t block, int64_t k,
                  Real* gathered) const {
-    const int64_t words = words_of(slice + block), cols = std::min(kDepthRange, depth_ - k);
+    const int64_t words = this->words_of(slice + block), cols = std::min(kDepthRange, depth_ - k);
     Real* const base = b.weight_sums
                            ? b.weight_sums + block * kBlockCols * depth_
                            : data_of<Real>(grads_.weight) + (slice + block) * kBlockCols * depth_;
@@ -458,15 +270,15 @@ class SparseBackward : HeadTiles<Real> {
     const int64_t all = static_cast<int64_t>(list.size());
     for (int64_t first = 0; first < all; first += kWeightRows) {
       const int64_t rows = std::min(kWeightRows, all - first);
-      gather_panels(list.data() + first, rows, k, cols, gathered);
+      this->gather_panels(list.data() + first, rows, k, cols, gathered);
       kernels_.gemm(
           {words, cols, rows, Left::kPanel, dz_panels(b, lists, block) + first * kernels_.tile_rows,
            all * kernels_.tile_rows, gathered, rows * kernels_.panel_cols, out.data(), true});
     }
     for (const int32_t row : lists.labels[block]) {
-      const Real grad = label_gradient(row);
+      const Real grad = this->label_gradient(row);
       Real* const word = out[rows_.label[row] - (slice + block) * kBlockCols];
-      for_row(row, [&](const auto* h, int64_t stride) {
+      this->for_row(row, [&](const auto* h, int64_t stride) {
         for (int64_t i = 0; i < cols; i++) word[i] += grad * static_cast<Real>(h[(k + i) * stride]);
       });
     }
@@ -476,15 +288,13 @@ class SparseBackward : HeadTiles<Real> {
     double* const sums = data_of<double>(grads_.bias) + (slice + block) * kBlockCols;
     const Real* dz = b.dz + lists.start[block] * kBlockCols;
     for (size_t i = 0; i < lists.rows[block].size(); i++, dz += kBlockCols)
-      for (int64_t v = 0; v < words_of(slice + block); v++) sums[v] += dz[v];
+      for (int64_t v = 0; v < this->words_of(slice + block); v++) sums[v] += dz[v];
     for (const int32_t row : lists.labels[block])
-      sums[rows_.label[row] - (slice + block) * kBlockCols] += label_gradient(row);
+      sums[rows_.label[row] - (slice + block) * kBlockCols] += this->label_gradient(row);
   }
 
-  const TokenState& state_;
-  const Real* const dropped_;
   const HeadGrads& grads_;
-  const int64_t blocks_, padded_depth_, padded_block_;
+  const int64_t padded_block_;
 };
 
 }  // namespace spo

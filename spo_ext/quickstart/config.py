@@ -49,6 +49,7 @@ class QuickstartConfig:
     learning_rate: float = 3e-4
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
+    max_dropped_mass: float = 0.0  # of the head's gradients; 0 is exact
     sync_every: int = 4  # batches drawn at once; with tapered failures as good as 1, and faster
     reference_samples: int = 16  # per problem, for q0; "group" needs none
 
@@ -88,7 +89,7 @@ class QuickstartConfig:
 
     def _check_ranges(self) -> None:
         at_least_zero = ("seed", "sft_steps", "steps", "warmup_steps", "kl_problems")
-        unit_interval = ("vague_probability", "corruption", "token_noise")
+        unit_interval = ("vague_probability", "corruption", "token_noise", "max_dropped_mass")
         for name, value in vars(self).items():
             if isinstance(value, str):
                 continue

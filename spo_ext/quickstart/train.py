@@ -105,6 +105,7 @@ def update_policy(
         objective=config.objective,
         groups=rows.groups if config.objective == "group" else None,
         weights=weights,
+        max_dropped_mass=config.max_dropped_mass,
         return_stats=True,
     )
     optimizer.zero_grad()
