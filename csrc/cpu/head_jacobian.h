@@ -36,7 +36,7 @@ class HeadJacobian : HeadTiles<Real> {
     const bool rounded = !is_sum_type<Real>(out);
     const Buffers b(args_, kernels_, count,
                     {true, false, false, true, rounded ? count * depth_ : 0});
-    const auto sums = this->sum_rows(b, first, count, out);
+    const auto sums = this->sum_rows(b.hidden_sums, first, count, out);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols) {
       const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
       this->pack_words(b, col, cols, true);

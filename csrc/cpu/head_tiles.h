@@ -25,15 +25,14 @@ class HeadTiles {
   }
 
   // Where the sums of rows [first, first + count) go: `out` [tokens, d] itself if it has the type
-  // of the sums, else the buffers, from which write_rows() rounds them.
-  std::vector<Real*> sum_rows(const Buffers& b, int64_t first, int64_t count,
+  // of the sums, else `sums`, from which write_rows() rounds them.
+  std::vector<Real*> sum_rows(Real* sums, int64_t first, int64_t count,
                               const at::Tensor& out) const {
     const bool direct = is_sum_type<Real>(out);
-    if (!direct) std::fill_n(b.hidden_sums, count * depth_, Real(0));
+    if (!direct) std::fill_n(sums, count * depth_, Real(0));
     std::vector<Real*> rows(count);
     for (int64_t i = 0; i < count; i++)
-      rows[i] = direct ? data_of<Real>(out) + rows_.token[first + i] * depth_
-                       : b.hidden_sums + i * depth_;
+      rows[i] = direct ? data_of<Real>(out) + rows_.token[first + i] * depth_ : sums + i * depth_;
     return rows;
   }
 

@@ -9,6 +9,7 @@
 // dropped mass times the spread of the block's words, not their length.
 #pragma once
 #include "pair_lists.h"
+#include "sparse_buffers.h"
 #include "sparse_tiles.h"
 
 namespace spo {
@@ -23,9 +24,7 @@ class SparseBackward : SparseTiles<Real> {
   // `dropped`: [N, blocks] as the forward pass kept it.
   SparseBackward(const HeadArgs& args, const Rows& rows, const TokenState& state,
                  const Real* dropped, const HeadGrads& grads)
-      : Base(args, rows, state, dropped),
-        grads_(grads),
-        padded_block_(panels(kBlockCols, kernels_.tile_rows) * kernels_.tile_rows) {}
+      : Base(args, rows, state, dropped), grads_(grads) {}
 
   // Whether anything was dropped (keep_all_if_most).
   bool applies() const {
@@ -47,61 +46,18 @@ class SparseBackward : SparseTiles<Real> {
   }
 
  private:
-  static constexpr int64_t kMostSlice = 32;    // blocks of words at a time
-  static constexpr int64_t kWeightRows = 512;  // rows gathered at a time for grad_weight
-
-  // Scratch of one pass, cut from the workspace.
-  struct Buffers {
-    bool hidden_side, weight_side;
-    int64_t slice_blocks, capacity;  // pairs
-    Real *weight_rows, *weight_cols, *weight_sums, *hidden_sums, *centres;
-    Real* dz;         // [pairs][kBlockCols]
-    Real* dz_panels;  // the same, as the left factor of grad_weight: see BackwardBuffers::dz
-    std::optional<Workspace<Real>> workspace;
-  };
-
-  Buffers allocate(int64_t sums, bool hidden_side, bool weight_side) const {
-    Buffers b;
-    b.hidden_side = hidden_side, b.weight_side = weight_side;
-    const bool rounded =
-        weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
-    const int64_t budget = (args_.workspace_mib << 20) / int64_t(sizeof(Real)) - sums;
-    const int64_t per_block =
-        kBlockCols * (depth_ + (hidden_side ? padded_depth_ : 0) + (rounded ? depth_ : 0));
-    const int64_t centres = hidden_side ? blocks_ * padded_depth_ : 0;
-    const int64_t locals =
-        at::get_num_threads() *
-        std::max(this->row_chunk() * this->padded_gather(), kWeightRows * kDepthRange);
-    const int64_t rest = budget - centres - locals;
-    b.slice_blocks = std::clamp<int64_t>(rest / 3 / per_block, 1, std::min(kMostSlice, blocks_));
-    const int64_t per_pair = kBlockCols + (weight_side ? padded_block_ : 0);
-    b.capacity = (rest - b.slice_blocks * per_block) / per_pair;
-    const int64_t least = (centres + locals + per_block + this->row_chunk() * per_pair) * 3 / 2;
-    TORCH_CHECK_VALUE(b.capacity >= b.slice_blocks, args_.op, ": workspace_mib must be at least ",
-                      (least * sizeof(Real) >> 20) + 1, " for d = ", depth_,
-                      " with max_dropped_mass > 0, got ", args_.workspace_mib);
-    b.capacity = std::min(b.capacity, rows_.size() * b.slice_blocks);
-    const int64_t words = b.slice_blocks * kBlockCols;
-    b.workspace.emplace(std::vector<int64_t>{
-        words * depth_, hidden_side ? words * padded_depth_ : 0, rounded ? words * depth_ : 0, sums,
-        centres, b.capacity * kBlockCols, weight_side ? b.capacity * padded_block_ : 0});
-    Real** const arrays[] = {&b.weight_rows, &b.weight_cols, &b.weight_sums, &b.hidden_sums,
-                             &b.centres,     &b.dz,          &b.dz_panels};
-    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = b.workspace->array(i);
-    if (!rounded) b.weight_sums = nullptr;
-    return b;
-  }
+  using Buffers = SparseBuffers<Real>;
 
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
     const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const Buffers b = allocate(rounded ? count * depth_ : 0, hidden_side, weight_side);
+    const bool weight_sums =
+        weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
+    const Buffers b(args_, rows_.size(),
+                    {hidden_side, weight_side, weight_sums, true, rounded ? count * depth_ : 0},
+                    this->row_chunk());
     std::vector<Real*> hidden_out;
     if (hidden_side) {
-      if (rounded) std::fill_n(b.hidden_sums, count * depth_, Real(0));
-      hidden_out.resize(count);
-      for (int64_t i = 0; i < count; i++)
-        hidden_out[i] = rounded ? b.hidden_sums + i * depth_
-                                : data_of<Real>(grads_.hidden) + rows_.token[first + i] * depth_;
+      hidden_out = this->sum_rows(b.hidden_sums, first, count, grads_.hidden);
       pull_to_centres(b, first, hidden_out);
     }
     Real* const* out = hidden_side ? hidden_out.data() - first : nullptr;  // by row
@@ -161,7 +117,7 @@ class SparseBackward : SparseTiles<Real> {
       if (lists.rows[block].empty()) continue;
       const int64_t word = (slice + block) * kBlockCols, count = this->words_of(slice + block);
       pack_rows(words, word, count, depth_, kernels_.panel_cols, weight_rows(b, block));
-      if (b.hidden_side)
+      if (b.work.hidden_side)
         pack_cols(words, word, count, depth_, kernels_.panel_cols, weight_cols(b, block));
     }
   }
@@ -174,7 +130,7 @@ class SparseBackward : SparseTiles<Real> {
   }
   // Of a block's pairs: [panels of tile_rows words][rows][tile_rows].
   Real* dz_panels(const Buffers& b, const PairLists& lists, int64_t block) const {
-    return b.dz_panels + lists.start[block] * padded_block_;
+    return b.dz_panels + lists.start[block] * b.padded_block;
   }
 
   void make_gradient(const Buffers& b, int64_t slice, const PairLists& lists) const {
@@ -199,7 +155,7 @@ class SparseBackward : SparseTiles<Real> {
           kernels_.gradient({out[i], args_.bias ? bias.data() : nullptr, cols,
                              this->label_in(list[i], col, cols)},
                             map_, false, state_.template grad_of<Real>(rows_.token[list[i]]));
-        if (b.weight_side)
+        if (b.work.weight_side)
           kernels_.transpose_block(dz, rows,
                                    dz_panels(b, lists, block) + first * kernels_.tile_rows,
                                    static_cast<int64_t>(lists.rows[block].size()));
@@ -248,7 +204,7 @@ class SparseBackward : SparseTiles<Real> {
   void add_weight(const Buffers& b, int64_t slice, const PairLists& lists) const {
     const int64_t ranges = panels(depth_, kDepthRange);
     parallel_tasks(lists.blocks() * ranges, [&](TaskQueue& queue) {
-      std::vector<Real> gathered(kWeightRows * kDepthRange);
+      std::vector<Real> gathered(kGatheredRows * kDepthRange);
       for (int64_t task; queue.take(&task);) {
         const int64_t block = task / ranges, k = task % ranges * kDepthRange;
         if (grads_.weight.defined()) add_block(b, slice, lists, block, k, gathered.data());
@@ -268,8 +224,8 @@ class SparseBackward : SparseTiles<Real> {
     for (int64_t v = 0; v < words; v++) out[v] = base + v * depth_ + k;
     const auto& list = lists.rows[block];
     const int64_t all = static_cast<int64_t>(list.size());
-    for (int64_t first = 0; first < all; first += kWeightRows) {
-      const int64_t rows = std::min(kWeightRows, all - first);
+    for (int64_t first = 0; first < all; first += kGatheredRows) {
+      const int64_t rows = std::min(kGatheredRows, all - first);
       this->gather_panels(list.data() + first, rows, k, cols, gathered);
       kernels_.gemm(
           {words, cols, rows, Left::kPanel, dz_panels(b, lists, block) + first * kernels_.tile_rows,
@@ -294,7 +250,6 @@ class SparseBackward : SparseTiles<Real> {
   }
 
   const HeadGrads& grads_;
-  const int64_t padded_block_;
 };
 
 }  // namespace spo

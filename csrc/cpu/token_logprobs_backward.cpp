@@ -54,7 +54,7 @@ class HeadBackward : HeadTiles<Real> {
         args_, kernels_, count,
         {hidden_side, weight_side, weight_sums, logits_ == nullptr, rounded ? count * depth_ : 0});
     std::vector<Real*> hidden_out;
-    if (hidden_side) hidden_out = this->sum_rows(b, first, count, grads_.hidden);
+    if (hidden_side) hidden_out = this->sum_rows(b.hidden_sums, first, count, grads_.hidden);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols)
       run_slice(b, first, count, col, hidden_out, weight_side);
     if (rounded)
