@@ -131,6 +131,22 @@ def test_compiles_and_has_no_second_derivative(strategy):
         first.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 0.01])
+def test_compiles_for_any_number_of_tokens(frozen, eps):
+    def step(hidden, weight, targets):
+        return spo_ext.token_logprobs(hidden, weight, targets, max_dropped_mass=eps).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for tokens in (5, 9, 17):
+        hidden, weight, targets = head_inputs(tokens, 30, 8, torch.float32)
+        if frozen:
+            weight = weight.detach()
+        (got,) = torch.autograd.grad(compiled(hidden, weight, targets), hidden)
+        (want,) = torch.autograd.grad(step(hidden, weight, targets), hidden)
+        assert torch.allclose(got, want, atol=1e-6)
+
+
 def test_explain():
     hidden, weight, _ = head_inputs(100, 1000, 8, torch.float32)
     assert spo_ext.explain(hidden, weight).strategy == "stored"  # 0.4 MiB

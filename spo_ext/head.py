@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from spo_ext.strategy import BackwardPlan, Strategy, choose
+from spo_ext.strategy import KEEP, BackwardPlan, Chosen, HeadCall, Strategy, choose, plan
 
 _OPS = torch.ops.spo
 
@@ -141,15 +141,8 @@ def token_logprobs(
             f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
         )
     same_device("token_logprobs", "hidden", hidden, weight=weight, targets=targets, bias=bias)
-    plan = choose(
-        strategy,
-        hidden,
-        weight,
-        bias,
-        return_entropy=return_entropy,
-        max_dropped_mass=max_dropped_mass,
-        workspace_mib=workspace_mib,
-    )
+    call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
+    chosen = choose(strategy, call)
     logprobs, entropy, _, kept = _OPS.token_logprobs(
         hidden,
         weight,
@@ -161,17 +154,17 @@ def token_logprobs(
         ignore_index,
         return_entropy,
         workspace_mib,
-        plan.keep,
+        KEEP[chosen],
         max_dropped_mass,
     )
     results = (logprobs, entropy) if return_entropy else (logprobs,)
     if return_dropped_mass:
-        results += (_dropped_mass(plan, kept, logprobs),)
+        results += (_dropped_mass(chosen, kept, logprobs),)
     return results if len(results) > 1 else logprobs
 
 
-def _dropped_mass(plan: BackwardPlan, kept: Tensor, logprobs: Tensor) -> Tensor:
-    if plan.strategy != "sparse":
+def _dropped_mass(chosen: Chosen, kept: Tensor, logprobs: Tensor) -> Tensor:
+    if chosen != "sparse":
         return torch.zeros_like(logprobs)
     return kept.detach().clamp(min=0).sum(-1).view(logprobs.shape)
 
@@ -190,15 +183,8 @@ def explain(
 
     Nothing is computed: shapes, dtypes and `requires_grad` decide.
     """
-    return choose(
-        strategy,
-        hidden,
-        weight,
-        bias,
-        return_entropy=return_entropy,
-        max_dropped_mass=max_dropped_mass,
-        workspace_mib=workspace_mib,
-    )
+    call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
+    return plan(strategy, call)
 
 
 @overload

@@ -12,6 +12,18 @@ from torch import Tensor
 Strategy = Literal["auto", "recompute", "stored", "frozen", "sparse"]
 
 
+Chosen = Literal["none", "recompute", "stored", "frozen", "sparse"]
+
+# What the forward op keeps for the backward op (csrc/kept.h).
+KEEP: dict[Chosen, str] = {
+    "none": "nothing",
+    "recompute": "nothing",
+    "stored": "logits",
+    "frozen": "jacobian",
+    "sparse": "dropped",
+}
+
+
 @dataclass(frozen=True)
 class BackwardPlan:
     """What `explain` answers.
@@ -21,67 +33,89 @@ class BackwardPlan:
             workspace.
         "stored": the forward pass keeps the products hidden weight^T. 3 GEMMs; N V numbers.
         "frozen": the forward pass makes dlogprob/dhidden beside the log-probabilities, and the
-            backward pass scales it. 2 GEMMs; one tensor like hidden.
+            backward pass scales it. 2 GEMMs; one tensor like hidden, and on CUDA a byte per number
+            more while it is made.
         "sparse": max_dropped_mass > 0. The backward pass visits only the blocks of words that some
             probability above it lies in: 1 + 3 a GEMMs, where a is the share of (token, block)
             pairs kept; it computes all of them if a is above 0.9. N V / 256 numbers. CPU only.
     reason: why, in words.
     """
 
-    strategy: Literal["none", "recompute", "stored", "frozen", "sparse"]
+    strategy: Chosen
     reason: str
 
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What the choice depends on. Nothing here formats a size: under torch.compile it may be a
+    symbol."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    return_entropy: bool
+    max_dropped_mass: float
+    workspace_mib: int
+
     @property
-    def keep(self) -> str:
-        """What the forward op keeps (csrc/kept.h)."""
-        kept = {"stored": "logits", "frozen": "jacobian", "sparse": "dropped"}
-        return kept.get(self.strategy, "nothing")
+    def head_trains(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @property
+    def needs_backward(self) -> bool:
+        return torch.is_grad_enabled() and (self.head_trains or self.hidden.requires_grad)
+
+    @property
+    def logits_bytes(self) -> int:
+        size = 8 if self.hidden.dtype == torch.float64 else 4
+        return self.hidden.shape[:-1].numel() * self.weight.shape[0] * size
+
+    @property
+    def logits_fit(self) -> bool:
+        return 2 * self.logits_bytes <= self.workspace_mib * 2**20
 
 
-def choose(
-    strategy: Strategy,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    return_entropy: bool,
-    max_dropped_mass: float,
-    workspace_mib: int,
-) -> BackwardPlan:
+def _check(strategy: Strategy, call: HeadCall) -> None:
+    def refuse(problem: str) -> None:
+        raise ValueError(f"token_logprobs: strategy must {problem}")
+
     if strategy not in get_args(Strategy):
-        raise ValueError(
-            f"token_logprobs: strategy must be one of {', '.join(get_args(Strategy))}, "
-            f"got {strategy!r}"
-        )
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
-        return BackwardPlan("none", "no gradient is wanted")
-    if strategy == "frozen" and head_trains:
-        raise ValueError(
-            "token_logprobs: strategy must not be frozen when weight or bias requires grad"
-        )
-    if strategy == "sparse" and hidden.device.type != "cpu":
-        raise ValueError(
-            "token_logprobs: strategy must not be sparse but on the CPU, "
-            f"got hidden on {hidden.device.type}"
-        )
-    if strategy == "frozen" and return_entropy:
-        raise ValueError("token_logprobs: strategy must not be frozen with return_entropy")
+        refuse(f"be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if not call.needs_backward:
+        return
+    if strategy == "frozen" and call.head_trains:
+        refuse("not be frozen when weight or bias requires grad")
+    if strategy == "frozen" and call.return_entropy:
+        refuse("not be frozen with return_entropy")
+    if strategy == "sparse" and call.hidden.device.type != "cpu":
+        refuse(f"not be sparse but on the CPU, got hidden on {call.hidden.device.type}")
+
+
+def choose(strategy: Strategy, call: HeadCall) -> Chosen:
+    _check(strategy, call)
+    if not call.needs_backward:
+        return "none"
     if strategy != "auto":
-        return BackwardPlan(strategy, "asked for")
-    if max_dropped_mass > 0 and hidden.device.type == "cpu":
-        return BackwardPlan("sparse", f"max_dropped_mass is {max_dropped_mass:g}")
-    if not head_trains and not return_entropy:
-        return BackwardPlan(
-            "frozen", "weight needs no gradient: dlogprob/dhidden comes from the forward's logits"
-        )
-    size = 8 if hidden.dtype == torch.float64 else 4
-    mib = hidden.numel() // max(hidden.shape[-1], 1) * weight.shape[0] * size / 2**20
-    if mib <= workspace_mib / 2:
-        return BackwardPlan(
-            "stored", f"the logits take {mib:.1f} MiB, no more than half of the workspace"
-        )
-    return BackwardPlan(
-        "recompute",
-        f"the logits take {mib:.1f} MiB, more than half of the workspace of {workspace_mib} MiB",
-    )
+        return strategy
+    if call.max_dropped_mass > 0 and call.hidden.device.type == "cpu":
+        return "sparse"
+    if not call.head_trains and not call.return_entropy:
+        return "frozen"
+    return "stored" if call.logits_fit else "recompute"
+
+
+def plan(strategy: Strategy, call: HeadCall) -> BackwardPlan:
+    """The choice, and why."""
+    chosen = choose(strategy, call)
+    if chosen != "none" and strategy != "auto":
+        return BackwardPlan(chosen, "asked for")
+    logits = f"the logits take {call.logits_bytes / 2**20:.1f} MiB"
+    half = f"half of the workspace of {call.workspace_mib} MiB"
+    reasons = {
+        "none": "no gradient is wanted",
+        "sparse": f"max_dropped_mass is {call.max_dropped_mass:g}",
+        "frozen": "weight needs no gradient: dlogprob/dhidden comes from the forward's logits",
+        "stored": f"{logits}, no more than {half}",
+        "recompute": f"{logits}, more than {half}",
+    }
+    return BackwardPlan(chosen, reasons[chosen])

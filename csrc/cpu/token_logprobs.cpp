@@ -13,6 +13,8 @@
 namespace spo {
 namespace {
 
+static_assert(kBlockCols == kBlockWords);
+
 // How the workspace is divided. Results do not depend on it, only speed does.
 struct HeadPlan {
   int64_t row_chunk;   // rows of one task
