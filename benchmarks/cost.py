@@ -19,19 +19,18 @@ from pathlib import Path
 import machine
 import torch
 from peers import Logprobs, eager
-from states import HeadStates, load_states
+from states import HeadStates, load_states, widened
 from torch import Tensor
 
 import spo_ext
 
 ROUNDS = int(os.environ.get("SPO_BENCH_ROUNDS", "5"))
-SPARSE = partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-10)
 IMPLEMENTATIONS: dict[str, Logprobs] = {
     "eager": eager,
     "recompute": partial(spo_ext.token_logprobs, strategy="recompute"),
     "stored": partial(spo_ext.token_logprobs, strategy="stored"),
     "frozen": partial(spo_ext.token_logprobs, strategy="frozen"),
-    "sparse, 2^-10": SPARSE,
+    "sparse, 2^-10": partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-10),
 }
 AXES = {
     "tokens": [128, 512, 2048, 4096],
@@ -50,9 +49,7 @@ def inputs(states: HeadStates, **changed: float) -> tuple[Tensor, Tensor, Tensor
     if d < hidden.shape[1]:
         hidden, weight = hidden[:, :d].contiguous(), weight[:, :d].contiguous()
     elif d > hidden.shape[1]:
-        turn = torch.randn(d, hidden.shape[1], generator=torch.Generator().manual_seed(0))
-        turn = torch.linalg.qr(turn).Q.T
-        hidden, weight = hidden @ turn, weight @ turn
+        hidden, weight = widened(hidden, weight, d)
     return hidden, weight.contiguous(), states.targets[:n] % v
 
 

@@ -35,6 +35,13 @@ def load_states(name: str = "samp2") -> HeadStates:
     return HeadStates(f"{os.path.basename(path)}:{name}", hidden, data["weight"].float(), targets)
 
 
+def widened(hidden: Tensor, weight: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Both turned into more dimensions; the logits stay the same."""
+    turn = torch.randn(depth, hidden.shape[1], generator=torch.Generator().manual_seed(2))
+    turn = torch.linalg.qr(turn).Q.T
+    return hidden @ turn, weight @ turn
+
+
 def synthetic_states(
     tokens: int = 4096,
     vocabulary: int = 24576,

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 from shapes import HeadShape
-from states import load_states, synthetic_states
+from states import load_states, synthetic_states, widened
 from torch import Tensor
 
 CHUNK_BYTES = 512 << 20
@@ -36,11 +36,8 @@ class HeadInputs:
             else synthetic_states(tokens, shape.vocabulary, shape.depth, device, shape.dtype)
         )
         hidden, weight = states.hidden * shape.sharpness, states.weight
-        if shape.depth > hidden.shape[1]:  # turned into more dimensions, the logits stay the same
-            generator = torch.Generator().manual_seed(2)
-            turn = torch.randn(shape.depth, hidden.shape[1], generator=generator)
-            turn = torch.linalg.qr(turn).Q.T
-            hidden, weight = hidden @ turn, weight @ turn
+        if shape.depth > hidden.shape[1]:
+            hidden, weight = widened(hidden, weight, shape.depth)
         return HeadInputs(
             shape,
             states.source,

@@ -19,6 +19,21 @@ std::vector<int64_t> kept_shape(const HeadArgs& args, Keep keep) {
   return {0};
 }
 
+at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs) {
+  constexpr int64_t kRows = 4096;  // at a time: products in float beside 16-bit results
+  if (!grad_logprobs) return at::zeros_like(jacobian, at::MemoryFormat::Contiguous);
+  const auto out = at::empty_like(jacobian, at::MemoryFormat::Contiguous);
+  const auto from = jacobian.reshape({-1, jacobian.size(-1)});
+  const auto to = out.view({-1, jacobian.size(-1)});
+  const auto grad = grad_logprobs->reshape({-1, 1});
+  for (int64_t row = 0; row < from.size(0); row += kRows) {
+    const int64_t rows = std::min(kRows, from.size(0) - row);
+    const auto g = grad.narrow(0, row, rows);
+    to.narrow(0, row, rows).copy_(from.narrow(0, row, rows).mul(g).masked_fill_(g.eq(0), 0));
+  }
+  return out;
+}
+
 }  // namespace
 
 Keep keep_of(const char* op, std::string_view name) {
@@ -53,19 +68,13 @@ void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,
                     ": a kept jacobian has the gradient of logprobs in hidden and no other");
 }
 
-at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs) {
-  constexpr int64_t kRows = 4096;  // at a time: products in float beside 16-bit results
-  if (!grad_logprobs) return at::zeros_like(jacobian, at::MemoryFormat::Contiguous);
-  const auto out = at::empty_like(jacobian, at::MemoryFormat::Contiguous);
-  const auto from = jacobian.reshape({-1, jacobian.size(-1)});
-  const auto to = out.view({-1, jacobian.size(-1)});
-  const auto grad = grad_logprobs->reshape({-1, 1});
-  for (int64_t row = 0; row < from.size(0); row += kRows) {
-    const int64_t rows = std::min(kRows, from.size(0) - row);
-    const auto g = grad.narrow(0, row, rows);
-    to.narrow(0, row, rows).copy_(from.narrow(0, row, rows).mul(g).masked_fill_(g.eq(0), 0));
-  }
-  return out;
+std::tuple<at::Tensor, at::Tensor, at::Tensor> jacobian_grads(const HeadArgs& args,
+                                                              const at::Tensor& jacobian,
+                                                              const OptionalTensor& grad_logprobs,
+                                                              bool needs_hidden) {
+  const auto bias_type = args.bias ? args.bias->scalar_type() : at::kDouble;
+  return {needs_hidden ? scale_jacobian(jacobian, grad_logprobs) : args.hidden.new_empty({0}),
+          args.weight.new_empty({0}), args.weight.new_empty({0}, bias_type)};
 }
 
 }  // namespace spo

@@ -4,6 +4,7 @@
 #pragma once
 #include <array>
 #include <string_view>
+#include <tuple>
 
 #include "checks.h"
 
@@ -32,7 +33,11 @@ int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kep
 void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,
                 const OptionalTensor& grad_entropy, std::array<bool, 3> needs);
 
-// dL/dhidden of a kept jacobian; rows without upstream gradient are zero whatever they hold.
-at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs);
+// The backward pass from a kept jacobian: (grad_hidden, and nothing for weight and bias). Rows
+// without upstream gradient are zero whatever they hold.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> jacobian_grads(const HeadArgs& args,
+                                                              const at::Tensor& jacobian,
+                                                              const OptionalTensor& grad_logprobs,
+                                                              bool needs_hidden);
 
 }  // namespace spo

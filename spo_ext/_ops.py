@@ -14,6 +14,7 @@ from torch import Tensor
 from spo_ext import _C
 
 _OPS = torch.ops.spo
+_BLOCK_WORDS = 256  # kBlockWords of csrc/kept.h
 
 
 def build_info() -> dict[str, str]:
@@ -64,7 +65,7 @@ def _(
         "nothing": lambda: logprobs.new_empty(0),
         "logits": lambda: logprobs.new_empty(targets.numel(), weight.shape[0]),
         "jacobian": lambda: hidden.new_empty(hidden.shape),
-        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // 256)),
+        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK_WORDS)),
     }[keep]()
     return logprobs, entropy, torch.empty_like(logprobs), kept
 

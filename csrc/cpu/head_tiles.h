@@ -24,6 +24,22 @@ class HeadTiles {
     return std::max<int64_t>((args_.workspace_mib << 20) / sizeof(Real) / 3 / depth_, 1);
   }
 
+  // pass(first, count, hidden_side, weight_side) over all rows, once if the workspace allows. Where
+  // the float sums of grad_hidden do not fit, it is finished for one group of rows after the other,
+  // then grad_weight is made over all rows. One more product, but neither gradient is rounded
+  // twice.
+  template <class Pass>
+  void in_passes(const HeadGrads& grads, const Pass& pass) const {
+    const bool hidden_side = grads.hidden.defined();
+    const bool weight_side = grads.weight.defined() || grads.bias.defined();
+    const bool rounded = hidden_side && !is_sum_type<Real>(grads.hidden);
+    const int64_t rows = rows_.size(), group = most_sum_rows();
+    if (!rounded || rows <= group) return pass(int64_t(0), rows, hidden_side, weight_side);
+    for (int64_t first = 0; first < rows; first += group)
+      pass(first, std::min(group, rows - first), true, false);
+    if (weight_side) pass(int64_t(0), rows, false, true);
+  }
+
   // Where the sums of rows [first, first + count) go: `out` [tokens, d] itself if it has the type
   // of the sums, else `sums`, from which write_rows() rounds them.
   std::vector<Real*> sum_rows(Real* sums, int64_t first, int64_t count,

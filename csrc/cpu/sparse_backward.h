@@ -35,14 +35,7 @@ class SparseBackward : SparseTiles<Real> {
   }
 
   void run() {
-    const bool hidden_side = grads_.hidden.defined();
-    const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
-    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const int64_t rows = rows_.size(), group = this->most_sum_rows();
-    if (!rounded || rows <= group) return pass(0, rows, hidden_side, weight_side);
-    for (int64_t first = 0; first < rows; first += group)
-      pass(first, std::min(group, rows - first), true, false);
-    if (weight_side) pass(0, rows, false, true);
+    this->in_passes(grads_, [&](auto... range_and_sides) { pass(range_and_sides...); });
   }
 
  private:

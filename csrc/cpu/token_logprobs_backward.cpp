@@ -30,19 +30,7 @@ class HeadBackward : HeadTiles<Real> {
       : Base(args, rows), state_(state), logits_(logits), grads_(grads) {}
 
   void run() {
-    const bool hidden_side = grads_.hidden.defined();
-    const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
-    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const int64_t group = this->most_sum_rows();
-    if (!rounded || rows_.size() <= group) {
-      pass(0, rows_.size(), hidden_side, weight_side);
-      return;
-    }
-    // The float sums of grad_hidden do not fit: finish it for one group of rows after the other,
-    // then make grad_weight over all rows. One more product, but neither gradient is rounded twice.
-    for (int64_t first = 0; first < rows_.size(); first += group)
-      pass(first, std::min(group, rows_.size() - first), true, false);
-    if (weight_side) pass(0, rows_.size(), false, true);
+    this->in_passes(grads_, [&](auto... range_and_sides) { pass(range_and_sides...); });
   }
 
  private:
@@ -178,6 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   check_kept(args, keep, kept, grad_entropy, needs);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
+  if (keep == Keep::kJacobian) return jacobian_grads(args, kept, grad_logprobs, needs[0]);
   const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, lse);
   const auto like = [](const at::Tensor& t, bool wanted) {
     return at::zeros(wanted ? t.sizes() : at::IntArrayRef{0}, t.options());
@@ -185,9 +174,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   const auto grad_hidden = like(hidden, needs[0]), grad_weight = like(weight, needs[1]);
   const auto bias_sums =
       at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
-  if (keep == Keep::kJacobian)
-    return {needs[0] ? scale_jacobian(kept, grad_logprobs) : grad_hidden, grad_weight,
-            bias_sums.to(bias ? bias->scalar_type() : at::kDouble)};
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden.view({-1, hidden.size(-1)});
   if (needs[1]) grads.weight = grad_weight;

@@ -219,6 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
   check_kept(args, keep, kept, grad_entropy, needs);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   const DeviceGuard guard(hidden.device());
+  if (keep == Keep::kJacobian) return jacobian_grads(args, kept, grad_logprobs, needs[0]);
   const bool any = targets.numel() > 0;
   const auto grad_hidden =
       at::zeros(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
@@ -228,9 +229,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
       any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
   const auto bias_sums =
       at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
-  if (keep == Keep::kJacobian)
-    return {needs[0] ? scale_jacobian(kept, grad_logprobs) : grad_hidden, grad_weight,
-            bias_sums.to(bias ? bias->scalar_type() : at::kDouble)};
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden;
   if (needs[1]) grads.weight = grad_weight;
