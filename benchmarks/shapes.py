@@ -53,6 +53,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HEADS = {
     "cuda": [
         HeadShape("Llama-3-8B", 8192, 128256, 4096, BF16, every_peer=True, noise_tokens=65536),
+        HeadShape("Llama-3-8B, sharp", 8192, 128256, 4096, BF16, sharpness=1.25),  # 0.7 nats
         HeadShape("Gemma-2-2B", 8192, 256000, 2304, BF16),
         HeadShape("Qwen2.5-0.5B", 8192, 151936, 896, BF16, noise_tokens=65536),
         HeadShape("32000 words, fp16", 8192, 32000, 2048, FP16, noise_tokens=65536),

@@ -49,6 +49,23 @@ def frozen_head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int) ->
     finish((out,), (hidden,))
 
 
+def sharp_head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int) -> None:
+    """Tokens near the words they name, so that most blocks are dropped."""
+    weight = (torch.randn(vocabulary, depth, device="cuda") / depth**0.5).to(dtype)
+    targets = torch.randint(vocabulary, (tokens,), device="cuda")
+    hidden = weight[targets] * 24
+    targets[::5] = -100
+    out, dropped = spo_ext.token_logprobs(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        targets,
+        max_dropped_mass=2.0**-8,
+        return_dropped_mass=True,
+    )
+    assert bool((dropped > 0).any())
+    finish((out,), (hidden, weight))
+
+
 def logits(dtype: torch.dtype, vocabulary: int) -> None:
     leaf = torch.randn(9, vocabulary, device="cuda").to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (9,), device="cuda")
@@ -90,6 +107,7 @@ def main() -> None:
         losses(dtype)
         head(dtype, 70, 515, 72, strategy="stored")
         frozen_head(dtype, 131, 900, 72)
+        sharp_head(dtype, 131, 2050, 72)
     head(torch.bfloat16, 300, 1030, 64, workspace_mib=4)
     torch.cuda.synchronize()
     print("small_case: every op ran, every number finite")

@@ -19,6 +19,14 @@ enum class Keep {
 };
 
 constexpr int64_t kBlockWords = 256;
+constexpr int kKeptBlock = -1;  // in the place of a block's mass
+
+// What a token drops stays within this: masses are rounded, and the logits have an error of their
+// own.
+inline double dropping_bound(const HeadArgs& args) {
+  constexpr double kSlack = 1. / 4096;
+  return args.max_dropped_mass * (1 - kSlack);
+}
 
 Keep keep_of(const char* op, std::string_view name);
 

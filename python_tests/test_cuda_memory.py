@@ -38,6 +38,22 @@ def test_forward_and_backward(shape, dtype, workspace_mib):
     assert extra <= allowed_mib(workspace_mib, shape[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_dropped_stays_in_the_workspace(dtype):
+    """Beside it, a number per token and block is kept, and the pairs take 512 bytes a token."""
+    weight = (torch.randn(50257, 770) / 770**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(50257, (4099,))
+    hidden = (weight.detach()[targets] * 20).requires_grad_()
+
+    def step():
+        logprobs = spo_ext.token_logprobs(hidden, weight, targets, max_dropped_mass=2.0**-8)
+        return torch.autograd.grad(logprobs.sum(), (hidden, weight))
+
+    step()
+    kept = 4099 * -(-50257 // 256) * 4 / 2**20
+    assert peak_mib(step) - mib(hidden, weight) <= kept + allowed_mib(64, 4099)
+
+
 def test_stored_logits_are_part_of_the_workspace():
     hidden, weight, targets = head_inputs(1024, 32000, 512, torch.bfloat16)  # 125 MiB of logits
     assert spo_ext.explain(hidden, weight, workspace_mib=256).strategy == "stored"

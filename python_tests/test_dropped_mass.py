@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import spo_ext
 
 BLOCK = 256
+MOST_KEPT = {"cpu": 0.89, "cuda": 0.49}  # beyond, everything is kept
 EPS = [2.0**-24, 2.0**-16, 2.0**-10, 2.0**-4]
 
 
@@ -37,6 +38,9 @@ def words_apart(weight, capped: bool) -> float:
     if capped:
         return weight.double().norm(dim=1).max().item()
     return max(torch.cdist(block, block).max().item() for block in weight.double().split(BLOCK))
+
+
+ON_DEVICES = pytest.mark.usefixtures("device")
 
 
 def check_certificate(hidden, weight, targets, eps, **options) -> float:
@@ -78,13 +82,14 @@ def check_certificate(hidden, weight, targets, eps, **options) -> float:
     smallest = mass.sort(-1).values.cumsum(-1)
     fits = (smallest <= eps * (1 - 2**-11)).double().mean()  # nothing that fits is kept
     share = 1 - fits.item()
-    if share < 0.89:
+    if share < MOST_KEPT[hidden.device.type]:
         assert dropped.double().sum() >= 0.99 * torch.where(
             smallest <= eps * (1 - 2**-11), mass.sort(-1).values, 0
         ).sum() - 1e-6 * len(targets)
     return share
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sharpness", [0.0, 8.0, 12.0, 40.0])
 @pytest.mark.parametrize("eps", EPS)
@@ -92,6 +97,7 @@ def test_certificate(eps, sharpness, dtype):
     check_certificate(*sharp_states(150, 3000, 40, sharpness, dtype), eps)
 
 
+@ON_DEVICES
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,6 +112,7 @@ def test_certificate_with_options_and_bias(options):
     check_certificate(hidden, weight, targets, 2.0**-8, bias=bias, **options)
 
 
+@ON_DEVICES
 def test_bimodal_softmax():
     """Two words in different blocks share each token: both blocks stay, or the label is alone."""
     weight = torch.randn(2000, 32) / 32**0.5
@@ -172,6 +179,7 @@ def test_threads_do_not_matter(dtype):
         assert all(map(torch.equal, results[0], other))
 
 
+@ON_DEVICES
 def test_a_small_workspace_changes_only_the_order_of_sums():
     inputs = sharp_states(700, 2500, 64, 11.0)
     results = []
@@ -184,6 +192,7 @@ def test_a_small_workspace_changes_only_the_order_of_sums():
         assert relative_error(small, large) < 1e-6
 
 
+@ON_DEVICES
 def test_16_bit_gradients_that_do_not_fit_are_summed_group_by_group():
     hidden, weight, targets = sharp_states(3000, 600, 512, 14.0, torch.bfloat16)
     results = []
@@ -196,6 +205,7 @@ def test_16_bit_gradients_that_do_not_fit_are_summed_group_by_group():
         assert relative_error(small, large) < 1e-2
 
 
+@ON_DEVICES
 def test_masked_states_are_never_read():
     hidden, weight, targets = sharp_states(40, 900, 16, 12.0)
     ignored = torch.arange(40) % 3 == 0
@@ -210,15 +220,17 @@ def test_masked_states_are_never_read():
     assert (dropped[ignored] == 0).all() and (dropped[~ignored] > 0).any()
 
 
+@ON_DEVICES
 def test_a_state_that_is_not_a_number_shows():
     hidden, weight, targets = sharp_states(10, 900, 16, 12.0)
     with torch.no_grad():
         hidden[3, 0] = float("nan")
     logprobs = spo_ext.token_logprobs(hidden, weight, targets, max_dropped_mass=0.01)
     (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
-    assert grad[3].isnan().all()
+    assert grad[3].isnan().all() and grad[torch.arange(10) != 3].isfinite().all()
 
 
+@ON_DEVICES
 def test_a_flat_softmax_drops_nothing_and_says_so():
     hidden, weight, targets = head_inputs(50, 4096, 8, torch.float32, scale=0.01)
     logprobs, entropy, dropped = spo_ext.token_logprobs(
@@ -235,6 +247,7 @@ def test_a_flat_softmax_drops_nothing_and_says_so():
         assert torch.equal(got, want)
 
 
+@ON_DEVICES
 def test_the_entropy_has_its_whole_gradient():
     hidden, weight, targets = sharp_states(30, 900, 16, 12.0)
     grads = []
@@ -247,6 +260,7 @@ def test_the_entropy_has_its_whole_gradient():
         assert torch.equal(exact, sparse)
 
 
+@ON_DEVICES
 def test_padded_layout_and_strided_inputs():
     hidden, weight, targets = sharp_states(24, 700, 32, 12.0)
     flat = spo_ext.token_logprobs(hidden, weight, targets, max_dropped_mass=0.01)

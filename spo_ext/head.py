@@ -120,8 +120,8 @@ def token_logprobs(
               sum_v |error of grad_weight_v|      <= sum_t |g_t| s m_t |hidden_t|
             where D is the largest distance between two words of a block (with softcap: the length
             of the longest word). A word that no token kept a block of, and that is no label, gets
-            no gradient. If a gradient arrives in the entropy, nothing is left out; on CUDA nothing
-            ever is.
+            no gradient. If a gradient arrives in the entropy, nothing is left out. On CUDA the
+            bounds hold beside the rounding of dL/dz to 16 bits, for 16-bit inputs.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
             5/8 of it cost one product more in the backward pass.

@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
-namespace spo {
+#include "../kept.h"
 
-constexpr int kKeptBlock = -1;  // in the place of a block's mass
+namespace spo {
 
 // On entry the mass of every block, on return kKeptBlock for those that are not dropped. A NaN is
 // never dropped.

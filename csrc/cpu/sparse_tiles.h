@@ -114,16 +114,19 @@ class SparseTiles : protected HeadTiles<Real> {
     return sum;
   }
 
-  // The mean of hidden over rows [first, first + count).
+  // The mean of hidden over rows [first, first + count). Rows without a finite softmax are left
+  // out: they have no part in the gradients of others.
   std::vector<Real> mean_row(int64_t first, int64_t count) const {
     std::vector<Real> mean(depth_);
     parallel_tasks(panels(depth_, kDepthRange), [&](TaskQueue& queue) {
       for (int64_t task; queue.take(&task);) {
         const int64_t begin = task * kDepthRange, end = std::min(begin + kDepthRange, depth_);
-        for (int64_t row = first; row < first + count; row++)
+        for (int64_t row = first; row < first + count; row++) {
+          if (!std::isfinite(state_.template grad_of<Real>(rows_.token[row]).lse)) continue;
           for_row(row, [&](const auto* h, int64_t stride) {
             for (int64_t k = begin; k < end; k++) mean[k] += static_cast<Real>(h[k * stride]);
           });
+        }
         for (int64_t k = begin; k < end; k++) mean[k] /= count;
       }
     });

@@ -130,10 +130,8 @@ class HeadForward {
   }
 
   void drop(int64_t row, double lse, Real* mass) {
-    // Masses are rounded to Real, and the logits have an error of their own.
-    constexpr double kSlack = 1. / 4096;
     for (int64_t b = 0; b < blocks_; b++) mass[b] = stats_of(row)[b].mass(lse);
-    drop_blocks(mass, blocks_, args_.max_dropped_mass * (1 - kSlack));
+    drop_blocks(mass, blocks_, dropping_bound(args_));
   }
 
   const HeadArgs& args_;

@@ -33,6 +33,31 @@ __global__ void __launch_bounds__(kScaleThreads)
   if (threadIdx.x == 0) out[0] = ::ldexp(Real(1), shift), out[1] = ::ldexp(Real(1), -shift);
 }
 
+// The factor of dz and what undoes it; nothing but for float16.
+template <class Multiply>
+class GradientScale {
+  using Real = typename Multiply::Real;
+
+ public:
+  GradientScale(const at::Tensor& like, const LogitMap<Real>& map, const RowRange& tokens,
+                const TokenStates<Real>& states) {
+    if (!std::is_same_v<typename Multiply::Storage, c10::Half>) return;
+    storage_ = at::empty({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
+    const Real slope = std::abs(map.capped ? map.inner * map.outer : map.outer);
+    launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, tokens, states, slope,
+           storage_.template mutable_data_ptr<Real>());
+  }
+  const Real* factor() const { return data_or_null<Real>(storage_); }
+  const Real* inverse() const { return storage_.defined() ? factor() + 1 : nullptr; }
+
+ private:
+  at::Tensor storage_;
+};
+
+struct HeadGrads {
+  at::Tensor hidden, weight, bias;  // undefined where not wanted; bias in double
+};
+
 // run(pointer) with the type of a gradient that this arithmetic can have.
 template <class Multiply, class Run>
 void with_output(const at::Tensor& grad, const Run& run) {
@@ -59,14 +84,13 @@ __global__ void __launch_bounds__(kProductThreads)
   const int lane = threadIdx.x % 32;
   if (at >= (place ? rows : epilogue.slice.tokens.size())) return;
   const int64_t row = place ? place[at] : at;
-  epilogue.dz += (at - row) * epilogue.pitch;  // row `row` of the epilogue is row `at` of dz
   if (row < 0) {
     for (int64_t c = col0 + lane; c < words && c < col0 + kProductCols; c += 32)
-      epilogue.dz[row * epilogue.pitch + c] = Storage(0);
+      epilogue.dz[at * epilogue.pitch + c] = Storage(0);
     return;
   }
   const Real* const source = products.data + epilogue.slice.token(row) * products.pitch + col0;
-  epilogue.template row<kProductCols>(source, row, col0, words, lane);
+  epilogue.template write<kProductCols>(source, row, at, false, col0, words, lane);
 }
 
 template <class Real, class Storage>

@@ -4,7 +4,7 @@
 // beside it (SplitFloat). Sizes affect speed and, for grad_weight, the order of sums over tokens.
 // Rows are tokens, or slots on Hopper, where they are one group whatever their number.
 #pragma once
-#include "head_problem.cuh"
+#include "backward_kernels.cuh"
 
 namespace spo::cuda {
 
@@ -13,6 +13,19 @@ struct BackwardPass {
   int64_t first, count;
   bool hidden_side, weight_side;
 };
+
+// Both gradients in one pass if the sums of a 16-bit grad_hidden fit, which they do for `most`
+// rows. If not, it is finished for one group of rows after the other, then grad_weight is made over
+// all of them: one more product, but neither gradient is rounded twice.
+template <class Run>
+void in_passes(int64_t rows, int64_t most, const HeadGrads& grads, const Run& run) {
+  const bool hidden_side = grads.hidden.defined();
+  const bool weight_side = grads.weight.defined() || grads.bias.defined();
+  if (!hidden_side || rows <= most) return run({0, rows, hidden_side, weight_side});
+  for (int64_t first = 0; first < rows; first += most)
+    run({first, std::min(most, rows - first), true, false});
+  if (weight_side) run({0, rows, false, true});
+}
 
 struct BackwardPlan {
   static constexpr int64_t kSliceStep = 256, kGroupStep = 128;

@@ -82,6 +82,13 @@ struct GradientEpilogue {
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
+    write<kTile>(products, row, row, false, col0, cols, lane);
+  }
+
+  // Into row `to` of dz; the words other than the label may get 0.
+  template <int kTile>
+  __device__ void write(const Real* products, int64_t row, int64_t to, bool label_only,
+                        int64_t col0, int64_t cols, int lane) const {
     const TokenGrad<Real> grad = states.of(slice.token(row));
     const int64_t label = slice.label(row) - col0;
     const Real factor = scale ? *scale : Real(1);
@@ -91,9 +98,10 @@ struct GradientEpilogue {
       Real slope;
       const Real z = slice.map.logit(slice.raw(products[c], col0 + c), &slope);
       const Real dlogit = c == label            ? grad.label()
+                          : label_only          ? Real(0)
                           : states.grad_entropy ? grad.template other<Real, true>(z)
                                                 : grad.template other<Real, false>(z);
-      dz[row * pitch + col0 + c] = static_cast<Storage>(slope * dlogit * factor);
+      dz[to * pitch + col0 + c] = static_cast<Storage>(slope * dlogit * factor);
     }
   }
 };

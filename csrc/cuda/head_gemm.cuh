@@ -19,9 +19,15 @@ struct RowsView {
   const int64_t* positions;  // of every row, in steps of row_stride; null: r
   int64_t row_stride, col_stride;
   bool vectors;  // every 8th element of a row starts at a multiple of 16 bytes
+  int64_t first_row = 0;
 
   __device__ int64_t offset(int64_t row) const {
-    return (positions ? positions[row] : row) * row_stride;
+    return (positions ? positions[first_row + row] : first_row + row) * row_stride;
+  }
+  __device__ RowsView from(int64_t row) const {
+    RowsView out = *this;
+    out.first_row += row;
+    return out;
   }
 
   template <class Real>

@@ -102,12 +102,7 @@ class HeadJacobian {
     tops_ = tops.template mutable_data_ptr<Real>();
     states_ = {zeros.template const_data_ptr<Real>(), nullptr, tops_,
                minus_ones.template const_data_ptr<Real>(), nullptr};
-    const auto scale = at::empty({2}, options);
-    if (std::is_same_v<Storage, c10::Half>) {
-      scale_ = scale.template mutable_data_ptr<Real>();
-      const Real slope = std::abs(map_.capped ? map_.inner * map_.outer : map_.outer);
-      launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, rows_.all(), states_, slope, scale_);
-    }
+    scale_.emplace(args_.hidden, map_, rows_.all(), states_);
     const bool split = args_.hidden.element_size() < int64_t(sizeof(Real));
     const auto low = at::empty({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
     low_ = split ? low.template mutable_data_ptr<uint8_t>() : nullptr;
@@ -147,14 +142,14 @@ class HeadJacobian {
     make_statistics(words, {slice, false, stats, kMergeBlocks, label_raw_, {products_, slice_}});
     launch(&raise_tops<Real>, dim3(blocks_of(rows_.most, kJacobianThreads / 32)), kJacobianThreads,
            0, tokens, stats, blocks, kMergeBlocks, tops_, shrink_);
-    launch_gradient_of_products<Real, Storage>(slots_ ? &*slots_ : nullptr, {products_, slice_},
-                                               words, {slice, states_, scale_, weights_, slice_});
+    launch_gradient_of_products<Real, Storage>(
+        slots_ ? &*slots_ : nullptr, {products_, slice_}, words,
+        {slice, states_, scale_->factor(), weights_, slice_});
     with_output<Multiply>(jacobian_, [&](auto* sums) {
       using Out = std::remove_pointer_t<decltype(sums)>;
-      add_products(
-          word, words,
-          HiddenGradEpilogue<Real, Out>{sums, low_, tokens, depth_, scale_ ? scale_ + 1 : nullptr,
-                                        shrink_, word == 0, false});
+      add_products(word, words,
+                   HiddenGradEpilogue<Real, Out>{sums, low_, tokens, depth_, scale_->inverse(),
+                                                 shrink_, word == 0, false});
     });
   }
 
@@ -202,7 +197,8 @@ class HeadJacobian {
   int64_t slice_;
   TokenStates<Real> states_;
   BlockStats<Real>* stats_;  // [rows, kMergeBlocks]
-  Real *tops_, *label_raw_, *shrink_, *scale_ = nullptr;
+  Real *tops_, *label_raw_, *shrink_;
+  std::optional<GradientScale<Multiply>> scale_;
   Real* products_;    // [tokens, slice]
   Storage* weights_;  // [rows, slice]
   uint8_t* low_;

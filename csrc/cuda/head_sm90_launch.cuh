@@ -53,8 +53,7 @@ void launch_product(const Operand<T>& a, const Operand<T>& b, const TileList& ti
       reinterpret_cast<const Element*>(b.data), stride_of<typename Mainloop::StrideB>(b.pitch)};
   const auto params = Mainloop::to_underlying_arguments(shape, arguments, nullptr);
   const int64_t clusters =
-      std::min<int64_t>(at::cuda::getCurrentDeviceProperties()->multiProcessorCount / 2,
-                        most_pairs * blocks_of(tiles.n, kSm90TileCols));
+      std::min<int64_t>(multiprocessors() / 2, most_pairs * blocks_of(tiles.n, kSm90TileCols));
   launch(&sm90_product<Gemm, Epilogue>, dim3(static_cast<unsigned>(clusters * 2)), Gemm::kThreads,
          Gemm::kSharedBytes, params, tiles, epilogue);
 }

@@ -29,6 +29,8 @@ inline int compute_capability() {
   return device->major * 10 + device->minor;
 }
 
+inline int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+
 // A grid with no blocks is no work. More than 48 KiB of shared memory has to be asked for.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {

@@ -4,6 +4,7 @@
 // warp per row merges the blocks in vocabulary order, in double.
 #include <ATen/ops/zeros.h>
 
+#include "drop_blocks.cuh"
 #include "head_jacobian.cuh"
 
 namespace spo::cuda {
@@ -24,11 +25,17 @@ struct ForwardPlan {
   }
 };
 
+// What is kept for the backward pass, each [N, ..] or null.
+template <class Real>
+struct KeptArrays {
+  Real *logits, *dropped;
+};
+
 // make_statistics(tokens, words, epilogue) fills the statistics of one group and slice, in blocks
 // of `tile` words.
 template <class Real, class MakeStatistics>
 void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutputs<Real>& out,
-                 Real* kept, const ForwardPlan& plan, int64_t tile,
+                 const KeptArrays<Real>& kept, const ForwardPlan& plan, int64_t tile,
                  const MakeStatistics& make_statistics) {
   const int64_t vocabulary = args.weight.size(0);
   const int64_t most_blocks = blocks_of(std::min(plan.slice_words, vocabulary), tile);
@@ -41,25 +48,31 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
   auto* const label_raw = workspace.take<Real>(group);
   auto* const running = workspace.take<LogSumExp>(group);
   const at::Tensor bias = bias_of<Real>(args);
+  const int64_t dropped_blocks = blocks_of(vocabulary, kBlockWords);
   for (int64_t row = 0; row < rows.most; row += group) {
     const RowRange tokens = rows.range(row, std::min(group, rows.most - row));
     for (int64_t word = 0; word < vocabulary; word += plan.slice_words) {
       const int64_t words = std::min(plan.slice_words, vocabulary - word);
       const int64_t blocks = blocks_of(words, tile);
       const LogitSlice<Real> slice{logit_map<Real>(args), data_or_null<Real>(bias), tokens, word};
-      const KeptProducts<Real> keep{kept ? kept + word : nullptr, vocabulary};
+      const KeptProducts<Real> keep{kept.logits ? kept.logits + word : nullptr, vocabulary};
       make_statistics(
           tokens, words,
           StatisticsEpilogue<Real>{slice, out.entropy != nullptr, stats, blocks, label_raw, keep});
       launch_merge(tokens, stats, blocks, blocks, slice.map, label_raw, running, word == 0,
                    word + words == vocabulary, out);
+      if (kept.dropped)
+        launch_block_logsumexps(tokens, stats, blocks, tile, words, dropped_blocks,
+                                kept.dropped + word / kBlockWords);
     }
   }
+  if (kept.dropped) launch_drop_blocks(args, rows, out.lse, dropped_blocks, kept.dropped);
 }
 
 template <class Multiply>
 void forward_with(const HeadArgs& args, const SelectedRows& rows,
-                  const TokenOutputs<typename Multiply::Real>& out, typename Multiply::Real* kept) {
+                  const TokenOutputs<typename Multiply::Real>& out,
+                  const KeptArrays<typename Multiply::Real>& kept) {
   using Real = typename Multiply::Real;
   if constexpr (kHopperBuilt && !std::is_same_v<Real, typename Multiply::Storage>) {
     if (const auto layout = hopper_layout(args)) {
@@ -93,8 +106,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
                 max_dropped_mass};
   check_head(args);
   const Keep keep = keep_of(args.op, keep_name);
-  TORCH_CHECK_NOT_IMPLEMENTED(keep != Keep::kDropped, args.op,
-                              ": keep must not be dropped on CUDA, where nothing is");
   const DeviceGuard guard(hidden.device());
   const auto options = hidden.options().dtype(result_type_of(hidden));
   const auto logprobs = at::zeros(targets.sizes(), options);
@@ -111,8 +122,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
                                  return_entropy ? entropy.mutable_data_ptr<Real>() : nullptr,
                                  lse.mutable_data_ptr<Real>()};
     if (keep == Keep::kJacobian) return HeadJacobian<Multiply>(args, rows, out, kept).run();
-    forward_with<Multiply>(args, rows, out,
-                           keep == Keep::kLogits ? kept.mutable_data_ptr<Real>() : nullptr);
+    const auto kept_as = [&](Keep what) {
+      return keep == what ? kept.mutable_data_ptr<Real>() : nullptr;
+    };
+    forward_with<Multiply>(args, rows, out, {kept_as(Keep::kLogits), kept_as(Keep::kDropped)});
   });
   return {logprobs, entropy, lse, kept};
 }

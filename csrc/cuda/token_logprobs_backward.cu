@@ -9,15 +9,11 @@
 #include <ATen/ops/zeros.h>
 
 #include "../kept.h"
-#include "backward_kernels.cuh"
 #include "backward_plan.cuh"
+#include "sparse_backward.h"
 
 namespace spo::cuda {
 namespace {
-
-struct HeadGrads {
-  at::Tensor hidden, weight, bias;  // undefined where not wanted; bias in double
-};
 
 template <class Multiply>
 class HeadBackward {
@@ -36,35 +32,21 @@ class HeadBackward {
         grads_(grads),
         map_(logit_map<Real>(args)),
         bias_(bias_of<Real>(args)),
+        scale_(args.hidden, map_, rows.all(), states),
         depth_(args.weight.size(1)),
         vocabulary_(args.weight.size(0)) {
     if constexpr (kOnHopper) layout_ = hopper_layout(args);
-    if (!std::is_same_v<Storage, c10::Half>) return;
-    scale_ = at::empty({2}, args.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value));
-    const Real slope = std::abs(map_.capped ? map_.inner * map_.outer : map_.outer);
-    launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, rows.all(), states, slope,
-           scale_.template mutable_data_ptr<Real>());
   }
 
   void run() {
-    const bool hidden_side = grads_.hidden.defined();
-    const bool weight_side = grads_.weight.defined() || grads_.bias.defined();
     const int64_t most = BackwardPlan::most_split_rows(args_, sizeof(Storage));
     const int64_t rows = layout_ ? layout_->slots : rows_.most;
-    if (!hidden_side || !split_hidden() || rows <= most)
-      return run_pass({0, rows, hidden_side, weight_side});
-    // The sums of grad_hidden do not fit: finish it for one group of tokens after the other, then
-    // make grad_weight over all tokens. One more product, but neither gradient is rounded twice.
-    for (int64_t first = 0; first < rows; first += most)
-      run_pass({first, std::min(most, rows - first), true, false});
-    if (weight_side) run_pass({0, rows, false, true});
+    in_passes(rows, split_hidden() ? most : rows, grads_,
+              [&](const BackwardPass& pass) { run_pass(pass); });
   }
 
  private:
   bool split_hidden() const { return args_.hidden.element_size() < int64_t(sizeof(Real)); }
-  const Real* scale(int i) const {
-    return scale_.defined() ? data_or_null<Real>(scale_) + i : nullptr;
-  }
 
   void run_pass(const BackwardPass& pass) {
     const BackwardPlan plan(args_, pass, sizeof(Storage), sizeof(Real), split_hidden(),
@@ -102,7 +84,11 @@ class HeadBackward {
 
   void make_gradient(const RowRange& tokens) {
     const GradientEpilogue<Real, Storage> epilogue{
-        {map_, data_or_null<Real>(bias_), tokens, words_.first}, states_, scale(0), dz_, pitch_};
+        {map_, data_or_null<Real>(bias_), tokens, words_.first},
+        states_,
+        scale_.factor(),
+        dz_,
+        pitch_};
     if (products_)
       return launch_gradient_of_products<Real, Storage>(slots_ ? &*slots_ : nullptr,
                                                         {products_ + words_.first, vocabulary_},
@@ -123,7 +109,7 @@ class HeadBackward {
                                                    low,
                                                    tokens,
                                                    depth_,
-                                                   scale(1),
+                                                   scale_.inverse(),
                                                    nullptr,
                                                    words_.first == 0,
                                                    words_.end() == vocabulary_};
@@ -142,13 +128,13 @@ class HeadBackward {
   void add_weight(const RowRange& tokens, bool first, bool last) {
     if (grads_.bias.defined())
       launch(&add_bias_grad<Real, Storage>, dim3(blocks_of(words_.count, kBiasCols)), kBiasThreads,
-             0, tokens, dz_rows(), words_.count, scale(1),
+             0, tokens, dz_rows(), words_.count, scale_.inverse(),
              grads_.bias.template mutable_data_ptr<double>() + words_.first);
     if (!grads_.weight.defined()) return;
     with_output<Multiply>(grads_.weight, [&](auto* grad) {
       using Out = std::remove_pointer_t<decltype(grad)>;
       const WeightGradEpilogue<Real, Out> epilogue{
-          grad + words_.first * depth_, weight_sums_, depth_, scale(1), first, last};
+          grad + words_.first * depth_, weight_sums_, depth_, scale_.inverse(), first, last};
       Product product{
           dz_rows(), hidden_rows(args_.hidden, tokens), words_.count, depth_, tokens.most, tokens,
           true};
@@ -169,8 +155,8 @@ class HeadBackward {
   const HeadGrads& grads_;
   const LogitMap<Real> map_;
   const at::Tensor bias_;
+  const GradientScale<Multiply> scale_;
   const int64_t depth_, vocabulary_;
-  at::Tensor scale_;
   std::optional<SlotLayout> layout_;  // on Hopper
   // of the pass under way
   struct {
@@ -244,6 +230,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
                                        optional(grad_logprobs), optional(grad_entropy)};
       const auto states = tensors.pointers();
       const SelectedRows rows(args, KeepRow<Real>{ignore_index, true, states});
+      if (keep == Keep::kDropped && !grad_entropy) {  // the entropy has its whole gradient
+        const at::Tensor dropped = kept.contiguous();
+        const TwoWays ways(args, rows, dropped);
+        // Without tokens, the exact pass leaves zeros in grad_weight.
+        HeadBackward<Multiply>(args, ways.exact, states, {}, grads).run();
+        return sparse_backward(args, ways.sparse, states, dropped, grads);
+      }
       const auto products = keep == Keep::kLogits ? kept.contiguous() : at::Tensor();
       HeadBackward<Multiply>(args, rows, states, products, grads).run();
     });

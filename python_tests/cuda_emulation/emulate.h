@@ -169,6 +169,8 @@ inline int compute_capability() {
   return hopper && hopper[0] == '1' ? 90 : 80;
 }
 
+inline int multiprocessors() { return 3; }
+
 namespace emulated {
 inline unsigned char* shared = nullptr;
 inline std::mutex one_kernel_at_a_time;

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a sparse backward pass puts in the place of what was dropped: for grad_hidden, its mass at
+// the centre of its block. A centre is the mean of the block's words, weighted by their
+// probabilities at the mean of all states, so that words which are rare everywhere count for
+// little.
+#pragma once
+#include "../kept.h"
+#include "head_problem.cuh"
+
+namespace spo::cuda {
+
+constexpr int kMeanCols = 32, kMeanThreads = 256, kCentreThreads = 256;
+static_assert(kCentreThreads == kBlockWords, "a thread per word");
+
+// The mean of the listed rows of hidden: eight partial sums per column. Rows without a finite
+// softmax are left out: they have no part in the gradients of others.
+template <class Real>
+__global__ void __launch_bounds__(kMeanThreads)
+    mean_state(RowRange tokens, TokenStates<Real> states, RowsView hidden, int64_t depth,
+               Real* mean) {
+  __shared__ Real partial[kMeanThreads];
+  const int lane = threadIdx.x % kMeanCols, part = threadIdx.x / kMeanCols;
+  const int64_t k = int64_t(blockIdx.x) * kMeanCols + lane, rows = tokens.size();
+  Real sum = 0;
+  if (k < depth)
+    for (int64_t row = part; row < rows; row += kMeanThreads / kMeanCols)
+      if (std::isfinite(states.lse[tokens.list.token[tokens.first + row]]))
+        sum += hidden.number<Real>(row, k);
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (part != 0 || k >= depth) return;
+  for (int p = 1; p < kMeanThreads / kMeanCols; p++) sum += partial[p * kMeanCols + lane];
+  mean[k] = rows == 0 ? Real(0) : sum / rows;
+}
+
+// Of all the block's threads; the same for each.
+template <class Real, class Reduce>
+__device__ Real over_block(Real mine, const Reduce& reduce) {
+  __shared__ Real of_warp[kCentreThreads / 32];
+  __syncthreads();  // a use before this one has been read
+  mine = reduce.lanes(mine);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  Real all = of_warp[0];
+  for (int w = 1; w < kCentreThreads / 32; w++) all = reduce.both(all, of_warp[w]);
+  return all;
+}
+struct Largest {
+  template <class Real>
+  __device__ Real lanes(Real x) const {
+    return lanes_max<32>(x);
+  }
+  template <class Real>
+  __device__ Real both(Real a, Real b) const {
+    return b > a ? b : a;
+  }
+};
+struct Sum {
+  template <class Real>
+  __device__ Real lanes(Real x) const {
+    return lanes_sum<32>(x);
+  }
+  template <class Real>
+  __device__ Real both(Real a, Real b) const {
+    return a + b;
+  }
+};
+
+// One block of threads per block of words.
+template <class Real, class Storage>
+__global__ void __launch_bounds__(kCentreThreads)
+    make_centres(LogitMap<Real> map, const Real* bias, RowsView weight, int64_t vocabulary,
+                 int64_t depth, const Real* mean, Storage* centres) {
+  __shared__ Real share[kBlockWords];
+  const int64_t word0 = int64_t(blockIdx.x) * kBlockWords, left = vocabulary - word0;
+  const int words = left < kBlockWords ? static_cast<int>(left) : kBlockWords;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int w = warp; w < words; w += kCentreThreads / 32) {
+    Real product = 0, slope;
+    for (int64_t k = lane; k < depth; k += 32)
+      product += weight.number<Real>(word0 + w, k) * mean[k];
+    product = lanes_sum<32>(product);
+    if (lane == 0) share[w] = map.logit(bias ? product + bias[word0 + w] : product, &slope);
+  }
+  __syncthreads();
+  const bool mine = static_cast<int>(threadIdx.x) < words;
+  const Real logit = mine ? share[threadIdx.x] : -std::numeric_limits<Real>::infinity();
+  const Real top = over_block(logit, Largest{});
+  const Real weighted = mine ? Math<Real>::exp(logit - top) : Real(0);
+  const Real total = over_block(weighted, Sum{});
+  share[threadIdx.x] = weighted / total;
+  __syncthreads();
+  for (int64_t k = threadIdx.x; k < depth; k += kCentreThreads) {
+    Real sum = 0;
+    for (int w = 0; w < words; w++) sum += share[w] * weight.number<Real>(word0 + w, k);
+    centres[int64_t(blockIdx.x) * depth + k] = static_cast<Storage>(sum);
+  }
+}
+
+// [rows, pitch]: what pulls a row to each centre, -g s times the mass dropped there.
+template <class Real, class Storage>
+__global__ void __launch_bounds__(kCentreThreads)
+    make_pulls(RowRange tokens, TokenStates<Real> states, Real outer, const Real* scale,
+               const Real* dropped, int64_t blocks, int64_t pitch, Storage* pulls) {
+  const int64_t at = int64_t(blockIdx.x) * kCentreThreads + threadIdx.x;
+  const int64_t row = at / blocks, block = at % blocks;
+  if (row >= tokens.size()) return;
+  const int64_t token = tokens.list.token[tokens.first + row];
+  const Real mass = dropped[token * blocks + block];
+  const Real pull = -outer * states.of(token).grad_logprob * (scale ? *scale : Real(1));
+  pulls[row * pitch + block] = static_cast<Storage>(mass > 0 ? pull * mass : Real(0));
+}
+
+}  // namespace spo::cuda

@@ -1,0 +1,139 @@
+"""The sparse backward pass on CUDA, run thread by thread on the host (cuda_emulation): what is
+dropped, the lists of what is not, and the products over those lists, against the CPU kernels."""
+
+import pytest
+import torch
+from conftest import relative_error
+from cuda_emulation import build
+from cuda_emulation.cases import GRAD_TOLERANCE, Case
+
+DTYPES = list(GRAD_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    build.load()
+    return torch.ops.spo_emulated
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPO_EMULATE_HOPPER", str(int(request.param == "hopper")))
+    return str(request.param)
+
+
+def sharp_case(tokens, depth, vocabulary, dtype, sharpest=20.0, eps=2.0**-8) -> Case:
+    """States near the words they name, from a little to very; some ignored, one without
+    gradient."""
+    case = Case(tokens, depth, vocabulary, dtype)
+    weight = torch.randn(vocabulary, depth) / depth**0.5
+    strength = torch.linspace(sharpest / 2, sharpest, case.targets.numel()).view(*tokens, 1)
+    case.weight = weight.to(dtype)
+    case.hidden = (weight[case.targets] * strength).to(dtype)
+    case.targets.view(-1)[3:6] = -100
+    case.grad.view(-1)[7] = 0
+    case.keep, case.max_dropped_mass = "dropped", eps
+    return case
+
+
+def check(case: Case, emulated) -> float:
+    """The same choice as the CPU's, hence the same gradients; returns the share of pairs kept."""
+    on_cpu, saved = case.forward(torch.ops.spo), case.forward(emulated)
+    keep, case.keep = case.keep, "nothing"
+    assert all(map(torch.equal, saved[:3], case.forward(emulated)[:3]))
+    case.keep = keep
+    dropped, want = saved[3], on_cpu[3]
+    assert dropped.shape == want.shape and dropped.dtype == want.dtype
+    assert ((dropped < 0) == (want < 0)).all()
+    assert (dropped.clamp(min=0).double().sum(-1) <= case.max_dropped_mass).all()
+    assert relative_error(dropped, want) <= 1e-4
+    got_grads = case.backward(emulated, (*on_cpu[:3], dropped))
+    for got, expected in zip(got_grads, case.backward(torch.ops.spo, on_cpu), strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        if expected.numel() > 0:
+            assert relative_error(got, expected) <= GRAD_TOLERANCE[case.hidden.dtype]
+    counted = case.targets.view(-1) != -100
+    return (dropped[counted] < 0).double().mean().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "depth", "vocabulary", "workspace_mib"),
+    [((61,), 72, 3000, 64), ((2, 65), 130, 2050, 64), ((40,), 200, 9000, 1)],
+)
+def test_what_is_dropped(emulated, path, tokens, depth, vocabulary, workspace_mib, dtype) -> None:
+    case = sharp_case(tokens, depth, vocabulary, dtype)
+    case.workspace_mib = workspace_mib
+    assert 0.05 < check(case, emulated) < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_every_option(emulated, path, softcap, dtype) -> None:
+    case = sharp_case((50,), 136, 2000, dtype, sharpest=17.0)
+    case.bias = torch.randn(2000).to(dtype)
+    case.options = {"temperature": 0.8, "logit_scale": 1.2, "softcap": softcap}
+    case.needs = [True, True, True]
+    assert 0.05 < check(case, emulated) < 0.5
+    for needs in ([True, False, False], [False, True, False], [False, False, True]):
+        case.needs = needs
+        check(case, emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_waves_and_groups_of_rows(emulated, path, dtype) -> None:
+    """1 MiB holds neither the pairs nor the sums of a 16-bit grad_hidden."""
+    case = sharp_case((1030,), 512, 1100, dtype, eps=2.0**-6)
+    case.workspace_mib = 1
+    assert 0.05 < check(case, emulated) < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes_and_strides(emulated, path, dtype) -> None:
+    case = sharp_case((60,), 136, 2000, dtype)
+    case.weight = case.weight.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    check(case, emulated)
+    case = sharp_case((3, 21), 136, 2000, dtype)
+    padded = torch.randn(3, 22, 136).to(dtype)
+    padded[:, :-1] = case.hidden
+    case.hidden, case.weight = padded[:, :-1], case.weight.T.contiguous().T
+    check(case, emulated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_flat_softmax_takes_the_exact_way(emulated, path, dtype) -> None:
+    case = sharp_case((70,), 40, 2000, dtype, sharpest=0.1)
+    saved = case.forward(emulated)
+    counted = case.targets != -100
+    assert (saved[3][counted] == -1).all()
+    sparse = case.backward(emulated, saved)
+    case.keep, case.max_dropped_mass = "nothing", 0.0
+    exact = case.backward(emulated, case.forward(emulated))
+    assert all(map(torch.equal, sparse, exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nobody_needs_a_gradient(emulated, path, dtype) -> None:
+    case = sharp_case((30,), 40, 2000, dtype)
+    case.grad[:] = 0
+    assert all((g == 0).all() for g in case.backward(emulated, case.forward(emulated)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_is_not_a_number_stays_alone(emulated, path, dtype) -> None:
+    case = sharp_case((40,), 72, 3000, dtype)
+    whole = case.backward(emulated, case.forward(emulated))[0]
+    case.hidden[20, 3] = float("nan")
+    grad = case.backward(emulated, case.forward(emulated))[0]
+    assert grad[20].isnan().all()
+    others = torch.arange(40) != 20
+    assert relative_error(grad[others], whole[others]) <= 0.02  # the centres moved a little
+
+
+def test_a_gradient_of_the_entropy_is_exact(emulated, path) -> None:
+    case = sharp_case((40,), 72, 3000, torch.float32)
+    case.entropy, case.grad_entropy = True, torch.randn(40)
+    sparse = case.backward(emulated, case.forward(emulated))
+    case.keep, case.max_dropped_mass = "nothing", 0.0
+    exact = case.backward(emulated, case.forward(emulated))
+    assert all(map(torch.equal, sparse, exact))
