@@ -9,17 +9,21 @@ from spo_ext.losses import linear_loss, loss, soft_q, taper_weights
 from spo_ext.prompts import prompt_value
 from spo_ext.stats import LossStats
 from spo_ext.strategy import BackwardPlan
+from spo_ext.vocabulary import OrderedHead, frequency_order, order_vocabulary
 
 __version__: str = build_info()["version"]
 
 __all__ = [
     "BackwardPlan",
     "LossStats",
+    "OrderedHead",
     "build_info",
     "explain",
+    "frequency_order",
     "linear_loss",
     "logprobs_from_logits",
     "loss",
+    "order_vocabulary",
     "prompt_value",
     "reference",
     "soft_q",
