@@ -60,9 +60,14 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Tables on the standard output; JSON and plots in build/bench/.
 bench: build
+	mkdir -p build/bench
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds \
-		--benchmark-group-by=group --benchmark-sort=name
+		--benchmark-group-by=group --benchmark-sort=name --benchmark-json=build/bench/bench.json
+	$(BIN)/python benchmarks/report.py build/bench/bench.json --plots build/bench
+	$(BIN)/python benchmarks/cost.py build/bench/cost.json build/bench/cost.png
+	$(BIN)/python benchmarks/vocabulary_order.py build/bench/vocabulary_order.json
 
 # The source distribution builds and imports by itself.
 package: $(VENV)/.ready

@@ -1,4 +1,5 @@
-"""How the cost of forward and backward grows with N, V, d and entropy, and which strategy wins.
+"""How the cost of forward and backward grows with N, V, d, entropy and threads, and which strategy
+wins.
 
     python benchmarks/cost.py OUT.json [OUT.png]     (CPU; SPO_HEAD_STATES for real states)
 
@@ -31,12 +32,15 @@ IMPLEMENTATIONS: dict[str, Logprobs] = {
     "stored": partial(spo_ext.token_logprobs, strategy="stored"),
     "frozen": partial(spo_ext.token_logprobs, strategy="frozen"),
     "sparse, 2^-10": partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-10),
+    "sparse, 2^-24": partial(spo_ext.token_logprobs, max_dropped_mass=2.0**-24),
 }
+THREADS = torch.get_num_threads()
 AXES = {
     "tokens": [128, 512, 2048, 4096],
     "vocabulary": [1536, 6144, 24576],
     "depth": [64, 256, 1024],
     "sharpness": [0.4, 0.6, 0.8, 1.0, 1.5],
+    "threads": sorted({1, max(1, THREADS // 2), THREADS}),
 }
 
 
@@ -116,6 +120,7 @@ def main() -> None:
     for axis, values in AXES.items():
         for value in values:
             tensors = inputs(states, **{axis: value})
+            torch.set_num_threads(int(value) if axis == "threads" else THREADS)
             row = {"axis": axis, "value": value, **described(*tensors), "ms": measure(tensors)}
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -21,6 +21,10 @@ from typing import NamedTuple
 HOT = (
     "head_gemm",
     "sm90_product",
+    "multiply_pairs",
+    "add_pairs_to_hidden",
+    "make_centres",
+    "drop_blocks",
     "logprobs_kernel",
     "logprobs_backward_kernel",
     "soft_q_kernel",
@@ -34,6 +38,7 @@ HOT = (
 TENSOR_CORES = (
     ("sm_90a", r"12sm90_productI", "HGMMA"),
     ("sm_80", r"9head_gemmI.*11MmaMultiply", "HMMA"),
+    ("sm_80", r"(14multiply_pairs|19add_pairs_to_hidden)I.*11MmaMultiply", "HMMA"),
 )
 
 

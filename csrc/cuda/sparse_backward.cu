@@ -27,12 +27,6 @@ PairLists<Real> count_and_plan(const RowRange& tokens, const at::Tensor& dropped
   return pairs;
 }
 
-int64_t counts_bytes(int64_t blocks, int most_waves) {
-  return Workspace::padded(blocks * (kRowRanges + 1) * int64_t(sizeof(int32_t))) +
-         Workspace::padded((blocks + 1) * int64_t(sizeof(int64_t))) +
-         Workspace::padded((most_waves + 1) * int64_t(sizeof(int64_t)));
-}
-
 template <class Multiply>
 class SparseBackward {
   using Real = typename Multiply::Real;
@@ -68,7 +62,7 @@ class SparseBackward {
     const int64_t pair_list = plan.capacity * int64_t(sizeof(int64_t));
     Workspace workspace(
         args_.hidden,
-        counts_bytes(plan.blocks, plan.most_waves) + 2 * Workspace::padded(pair_list) +
+        SparsePlan::counts_bytes(plan.blocks, plan.most_waves) + 2 * Workspace::padded(pair_list) +
             Workspace::padded(plan.low_bytes) + Workspace::padded(depth_ * sizeof(Real)) +
             Workspace::padded(centres * sizeof(Storage)) + Workspace::padded(dz * sizeof(Storage)));
     const RowRange tokens = rows_.range(pass.first, pass.count);
@@ -211,7 +205,7 @@ TwoWays::TwoWays(const HeadArgs& args, const SelectedRows& rows, const at::Tenso
   const int64_t blocks = blocks_of(args.weight.size(0), kBlockWords), tokens = rows.most;
   int64_t* const counts = counts_.mutable_data_ptr<int64_t>();
   exact.list.count = counts, sparse.list.count = counts + 1;
-  Workspace workspace(args.hidden, counts_bytes(blocks, 1));
+  Workspace workspace(args.hidden, SparsePlan::counts_bytes(blocks, 1));
   const auto choose = [&]<class Real>(Real) {
     const auto pairs =
         count_and_plan<Real>(rows.all(), dropped, blocks, tokens * blocks, 1, &workspace);

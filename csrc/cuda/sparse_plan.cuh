@@ -22,15 +22,18 @@ struct SparsePlan {
     low_bytes = pass.hidden_side && split_hidden ? pass.count * depth : 0;
     const int64_t centres = pass.hidden_side ? depth * (blocks * storage_bytes + real_bytes) : 0;
     const int64_t pair_bytes = kBlockWords * storage_bytes + 2 * int64_t(sizeof(int64_t));
-    const int64_t rest = (args.workspace_mib << 20) - low_bytes - centres - list_bytes(blocks);
+    const int64_t rest = (args.workspace_mib << 20) - low_bytes - centres - counts_bytes(blocks, 0);
     const int64_t most = std::min(most_kept_pairs(tokens, blocks) + tokens, pass.count * blocks);
     capacity = std::clamp(rest / pair_bytes, pass.count, std::max(most, pass.count));
     most_waves = static_cast<int>(2 * most / (capacity + 1) + 1);
     pull_rows = std::max<int64_t>(capacity * kBlockWords / pitch, 1);
   }
 
-  static int64_t list_bytes(int64_t blocks) {
-    return blocks * ((kRowRanges + 1) * sizeof(int32_t) + sizeof(int64_t));
+  // Of the arrays that count pairs (PairLists).
+  static int64_t counts_bytes(int64_t blocks, int waves) {
+    return Workspace::padded(blocks * (kRowRanges + 1) * int64_t(sizeof(int32_t))) +
+           Workspace::padded((blocks + 1) * int64_t(sizeof(int64_t))) +
+           Workspace::padded((waves + 1) * int64_t(sizeof(int64_t)));
   }
 };
 
