@@ -2,7 +2,8 @@
 
 "tables" is encodings/: a softmax that gets sharp, and most of the vocabulary never occurs. "code"
 is the rest: a flat one. Both are cut into words of one BPE vocabulary, so that the words "tables"
-never uses are ordinary words of "code".
+never uses are ordinary words of "code". "sorted" is "tables" with ids in order of frequency, as a
+vocabulary with reserved words at its end: whole blocks of neighbours never occur.
 """
 
 import sysconfig
@@ -49,7 +50,16 @@ def settings() -> dict[str, Setting]:
     }
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts.values(), vocab_size=VOCABULARY, show_progress=False)
-    return {name: split(torch.tensor(tokenizer.encode(t).ids)) for name, t in texts.items()}
+    found = {name: split(torch.tensor(tokenizer.encode(t).ids)) for name, t in texts.items()}
+    return {**found, "sorted": by_frequency(found["tables"])}
+
+
+def by_frequency(setting: Setting) -> Setting:
+    counts = torch.bincount(setting.train, minlength=VOCABULARY)
+    order = counts.argsort(descending=True, stable=True)
+    rank = order.argsort()
+    moved = rank[setting.train], rank[setting.test]
+    return Setting(*moved, setting.never[order], setting.rare[order])
 
 
 def split(ids: Tensor, stretch: int = 16) -> Setting:

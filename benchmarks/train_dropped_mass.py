@@ -1,6 +1,6 @@
 """Does max_dropped_mass change what a language model learns? Same data, seeds, Adam; eps differs.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_dropped_mass.py OUT.json OUT.png [--steps 1500]
+    OMP_NUM_THREADS=1 python benchmarks/train_dropped_mass.py OUT.json OUT.png [--steps 1400]
 
 A word that no token kept a block of gets no gradient, so the words that are rare or never occur are
 reported by themselves. How far two seeds differ at eps = 0 says which differences are noise.
@@ -19,8 +19,9 @@ from torch import Tensor
 
 import spo_ext
 
-BATCH, LEARNING_RATE, EVALUATE_EVERY = 5, 5e-3, 100
+BATCH, LEARNING_RATE, EVALUATE_EVERY = 4, 5e-3, 100
 EPS = {"0": 0.0, "2^-10": 2.0**-10, "2^-6": 2.0**-6}
+RUNS = [("tables", 0), ("sorted", 0), ("code", 0), ("tables", 1), ("code", 1)]  # setting, seed
 Row = dict[str, Any]
 
 
@@ -135,8 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path)
     parser.add_argument("png", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1400)
     arguments = parser.parse_args()
     found = settings()
     runs: list[Row] = []
@@ -147,14 +147,13 @@ def main() -> None:
         "settings": {**sizes, **{name: setting.describe() for name, setting in found.items()}},
         "runs": runs,
     }
-    for seed in range(arguments.seeds):
-        for name, setting in found.items():
-            for label, eps in EPS.items():
-                run = train(eps, seed, arguments.steps, setting)
-                runs.append({"setting": name, "eps": label, **run})
-                print(name, label, seed, run["curve"][-1], f"{run['seconds']:.0f} s", flush=True)
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    plot(runs, arguments.png)
+    for name, seed in RUNS:
+        for label, eps in EPS.items():
+            run = train(eps, seed, arguments.steps, found[name])
+            runs.append({"setting": name, "eps": label, **run})
+            print(name, label, seed, run["curve"][-1], f"{run['seconds']:.0f} s", flush=True)
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        plot(runs, arguments.png)
 
 
 if __name__ == "__main__":
