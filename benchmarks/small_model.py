@@ -72,7 +72,7 @@ def split(ids: Tensor, stretch: int = 16) -> Setting:
     occurs = counts > 0
     rare = occurs & (counts <= counts[occurs].median())
     test = stretches[out].view(-1, LENGTH + 1)
-    test = test[torch.linspace(0, len(test) - 1, min(24, len(test))).long()]
+    test = test[torch.linspace(0, len(test) - 1, min(120, len(test))).long()]
     return Setting(train, test, ~occurs, rare)
 
 
