@@ -1,8 +1,12 @@
 """Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
 
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import postgres_server
 import pytest
 import torch
 from sandbox_cases import FAST, WHY_NOT
@@ -123,6 +127,34 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip(f"bubblewrap does not work here: {WHY_NOT['bwrap']}")
     with Sandbox(workers=2, level="bwrap", limits=FAST) as sandbox:
         yield sandbox
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a server of our own, without a database."""
+    why_not = postgres_server.missing()
+    if why_not is not None:
+        pytest.skip(why_not)
+    # Not below pytest's folders: only their owner may enter those, which as root the server is not.
+    with tempfile.TemporaryDirectory() as folder, postgres_server.server(Path(folder)) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What TrajectoryStore opens: a new file, or a new database on the server."""
+    if request.param == "sqlite":
+        return str(tmp_path / "store.db")
+    url = request.getfixturevalue("postgres")
+    return postgres_server.new_database(url, f"test_{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def store(store_target: str) -> Iterator[Any]:
+    from spo_ext.store import TrajectoryStore
+
+    with TrajectoryStore(store_target) as opened:
+        yield opened
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,6 +1,9 @@
 """Token log-probabilities, soft-Q values and the loss of Soft Policy Optimization, without [N, V]
 logits."""
 
+import importlib
+from types import ModuleType
+
 from spo_ext import _ops as _ops  # registers the operators first
 from spo_ext import reference
 from spo_ext._ops import build_info
@@ -27,6 +30,14 @@ __all__ = [
     "prompt_value",
     "reference",
     "soft_q",
+    "store",
     "taper_weights",
     "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # On first use, because it needs SQLAlchemy, which the rest does not.
+    if name == "store":
+        return importlib.import_module("spo_ext.store")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
