@@ -10,9 +10,29 @@ from spo_ext.store import schema
 
 Step = Callable[[sa.Connection], None]
 
-# Step i leads from version i + 1 to i + 2. A step names its columns itself: schema.py is only ever
-# the newest version.
-STEPS: tuple[Step, ...] = ()
+
+def _add_sampling(connection: sa.Connection) -> None:
+    """1 to 2: conflicts of rewards are counted, samplers record what they draw."""
+    run = connection.exec_driver_sql
+    run("ALTER TABLE trajectories ADD COLUMN conflicts BIGINT DEFAULT '0' NOT NULL")
+    run("CREATE TABLE samplers (name TEXT NOT NULL PRIMARY KEY, config TEXT NOT NULL)")
+    run(
+        "CREATE TABLE batches (sampler TEXT NOT NULL REFERENCES samplers (name), "
+        "step BIGINT NOT NULL, policy_version BIGINT, shortfall TEXT NOT NULL, "
+        "PRIMARY KEY (sampler, step))"
+    )
+    run(
+        "CREATE TABLE draws (sampler TEXT NOT NULL, step BIGINT NOT NULL, slot INTEGER NOT NULL, "
+        "trajectory_id BIGINT NOT NULL REFERENCES trajectories (id), epoch BIGINT NOT NULL, "
+        "PRIMARY KEY (sampler, step, slot), "
+        "FOREIGN KEY (sampler, step) REFERENCES batches (sampler, step))"
+    )
+    run("CREATE INDEX ix_draws_trajectory_id ON draws (trajectory_id)")
+
+
+# Step i leads from version i + 1 to i + 2. A step is SQL that both databases understand, and never
+# changes; schema.py is only ever the newest version.
+STEPS: tuple[Step, ...] = (_add_sampling,)
 CURRENT = len(STEPS) + 1
 
 

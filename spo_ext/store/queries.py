@@ -60,12 +60,26 @@ def check_splits(connection: sa.Connection, rows: list[Row]) -> None:
             )
 
 
-def count_duplicates(connection: sa.Connection, again: Counter[int]) -> None:
-    if again:
-        table = schema.trajectories
-        more = table.c.duplicates + sa.bindparam("more", type_=sa.BigInteger)
-        update = sa.update(table).where(table.c.id == sa.bindparam("row")).values(duplicates=more)
-        connection.execute(update, [{"row": row, "more": count} for row, count in again.items()])
+def count_duplicates(
+    connection: sa.Connection, ids: list[int], rows: list[Row], again: Counter[int]
+) -> int:
+    """Adds to the counters of stored trajectories; returns how many came with another reward."""
+    table = schema.trajectories
+    if not again:
+        return 0
+    stored = {row.id: row.reward for row in by_id(connection, "append", table, list(again))}
+    conflicts = Counter(
+        key
+        for key, row in zip(ids, rows, strict=True)
+        if key in stored and row["reward"] != stored[key]
+    )
+    counts = ("duplicates", again), ("conflicts", conflicts)
+    changes = {name: table.c[name] + sa.bindparam(f"more_{name}") for name, _ in counts}
+    connection.execute(
+        sa.update(table).where(table.c.id == sa.bindparam("row")).values(changes),
+        [{"row": key, **{f"more_{name}": count[key] for name, count in counts}} for key in again],
+    )
+    return conflicts.total()
 
 
 def by_id(
@@ -103,12 +117,19 @@ def stream(
         last = page[-1].id
 
 
+def forget_sampler(connection: sa.Connection, name: str) -> None:
+    for column in (schema.draws.c.sampler, schema.batches.c.sampler, schema.samplers.c.name):
+        connection.execute(sa.delete(column.table).where(column == name))
+
+
 def counters(connection: sa.Connection) -> dict[str, int]:
     trajectories = schema.trajectories
     counted = {
         "prompts": sa.select(sa.func.count()).select_from(schema.prompts),
         "trajectories": sa.select(sa.func.count()).select_from(trajectories),
         "duplicates": sa.select(sa.func.coalesce(sa.func.sum(trajectories.c.duplicates), 0)),
+        "conflicts": sa.select(sa.func.coalesce(sa.func.sum(trajectories.c.conflicts), 0)),
+        "draws": sa.select(sa.func.count()).select_from(schema.draws),
         "ref_logprobs": sa.select(sa.func.count()).select_from(schema.ref_logprobs),
     }
     return {name: int(connection.execute(query).scalar_one()) for name, query in counted.items()}

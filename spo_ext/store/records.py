@@ -143,12 +143,13 @@ class StoredTrajectory(Trajectory):
     """A trajectory out of the store: token_ids a tuple, behaviour_logprobs float32 [T] or None.
 
     id grows in the order of commits. created_at is in seconds since 1970. duplicates counts how
-    often it was appended again.
+    often it was appended again, conflicts how often of those with another reward.
     """
 
     id: int
     created_at: float
     duplicates: int
+    conflicts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +191,15 @@ class PromptValue:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """ids in the order of the arguments; how many of them are new and how many were there."""
+    """ids in the order of the arguments; how many of them are new and how many were there.
+
+    conflicts counts the duplicates that came with another reward than the stored one.
+    """
 
     ids: tuple[int, ...]
     new: int
     duplicates: int
+    conflicts: int
 
 
 def logprob_tensor(owner: str, name: str, values: object, size: int) -> Tensor:

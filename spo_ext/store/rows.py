@@ -91,6 +91,7 @@ def stored_trajectory(row: sa.Row[Any]) -> StoredTrajectory:
         id=row.id,
         created_at=row.created_at,
         duplicates=row.duplicates,
+        conflicts=row.conflicts,
     )
 
 

@@ -56,7 +56,9 @@ trajectories = sa.Table(
     sa.Column("temperature", sa.Double),
     sa.Column("top_p", sa.Double),
     sa.Column("created_at", sa.Double, nullable=False),
+    # How often it was appended again, and how often of those with another reward.
     sa.Column("duplicates", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("conflicts", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 ref_logprobs = sa.Table(
@@ -65,6 +67,33 @@ ref_logprobs = sa.Table(
     sa.Column("trajectory_id", sa.ForeignKey("trajectories.id"), primary_key=True),
     sa.Column("fingerprint", sa.Text, primary_key=True),
     sa.Column("logprobs", sa.LargeBinary, nullable=False),
+)
+
+samplers = sa.Table(
+    "samplers",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("config", _JSON, nullable=False),
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("sampler", sa.ForeignKey("samplers.name"), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("policy_version", sa.BigInteger),
+    sa.Column("shortfall", _JSON, nullable=False),
+)
+
+draws = sa.Table(
+    "draws",
+    metadata,
+    sa.Column("sampler", sa.Text, primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("trajectory_id", sa.ForeignKey("trajectories.id"), nullable=False, index=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.ForeignKeyConstraint(["sampler", "step"], ["batches.sampler", "batches.step"]),
 )
 
 schema_version = sa.Table(

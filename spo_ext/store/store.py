@@ -83,7 +83,8 @@ class TrajectoryStore:
         """Stores a batch in one transaction.
 
         A trajectory with the prompt, token ids, origin, finish, temperature and top_p of a stored
-        one is that one: it keeps its id, reward and log-probabilities, and counts a duplicate.
+        one is that one: it keeps its id, reward and log-probabilities, and counts a duplicate, and
+        a conflict if the reward differs.
 
         Raises ValueError if a prompt is not stored; then nothing is.
         """
@@ -100,9 +101,9 @@ class TrajectoryStore:
                     )
             new = [rows.trajectory_row(item, hashes[item.prompt_id]) for item in trajectories]
             ids, again = queries.insert_missing(connection, schema.trajectories, new)
-            queries.count_duplicates(connection, again)
+            conflicts = queries.count_duplicates(connection, ids, new, again)
         repeats = again.total()
-        return Appended(tuple(ids), len(ids) - repeats, repeats)
+        return Appended(tuple(ids), len(ids) - repeats, repeats, conflicts)
 
     def get(self, ids: Sequence[int]) -> list[StoredTrajectory]:
         """In the order of ids. Raises ValueError for an id that is not stored."""
@@ -188,8 +189,13 @@ class TrajectoryStore:
         with self.database.read() as connection:
             return scores.q0(connection, prompt_ids, key)
 
+    def forget_sampler(self, name: str) -> None:
+        """Deletes the records of what a sampler drew; its name is new again."""
+        with self.database.write() as connection:
+            queries.forget_sampler(connection, name)
+
     def counters(self) -> dict[str, int]:
-        """Sizes of the store and how often a stored trajectory was appended again, for metrics."""
+        """Rows of the store, duplicates and conflicts of `append`, draws of all samplers."""
         with self.database.read() as connection:
             return queries.counters(connection)
 
