@@ -141,3 +141,22 @@ def test_weights_that_are_not_there_are_refused() -> None:
         reference_fingerprint(layer, None, 1.0)
     with pytest.raises(ValueError, match="temperature must be a number > 0.0, got 0"):
         reference_fingerprint(nn.Linear(2, 2), None, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_peft_models_have_the_fingerprint_of_what_they_compute(options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    base = small_model()
+    plain = reference_fingerprint(base, None, 1.0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    before = reference_fingerprint(model, None, 1.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    assert reference_fingerprint(model, None, 1.0) not in (plain, before)
+    with model.disable_adapter():
+        assert reference_fingerprint(model, None, 1.0) == plain
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="must be without merged adapters"):
+        reference_fingerprint(model, None, 1.0)

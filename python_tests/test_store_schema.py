@@ -146,6 +146,13 @@ def test_a_target_that_several_processes_cannot_share_is_refused(target: str) ->
         TrajectoryStore(target)
 
 
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target must be in an existing folder, got .*nowhere"):
+        TrajectoryStore(tmp_path / "nowhere" / "store.db")
+    with pytest.raises(ValueError, match="timeout_s must be a number >= 0.001, got 0"):
+        TrajectoryStore(tmp_path / "store.db", timeout_s=0)
+
+
 def test_the_password_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as refused:
         TrajectoryStore("mysql://user:secret@host/base")
@@ -186,3 +193,13 @@ except ImportError as error:
     print(error)
 """
     assert "pip install 'spo_ext[store]'" in run_python(code)
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (HERE.parent / "README.md").read_text()
+    [example] = [part for part in readme.split("```") if "TrajectoryStore(" in part]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec("from spo_ext.store import *\n" + example.removeprefix("python\n"), names)
+    assert names["batch"].trajectories[0].token_ids == (19, 1)
+    names["store"].close()

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from spo_ext.store.checks import number
+
 _WRITE = "spo_write"
 _LOCK = 0x73706F5F657874  # PostgreSQL's advisory lock of all writers: "spo_ext"
 
@@ -25,7 +27,7 @@ class Database:
 
     def __init__(self, target: str | os.PathLike[str], timeout_s: float) -> None:
         self.url = _parse(target)
-        self._timeout_s = timeout_s
+        self._timeout_s = number("TrajectoryStore", "timeout_s", timeout_s, at_least=0.001)
         try:
             self._engine = sa.create_engine(self.url, pool_pre_ping=not self._sqlite)
         except ModuleNotFoundError as error:
@@ -56,8 +58,10 @@ class Database:
         self._check_process()
         with self._writer.begin() as connection:
             if not self._sqlite:
-                wait_ms = str(int(self._timeout_s * 1000))
-                connection.execute(sa.select(sa.func.set_config("lock_timeout", wait_ms, True)))
+                # The second one frees the lock of a machine that went away while it held it.
+                for name in ("lock_timeout", "idle_in_transaction_session_timeout"):
+                    wait_ms = str(int(self._timeout_s * 1000))
+                    connection.execute(sa.select(sa.func.set_config(name, wait_ms, True)))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             yield connection
 
@@ -98,6 +102,8 @@ def _parse(target: str | os.PathLike[str]) -> URL:
     if "://" not in text:
         if text in ("", ":memory:"):
             raise ValueError(f"TrajectoryStore: target must be a file or URL, got {text!r}")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+            raise ValueError(f"TrajectoryStore: target must be in an existing folder, got {text!r}")
         return URL.create("sqlite", database=os.path.abspath(text))
     try:
         url = make_url(text)
