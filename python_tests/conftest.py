@@ -62,11 +62,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line, since a quiet run hides the reasons of its skips."""
+    """A line each, since a quiet run hides the reasons of its skips."""
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum(WHY_NO_CUDA is not None and WHY_NO_CUDA in str(r.longrepr) for r in skipped)
-    if count:
-        terminalreporter.line(f"{count} CUDA tests skipped: {WHY_NO_CUDA}")
+    for what, why_not in (("CUDA", WHY_NO_CUDA), ("PostgreSQL", postgres_server.missing())):
+        count = sum(why_not is not None and why_not in str(r.longrepr) for r in skipped)
+        if count:
+            terminalreporter.line(f"{count} {what} tests skipped: {why_not}")
 
 
 @pytest.fixture

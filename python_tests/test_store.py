@@ -105,6 +105,20 @@ def test_the_same_trajectory_twice_is_one_row(store: TrajectoryStore) -> None:
     assert store.append(others).new == len(others)
 
 
+def test_another_reward_for_a_stored_trajectory_is_counted(store: TrajectoryStore) -> None:
+    [prompt] = add_prompts(store, 1)
+    one, two = (trajectory(prompt, i, policy(), reward=1.0) for i in range(2))
+    ids = store.append([one, two]).ids
+    flaky = trajectory(prompt, 0, policy(), reward=-math.inf)
+    again = store.append([flaky, two, flaky, one])
+    assert (again.ids, again.new) == ((ids[0], ids[1], ids[0], ids[0]), 0)
+    assert (again.duplicates, again.conflicts) == (4, 2)
+    rows = store.get(ids)
+    assert [(row.reward, row.duplicates, row.conflicts) for row in rows] == [(1, 3, 2), (1, 1, 0)]
+    counters = store.counters()
+    assert (counters["duplicates"], counters["conflicts"]) == (4, 2)
+
+
 def test_new_rows_of_one_batch_keep_its_order(store: TrajectoryStore) -> None:
     [prompt] = add_prompts(store, 1)
     batch = [trajectory(prompt, i, policy()) for i in (5, 3, 5, 9, 1)]

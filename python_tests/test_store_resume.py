@@ -127,6 +127,32 @@ def test_ranks_with_one_name_get_the_same_batches(store_target: str) -> None:
         assert store.counters()["draws"] == 48
 
 
+def test_a_learner_that_is_killed_gets_its_batches_again(store_target: str) -> None:
+    with TrajectoryStore(store_target) as store:
+        store.append(human_rows(add_prompts(store, 3)))
+    body = """
+        from spo_ext.store import *
+        store = TrajectoryStore(argv[0])
+        draw = Sampler(store, "learner", SamplerConfig(4, "offline"), resume="resume" in argv)
+        for _ in range(int(argv[1])):
+            print([row.id for row in draw.next_batch().trajectories], flush=True)
+    """
+    killed = start_process(body, store_target, "1000000")
+    assert killed.stdout is not None
+    said = [killed.stdout.readline().strip() for _ in range(7)]
+    killed.kill()
+    said += killed.communicate(timeout=60)[0].splitlines()
+    with TrajectoryStore(store_target) as store:
+        recorded, rest = divmod(store.counters()["draws"], 4)
+    assert rest == 0
+    assert recorded - len(said) in (0, 1)  # recorded, but not yet said
+    resumed = start_process(body, store_target, str(recorded + 2), "resume")
+    again = resumed.communicate(timeout=60)[0].splitlines()
+    assert again[: len(said)] == said
+    with TrajectoryStore(store_target) as store:
+        assert store.counters()["draws"] == 4 * (recorded + 2)
+
+
 def test_a_name_is_taken_once(store: TrajectoryStore) -> None:
     store.append(human_rows(add_prompts(store, 3)))
     config = SamplerConfig(4, "offline")

@@ -88,6 +88,24 @@ def test_a_batch_holds_nothing_twice_where_epochs_meet(store: TrajectoryStore) -
     assert counts == dict.fromkeys(ids, 10)
 
 
+def test_metrics_tell_age_reuse_and_duplicates(store: TrajectoryStore) -> None:
+    fill(store, policy(2), 2)
+    fill(store, policy(2), 2)
+    fill(store, Origin("human"), 2)
+    draw = sampler(store, 4, mixture="half-online")
+    draw.next_batch(policy_version=2)
+    metrics = draw.next_batch(policy_version=5).metrics()
+    assert metrics.pop("store/age_seconds") == pytest.approx(0, abs=60)
+    assert metrics == {
+        "store/offline_share": 0.5,
+        "store/reuse": 2.0,
+        "store/duplicates": 0.5,
+        "store/shortfall": 0.0,
+        "store/age_versions": 3.0,
+        "store/age_versions_max": 3.0,
+    }
+
+
 def test_what_is_appended_joins_the_present_epoch(store: TrajectoryStore) -> None:
     old = fill(store, policy(0), 8)
     draw = sampler(store, 4)

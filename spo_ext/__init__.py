@@ -30,14 +30,14 @@ __all__ = [
     "prompt_value",
     "reference",
     "soft_q",
-    "store",
     "taper_weights",
     "token_logprobs",
 ]
 
 
 def __getattr__(name: str) -> ModuleType:
-    # On first use, because it needs SQLAlchemy, which the rest does not.
+    # On first use, because it needs SQLAlchemy, which the rest does not. Not in __all__, because
+    # `from spo_ext import *` would use it.
     if name == "store":
         return importlib.import_module("spo_ext.store")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
