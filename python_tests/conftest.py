@@ -1,7 +1,6 @@
 """Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
 
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,11 +142,11 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """What TrajectoryStore opens: a new file, or a new database on the server."""
+    """What TrajectoryStore opens: a new file, or empty tables on the server."""
     if request.param == "sqlite":
         return str(tmp_path / "store.db")
     url = request.getfixturevalue("postgres")
-    return postgres_server.new_database(url, f"test_{uuid.uuid4().hex}")
+    return postgres_server.new_schema(url)
 
 
 @pytest.fixture

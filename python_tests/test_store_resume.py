@@ -183,3 +183,21 @@ def test_a_state_of_another_sampler_or_store_is_refused(store: TrajectoryStore) 
             draw.load_state_dict({**state, **change})
     with pytest.raises(ValueError, match="state must be a mapping with step"):
         draw.load_state_dict({"name": "learner"})
+
+
+def test_an_error_while_reading_a_batch_does_not_lose_it(
+    store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append(human_rows(add_prompts(store, 3)))
+    draw = Sampler(store, "learner", SamplerConfig(4, "offline"))
+
+    def broken(ids: Any) -> Any:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(store, "get", broken)
+    with pytest.raises(ConnectionError):
+        draw.next_batch()
+    monkeypatch.undo()
+    batch = draw.next_batch()
+    assert (batch.step, batch.uses.tolist(), batch.replayed) == (0, [1] * 4, True)
+    assert draw.next_batch().step == 1

@@ -100,12 +100,12 @@ def test_a_migrated_store_is_like_a_new_one(
 
 @pytest.fixture
 def postgres_or_none(request: pytest.FixtureRequest, store_target: str) -> str | None:
-    """Another new database, if this test runs on PostgreSQL."""
+    """Other empty tables, if this test runs on PostgreSQL."""
     if "://" not in store_target:
         return None
     import postgres_server
 
-    return postgres_server.new_database(request.getfixturevalue("postgres"), "created_anew")
+    return postgres_server.new_schema(request.getfixturevalue("postgres"))
 
 
 def test_a_migration_is_done_whole_or_not_at_all(

@@ -84,18 +84,19 @@ class Sampler:
             else:
                 chosen = recorded
         ids = self._index.columns.id[chosen.rows]
+        trajectories = self.store.get(ids.tolist())
+        # Last, so that after an error in reading them the call may be repeated too.
         self._index.apply(ids, chosen.epochs)
-        batch = Batch(
-            step=self._step,
+        self._step += 1
+        return Batch(
+            step=self._step - 1,
             policy_version=policy_version,
             run=self.config.run,
-            trajectories=self.store.get(ids.tolist()),
+            trajectories=trajectories,
             uses=self._index.columns.uses[chosen.rows],
             shortfall=chosen.shortfall,
             replayed=recorded is not None,
         )
-        self._step += 1
-        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint: where the sampler is. What it drew is in the store."""

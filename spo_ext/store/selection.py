@@ -121,8 +121,8 @@ class _Draw:
         rows = rows[self._order("row", self.columns.key[rows], rows).argsort()]
         prompt_keys = self.columns.prompt_key
         rows = rows[prompt_keys[rows].argsort(stable=True)]
-        # Rows of a prompt now lie together: one that is `size` before a row of its own prompt and
-        # the first of it starts a group.
+        # Rows of a prompt now lie together, in random order. The first of them starts a group if
+        # the row size - 1 further on is still of the prompt.
         size, prompts = self.config.group_size, prompt_keys[rows]
         first = torch.ones_like(prompts, dtype=torch.bool)
         first[1:] = prompts[1:] != prompts[:-1]
@@ -170,8 +170,8 @@ def _counts(config: SamplerConfig, step: int) -> list[int]:
     run: one of 0.01 still gives one row in a hundred. The offset moves evenly through [0, 1).
     """
     units = config.batch_size // config.group_size
-    start = torch.tensor(shuffle_key(content_hash(encode_json([config.seed, "counts"]))))
-    offset = (float(start) / 2**64 + _GOLDEN * step) % 1.0
+    start = shuffle_key(content_hash(encode_json([config.seed, "counts"]))) / 2**64
+    offset = (start + _GOLDEN * step) % 1.0
     bounds, total = [0], 0.0
     for fraction in config.fractions.values():
         total += fraction
