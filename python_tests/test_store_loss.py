@@ -38,9 +38,11 @@ def test_a_batch_gives_the_loss_of_its_trajectories(store: TrajectoryStore) -> N
 
     store.put_ref_logprobs(key, {row.id: score(row) for row in store.trajectories()})
     config = SamplerConfig(6, run="run", group_size=2)
-    batch = Sampler(store, "learner", config).next_batch(policy_version=0)
+    with torch.device("meta"):  # a default device is the model's affair
+        batch = Sampler(store, "learner", config).next_batch(policy_version=0)
+        assert batch.rewards.device == batch.groups.device == torch.device("cpu")
+        cached = store.ref_logprobs([row.id for row in batch.trajectories], key)
     assert {row.id for row in batch.trajectories} == set(ids)
-    cached = store.ref_logprobs([row.id for row in batch.trajectories], key)
     found = store.q0([row.prompt_id for row in batch.trajectories], beta=0.5, temperature=1.0)
     lengths = [len(row.token_ids) for row in batch.trajectories]
     ref_logprobs = torch.cat([values for values in cached if values is not None])

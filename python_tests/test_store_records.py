@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,7 @@ OTHERS = [
     (Prompt, {"content": 3}, "content must be text or a list of messages with a role, got 3"),
     (Prompt, {"content": [{"content": "a"}]}, "content must be text or a list of messages"),
     (Prompt, {"content": "a", "tests": {1, 2}}, "tests must be JSON, got"),
+    (Prompt, {"content": "a", "tests": [{1: 2}]}, "tests must be JSON, got the key 1, which is"),
     (Prompt, {"content": "a", "answer": math.nan}, "answer must be JSON, got"),
     (Prompt, {"content": "a", "split": "all"}, "split must be one of train, dev, test, got 'all'"),
     (PromptValue, {"value": 0.0, "n": -1}, "n must be an integer >= 0, got -1"),
@@ -84,3 +86,10 @@ def test_tensors_are_taken_as_they_come(tmp_path: Any) -> None:
         assert got.token_ids == (5, 1)
         assert got.behaviour_logprobs is not None
         assert got.behaviour_logprobs.tolist() == [-0.5, -1.5]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    ids, reward = np.array([5, 1], dtype=np.uint16), np.float32(0.5)
+    got = Trajectory(**{**GOOD, "token_ids": ids, "reward": reward, "behaviour_logprobs": -ids / 2})
+    assert (got.token_ids, got.reward) == ((5, 1), 0.5)
+    assert all(type(token) is int for token in got.token_ids)

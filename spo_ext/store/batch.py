@@ -13,7 +13,7 @@ from spo_ext.store.records import StoredTrajectory
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """S trajectories and how they came here.
+    """S trajectories and how they came here; tensors are on the CPU.
 
     Args:
         uses: int64 [S], how often this sampler has drawn each, this batch included.
@@ -33,19 +33,21 @@ class Batch:
     def groups(self) -> Tensor:
         """int64 [S], the same number for the same prompt, from 0 on, as `spo_ext.loss` takes it."""
         order: dict[int, int] = {}
-        return torch.tensor([order.setdefault(t.prompt_id, len(order)) for t in self.trajectories])
+        groups = [order.setdefault(row.prompt_id, len(order)) for row in self.trajectories]
+        return torch.tensor(groups, device="cpu")
 
     @property
     def rewards(self) -> Tensor:
         """float32 [S]."""
-        return torch.tensor([trajectory.reward for trajectory in self.trajectories])
+        rewards = [trajectory.reward for trajectory in self.trajectories]
+        return torch.tensor(rewards, dtype=torch.float32, device="cpu")
 
     @property
     def online(self) -> Tensor:
         """bool [S], written by the policy of the sampler's own run."""
         origins = [trajectory.origin for trajectory in self.trajectories]
         own = [who.kind == "policy" and who.run == self.run for who in origins]
-        return torch.tensor(own)
+        return torch.tensor(own, device="cpu")
 
     def metrics(self) -> dict[str, float]:
         """For a logger. age_versions is that of the online rows, absent if there are none."""

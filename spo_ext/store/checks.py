@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import NoReturn
 
 from torch import Tensor
@@ -44,13 +46,14 @@ def number(
     at_most: float = math.inf,
 ) -> float:
     """The value as a finite float in the range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         refuse(owner, name, "a finite number", value)
+    value = float(value)
     if not (value > above and at_least <= value <= at_most):
         low = f" > {above}" if above > -math.inf else f" >= {at_least}"
         high = f" and <= {at_most}" if at_most < math.inf else ""
         refuse(owner, name, f"a number{low}{high}", value)
-    return float(value)
+    return value
 
 
 def token_tuple(owner: str, name: str, value: object) -> tuple[int, ...]:
@@ -63,7 +66,12 @@ def token_tuple(owner: str, name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         refuse(owner, name, "a sequence of token ids", value)
     ids = tuple(value)
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _MAX_TOKEN:
-            refuse(owner, name, f"token ids in [0, {_MAX_TOKEN}]", token)
-    return ids
+    expected = f"token ids in [0, {_MAX_TOKEN}]"
+    try:
+        whole = tuple(map(operator.index, ids))  # NumPy's integers too
+    except TypeError:
+        refuse(owner, name, expected, next(x for x in ids if not hasattr(x, "__index__")))
+    for token in whole:
+        if not 0 <= token <= _MAX_TOKEN:
+            refuse(owner, name, expected, token)
+    return whole

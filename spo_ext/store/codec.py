@@ -41,7 +41,7 @@ def decode_floats(data: bytes) -> Tensor:
     """float32 [T]."""
     values = array("f")
     values.frombytes(data)
-    return torch.tensor(_little_endian(values), dtype=torch.float32)
+    return torch.tensor(_little_endian(values), dtype=torch.float32, device="cpu")
 
 
 def _little_endian(values: array[Any]) -> array[Any]:
@@ -53,9 +53,22 @@ def _little_endian(values: array[Any]) -> array[Any]:
 def encode_json(value: object) -> str:
     """One text per value: sorted keys, and ASCII, because PostgreSQL's text holds no NUL.
 
-    Raises TypeError or ValueError for what JSON cannot say, nan and infinity among it.
+    Raises TypeError or ValueError for what JSON cannot say: nan, infinity, and keys that are not
+    text, which json.dumps would make text of.
     """
+    _check_keys(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _check_keys(value: object) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r}, which is not text")
+            _check_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_keys(inner)
 
 
 def content_hash(*parts: bytes | str | None) -> bytes:

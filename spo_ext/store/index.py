@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 import torch
@@ -15,6 +16,7 @@ from spo_ext.store.mixture import SamplerConfig, pool_condition
 _PAGE = 20_000
 _NO_VERSION = -1
 _NEVER = -1
+_LONG: Any = {"dtype": torch.int64, "device": "cpu"}  # whatever the default device is
 
 
 @dataclass(slots=True)
@@ -42,8 +44,8 @@ class Index:
         self._config = config
         self._pools = list(config.fractions)
         self.strata = len(config.strata) + 1  # the last one is the rest
-        self.columns = Columns(*(torch.empty(0, dtype=torch.int64) for _ in range(7)))
-        self.epochs = torch.zeros(len(self._pools) * self.strata, dtype=torch.int64)
+        self.columns = Columns(*(torch.empty(0, **_LONG) for _ in range(7)))
+        self.epochs = torch.zeros(len(self._pools) * self.strata, **_LONG)
         self._last = 0
 
     def refresh(self, connection: sa.Connection) -> None:
@@ -78,7 +80,7 @@ class Index:
                 )
                 for row in page
             ]
-            new = torch.tensor(rows, dtype=torch.int64).unbind(1)
+            new = torch.tensor(rows, **_LONG).unbind(1)
             names = Columns.__slots__
             old = [getattr(self.columns, name) for name in names]
             self.columns = Columns(*map(torch.cat, zip(old, new, strict=True)))

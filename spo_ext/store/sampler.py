@@ -181,5 +181,5 @@ def _stored_config(connection: sa.Connection, name: str) -> dict[str, Any] | Non
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    ids, epochs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    ids, epochs = torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2).T.contiguous()
     return ids, epochs

@@ -146,8 +146,9 @@ class _Draw:
 
     def _order(self, what: str, keys: Tensor, rows: Tensor) -> Tensor:
         """A random number for each key, another one in every epoch."""
-        salts = torch.tensor([self._salt(what, int(epoch)) for epoch in self.epochs])
-        return _mix(keys ^ salts[self.columns.cell[rows]])
+        salts = [self._salt(what, int(epoch)) for epoch in self.epochs]
+        by_cell = torch.tensor(salts, device="cpu")
+        return _mix(keys ^ by_cell[self.columns.cell[rows]])
 
     def _salt(self, what: str, number: int) -> int:
         return shuffle_key(content_hash(encode_json([self.config.seed, what, number])))
