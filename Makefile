@@ -24,12 +24,13 @@ NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
 # Carried to a GPU machine without network: peers of the benchmarks, and the CUDA wheel.
 PEERS := liger_kernel cut-cross-entropy quack-kernels
 
-.PHONY: quickstart test lint format bench build package wheel cuda cuda-wheel carry sanitize sandbox clean
+.PHONY: quickstart test lint format bench build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
+	clean
 
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
 
-test: build sandbox lint
+test: build sandbox postgres lint
 	$(BIN)/pytest --benchmark-skip
 
 # torch by exact version and first: an open range may bring gigabytes of CUDA libraries.
@@ -37,7 +38,7 @@ $(VENV)/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark safetensors ruff mypy \
-		clang-format transformers matplotlib tqdm
+		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]"
 	touch $@
 
 build: $(VENV)/.ready
@@ -48,6 +49,13 @@ sandbox:
 	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		apt-get install -y -qq bubblewrap >/dev/null; } || \
 		echo "bubblewrap is missing: apt-get install bubblewrap"
+
+# The store's tests start a PostgreSQL server of their own, and skip without one.
+postgres:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends postgresql >/dev/null; } || \
+		echo "PostgreSQL is missing: apt-get install postgresql"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
 
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import postgres_server
 import pytest
 import torch
 from sandbox_cases import FAST, WHY_NOT
@@ -58,11 +61,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line, since a quiet run hides the reasons of its skips."""
+    """A line each, since a quiet run hides the reasons of its skips."""
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum(WHY_NO_CUDA is not None and WHY_NO_CUDA in str(r.longrepr) for r in skipped)
-    if count:
-        terminalreporter.line(f"{count} CUDA tests skipped: {WHY_NO_CUDA}")
+    for what, why_not in (("CUDA", WHY_NO_CUDA), ("PostgreSQL", postgres_server.missing())):
+        count = sum(why_not is not None and why_not in str(r.longrepr) for r in skipped)
+        if count:
+            terminalreporter.line(f"{count} {what} tests skipped: {why_not}")
 
 
 @pytest.fixture
@@ -123,6 +127,34 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip(f"bubblewrap does not work here: {WHY_NOT['bwrap']}")
     with Sandbox(workers=2, level="bwrap", limits=FAST) as sandbox:
         yield sandbox
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a server of our own, without a database."""
+    why_not = postgres_server.missing()
+    if why_not is not None:
+        pytest.skip(why_not)
+    # Not below pytest's folders: only their owner may enter those, which as root the server is not.
+    with tempfile.TemporaryDirectory() as folder, postgres_server.server(Path(folder)) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What TrajectoryStore opens: a new file, or empty tables on the server."""
+    if request.param == "sqlite":
+        return str(tmp_path / "store.db")
+    url = request.getfixturevalue("postgres")
+    return postgres_server.new_schema(url)
+
+
+@pytest.fixture
+def store(store_target: str) -> Iterator[Any]:
+    from spo_ext.store import TrajectoryStore
+
+    with TrajectoryStore(store_target) as opened:
+        yield opened
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,6 +1,9 @@
 """Token log-probabilities, soft-Q values and the loss of Soft Policy Optimization, without [N, V]
 logits."""
 
+import importlib
+from types import ModuleType
+
 from spo_ext import _ops as _ops  # registers the operators first
 from spo_ext import reference
 from spo_ext._ops import build_info
@@ -30,3 +33,11 @@ __all__ = [
     "taper_weights",
     "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # On first use, because it needs SQLAlchemy, which the rest does not. Not in __all__, because
+    # `from spo_ext import *` would use it.
+    if name == "store":
+        return importlib.import_module("spo_ext.store")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

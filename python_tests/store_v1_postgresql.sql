@@ -1,0 +1,78 @@
+-- A store as schema version 1 wrote it.
+CREATE TABLE prompts (
+    id BIGSERIAL NOT NULL,
+    hash BYTEA NOT NULL,
+    content_hash BYTEA NOT NULL,
+    content TEXT NOT NULL,
+    token_ids BYTEA,
+    tests TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    split TEXT NOT NULL,
+    created_at DOUBLE PRECISION NOT NULL,
+    PRIMARY KEY (id),
+    UNIQUE (hash)
+);
+CREATE INDEX ix_prompts_content_hash ON prompts (content_hash);
+CREATE TABLE spo_schema (
+    version INTEGER NOT NULL,
+    PRIMARY KEY (version)
+);
+CREATE TABLE prompt_values (
+    prompt_id BIGINT NOT NULL,
+    reference TEXT NOT NULL,
+    beta DOUBLE PRECISION NOT NULL,
+    temperature DOUBLE PRECISION NOT NULL,
+    top_p DOUBLE PRECISION NOT NULL,
+    value DOUBLE PRECISION NOT NULL,
+    n BIGINT NOT NULL,
+    PRIMARY KEY (prompt_id, reference, beta, temperature, top_p),
+    FOREIGN KEY(prompt_id) REFERENCES prompts (id)
+);
+CREATE TABLE trajectories (
+    id BIGSERIAL NOT NULL,
+    hash BYTEA NOT NULL,
+    prompt_id BIGINT NOT NULL,
+    token_ids BYTEA NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    reward DOUBLE PRECISION NOT NULL,
+    reason TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    run TEXT,
+    policy_version BIGINT,
+    model TEXT,
+    finish TEXT NOT NULL,
+    behaviour_logprobs BYTEA,
+    temperature DOUBLE PRECISION,
+    top_p DOUBLE PRECISION,
+    created_at DOUBLE PRECISION NOT NULL,
+    duplicates BIGINT DEFAULT '0' NOT NULL,
+    PRIMARY KEY (id),
+    UNIQUE (hash),
+    FOREIGN KEY(prompt_id) REFERENCES prompts (id)
+);
+CREATE INDEX ix_trajectories_prompt_id ON trajectories (prompt_id);
+CREATE TABLE ref_logprobs (
+    trajectory_id BIGINT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    logprobs BYTEA NOT NULL,
+    PRIMARY KEY (trajectory_id, fingerprint),
+    FOREIGN KEY(trajectory_id) REFERENCES trajectories (id)
+);
+INSERT INTO prompts (id, hash, content_hash, content, token_ids, tests, answer, split, created_at)
+  VALUES (1, '\x13bd87c17d1e3be851a832ee53dd8567aefbacfc19c213b215c15566c7831212', '\x53eac4ef1ed50a3f46aeeea79e496beaafdb642320792c24cc8bda0574b3ac10', '"2 + 2 ="', '\x4811000400', 'null', '"4"', 'train', 1795272042.6990883);
+INSERT INTO prompts (id, hash, content_hash, content, token_ids, tests, answer, split, created_at)
+  VALUES (2, '\xca0b1c63ac7cd0d25563b54bdcedd84b87c9c857b2dee0746cd5e2c31914af5e', '\xe90f57c831299713379e0dc19c5f94abfecc2204cc53127a89ae8ccff46e4953', '[{"content":"hello","role":"user"}]', NULL, '[["a","b"]]', 'null', 'test', 1795272042.6991234);
+INSERT INTO spo_schema (version)
+  VALUES (1);
+INSERT INTO prompt_values (prompt_id, reference, beta, temperature, top_p, value, n)
+  VALUES (1, '', 0.1, 0.75, 1.0, -0.5, 16);
+INSERT INTO trajectories (id, hash, prompt_id, token_ids, num_tokens, reward, reason, kind, run, policy_version, model, finish, behaviour_logprobs, temperature, top_p, created_at, duplicates)
+  VALUES (1, '\x8f745c5318568b1b9576b229af62ffdaf4e0cf5b10785be90fa3518e57cb8cd0', 1, '\x4813000100', 2, 1.0, '"right"', 'policy', 'first', 3, NULL, 'eos', '\x000000bf000080be', 0.75, 1.0, 1795272042.7101896, 1);
+INSERT INTO trajectories (id, hash, prompt_id, token_ids, num_tokens, reward, reason, kind, run, policy_version, model, finish, behaviour_logprobs, temperature, top_p, created_at, duplicates)
+  VALUES (2, '\xf46d9df5925ccacbf1f37a007ef2ee4973bd9bc0cffdb9d0493562a7e8ac29c2', 1, '\x497011010001000000', 2, -1.0, '""', 'model', NULL, NULL, 'other', 'truncated', NULL, NULL, NULL, 1795272042.7102268, 0);
+INSERT INTO trajectories (id, hash, prompt_id, token_ids, num_tokens, reward, reason, kind, run, policy_version, model, finish, behaviour_logprobs, temperature, top_p, created_at, duplicates)
+  VALUES (3, '\xdb56415f29bdcc73b49d799ed52ecea80d29f5043eb7537c69e730d8bb320d47', 2, '\x480500', 1, 0.5, '""', 'human', NULL, NULL, NULL, 'eos', NULL, NULL, NULL, 1795272042.7102501, 0);
+INSERT INTO ref_logprobs (trajectory_id, fingerprint, logprobs)
+  VALUES (1, 'frozen', '\x000040bf000000be');
+SELECT setval('prompts_id_seq', (SELECT max(id) FROM prompts));
+SELECT setval('trajectories_id_seq', (SELECT max(id) FROM trajectories));

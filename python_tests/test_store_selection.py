@@ -1,0 +1,118 @@
+"""What holds of every batch, whatever the store holds and the configuration asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spo_ext.store import SamplerConfig, SampleShortfall, Stratum
+from spo_ext.store.index import Columns, Index
+from spo_ext.store.selection import Selection, select
+
+MIXTURES = st.sampled_from(
+    [
+        {"online": 1.0},
+        {"offline": 1.0},
+        {"online": 0.5, "offline": 0.5},
+        {"online": 0.7, "human": 0.25, "model:m": 0.05},
+    ]
+)
+NOW = 4  # the learner's policy version
+
+
+@st.composite
+def configs(draw: Any) -> SamplerConfig:
+    size = draw(st.sampled_from([1, 1, 2, 3]))
+    strata = [Stratum(0.4, low=1.0), Stratum(0.2, high=0.5)]
+    return SamplerConfig(
+        batch_size=size * draw(st.integers(1, 5)),
+        mixture=draw(MIXTURES),
+        run="run",
+        seed=draw(st.integers(0, 3)),
+        max_age=draw(st.none() | st.integers(0, 3)),
+        max_uses=draw(st.none() | st.integers(1, 3)),
+        strata=draw(st.sampled_from([[], strata])) if size == 1 else [],
+        group_size=size,
+        on_shortfall=draw(st.sampled_from(["raise", "fill"])),
+    )
+
+
+def make_index(config: SamplerConfig, count: int, seed: int) -> Index:
+    """A store of `count` trajectories of up to eight prompts, as the index shows it."""
+    random = torch.Generator().manual_seed(seed)
+
+    def integers(high: int) -> torch.Tensor:
+        return torch.randint(high, (count,), generator=random)
+
+    index = Index(config)
+    index.columns = Columns(
+        id=torch.arange(count) * 2 + 1,
+        key=integers(2**62),
+        prompt_key=integers(8) * 10**15,
+        version=integers(NOW + 2),
+        cell=integers(len(index.epochs)),
+        uses=torch.zeros(count, dtype=torch.int64),
+        epoch=torch.full((count,), -1),
+    )
+    return index
+
+
+def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
+    columns, rows = index.columns, chosen.rows
+    assert len(rows) == config.batch_size == len(set(rows.tolist()))
+    if config.max_uses is not None:
+        assert int(columns.uses[rows].max()) < config.max_uses
+    pools = list(config.fractions)
+    pool = columns.cell // index.strata
+    if "online" in pools:
+        versions = columns.version[rows][pool[rows] == pools.index("online")]
+        assert bool((versions <= NOW).all())
+        assert config.max_age is None or bool((versions >= NOW - config.max_age).all())
+    prompts = columns.prompt_key[rows].reshape(-1, config.group_size)
+    assert bool((prompts == prompts[:, :1]).all())
+    units = pool[rows].reshape(-1, config.group_size)
+    assert bool((units == units[:, :1]).all())
+    if config.group_size > 1:
+        assert len(set(prompts[:, 0].tolist())) == len(prompts)
+    drawn = Counter(pool[rows].tolist())
+    short = {name for name in pools if name in chosen.shortfall}
+    assert config.on_shortfall == "fill" or not short
+    for i, (name, fraction) in enumerate(config.fractions.items()):
+        exact = fraction * config.batch_size
+        if not short:
+            assert abs(drawn[i] - exact) < config.group_size
+        if name in short:
+            wanted, got = chosen.shortfall[name]
+            assert got < wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs(), st.integers(0, 60), st.integers(0, 5))
+def test_every_batch_is_what_was_asked_for(config: SamplerConfig, count: int, seed: int) -> None:
+    index = make_index(config, count, seed)
+    for step in range(8):
+        try:
+            chosen = select(config, index, step, NOW)
+        except SampleShortfall as error:
+            assert str(config.batch_size) in str(error)
+            return
+        check(config, index, chosen)
+        again = select(config, index, step, NOW)
+        assert chosen.rows.tolist() == again.rows.tolist()
+        index.apply(index.columns.id[chosen.rows], chosen.epochs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 5))
+def test_no_trajectory_is_used_much_more_than_another(size: int, more: int, seed: int) -> None:
+    config = SamplerConfig(size, "offline", seed=seed)
+    index = make_index(config, size + more, seed)
+    for step in range(10):
+        chosen = select(config, index, step, None)
+        index.apply(index.columns.id[chosen.rows], chosen.epochs)
+        uses = index.columns.uses
+        assert int(uses.max() - uses.min()) <= 1

@@ -1,0 +1,135 @@
+"""The statements behind TrajectoryStore: inserting what is missing, reading by id, streaming."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from spo_ext.store import schema
+from spo_ext.store.database import Database
+from spo_ext.store.rows import Row, chunks
+
+_PAGE = 256  # rows in memory at once while streaming
+
+
+def insert_missing(
+    connection: sa.Connection, table: sa.Table, rows: list[Row]
+) -> tuple[list[int], Counter[int]]:
+    """The id of each row, and how often a row was there before, by id.
+
+    Looking first and inserting then is safe: the caller holds the write lock.
+    """
+    hashes = [row["hash"] for row in rows]
+    ids = _ids_of(connection, table, hashes)
+    missing: dict[bytes, Row] = {}
+    for row in rows:
+        if row["hash"] not in ids:
+            missing.setdefault(row["hash"], row)
+    if missing:
+        connection.execute(sa.insert(table), list(missing.values()))
+        ids.update(_ids_of(connection, table, list(missing)))
+    again = Counter(ids[key] for key in hashes)
+    again.subtract(ids[key] for key in missing)
+    return [ids[key] for key in hashes], +again
+
+
+def _ids_of(connection: sa.Connection, table: sa.Table, hashes: list[bytes]) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for part in chunks(hashes):
+        query = sa.select(table.c.hash, table.c.id).where(table.c.hash.in_(part))
+        found.update({row.hash: row.id for row in connection.execute(query)})
+    return found
+
+
+def check_splits(connection: sa.Connection, rows: list[Row]) -> None:
+    """Raises ValueError if the content of a new prompt is, or would be, in another split too."""
+    table = schema.prompts.c
+    splits: dict[bytes, str] = {}
+    for part in chunks([row["content_hash"] for row in rows]):
+        query = sa.select(table.content_hash, table.split).where(table.content_hash.in_(part))
+        splits.update({row.content_hash: row.split for row in connection.execute(query)})
+    for index, row in enumerate(rows):
+        split = splits.setdefault(row["content_hash"], row["split"])
+        if split != row["split"]:
+            raise ValueError(
+                f"add_prompts: prompts[{index}].split must be {split!r}, the split that has this "
+                f"prompt already, got {row['split']!r}"
+            )
+
+
+def count_duplicates(
+    connection: sa.Connection, ids: list[int], rows: list[Row], again: Counter[int]
+) -> int:
+    """Adds to the counters of stored trajectories; returns how many came with another reward."""
+    table = schema.trajectories
+    if not again:
+        return 0
+    stored = {row.id: row.reward for row in by_id(connection, "append", table, list(again))}
+    conflicts = Counter(
+        key
+        for key, row in zip(ids, rows, strict=True)
+        if key in stored and row["reward"] != stored[key]
+    )
+    counts = ("duplicates", again), ("conflicts", conflicts)
+    changes = {name: table.c[name] + sa.bindparam(f"more_{name}") for name, _ in counts}
+    connection.execute(
+        sa.update(table).where(table.c.id == sa.bindparam("row")).values(changes),
+        [{"row": key, **{f"more_{name}": count[key] for name, count in counts}} for key in again],
+    )
+    return conflicts.total()
+
+
+def by_id(
+    connection: sa.Connection, function: str, table: sa.Table, ids: Sequence[int]
+) -> list[sa.Row[Any]]:
+    """In the order of ids. Raises ValueError for an id that is not stored."""
+    found = {}
+    for part in chunks(list(ids)):
+        query = sa.select(table).where(table.c.id.in_(part))
+        found.update({row.id: row for row in connection.execute(query)})
+    for index, key in enumerate(ids):
+        if key not in found:
+            raise ValueError(f"{function}: ids[{index}] must be in {table.name}, got {key!r}")
+    return [found[key] for key in ids]
+
+
+def stream(
+    database: Database, table: sa.Table, where: list[sa.ColumnElement[bool]]
+) -> Iterator[sa.Row[Any]]:
+    """Rows by id up to the newest one now, in a transaction per page.
+
+    One long transaction would keep SQLite from folding its log into the file, and PostgreSQL from
+    cleaning up.
+    """
+    with database.read() as connection:
+        newest = connection.execute(sa.select(sa.func.max(table.c.id))).scalar() or 0
+    last = 0
+    while True:
+        query = sa.select(table).where(table.c.id > last, table.c.id <= newest, *where)
+        with database.read() as connection:
+            page = connection.execute(query.order_by(table.c.id).limit(_PAGE)).all()
+        yield from page
+        if len(page) < _PAGE:
+            return
+        last = page[-1].id
+
+
+def forget_sampler(connection: sa.Connection, name: str) -> None:
+    for column in (schema.draws.c.sampler, schema.batches.c.sampler, schema.samplers.c.name):
+        connection.execute(sa.delete(column.table).where(column == name))
+
+
+def counters(connection: sa.Connection) -> dict[str, int]:
+    trajectories = schema.trajectories
+    counted = {
+        "prompts": sa.select(sa.func.count()).select_from(schema.prompts),
+        "trajectories": sa.select(sa.func.count()).select_from(trajectories),
+        "duplicates": sa.select(sa.func.coalesce(sa.func.sum(trajectories.c.duplicates), 0)),
+        "conflicts": sa.select(sa.func.coalesce(sa.func.sum(trajectories.c.conflicts), 0)),
+        "draws": sa.select(sa.func.count()).select_from(schema.draws),
+        "ref_logprobs": sa.select(sa.func.count()).select_from(schema.ref_logprobs),
+    }
+    return {name: int(connection.execute(query).scalar_one()) for name, query in counted.items()}

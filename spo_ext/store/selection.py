@@ -1,0 +1,192 @@
+"""Which trajectories make the next batch. A function of content, seed and earlier draws alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spo_ext.store.codec import content_hash, encode_json, shuffle_key
+from spo_ext.store.index import Index
+from spo_ext.store.mixture import SamplerConfig
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class SampleShortfall(RuntimeError):
+    """The store has too few trajectories for the mixture that was asked for."""
+
+
+@dataclass(slots=True)
+class Selection:
+    """rows [n] of the index and the epoch of each; shortfall: pool or stratum -> wanted, got."""
+
+    rows: Tensor
+    epochs: Tensor
+    shortfall: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def select(config: SamplerConfig, index: Index, step: int, policy_version: int | None) -> Selection:
+    """Raises SampleShortfall if a pool, or with on_shortfall "fill" the store, has too little."""
+    return _Draw(config, index, step, policy_version).batch()
+
+
+class _Draw:
+    def __init__(
+        self, config: SamplerConfig, index: Index, step: int, policy_version: int | None
+    ) -> None:
+        self.config, self.step, self.policy_version = config, step, policy_version
+        self.columns = index.columns
+        self.strata = index.strata
+        self.epochs = index.epochs.clone()  # what is not drawn in the end has not happened
+        self.pool = self.columns.cell // self.strata
+        self.open = self._eligible()
+        self.picked: list[Tensor] = []  # units: one trajectory, or a group of one prompt
+        self.picked_epochs: list[Tensor] = []
+        self.shortfall: dict[str, tuple[int, int]] = {}
+
+    def batch(self) -> Selection:
+        size = self.config.group_size
+        names = list(self.config.fractions)
+        wanted = _counts(self.config, self.step)
+        for pool, count in enumerate(wanted):
+            got = self._draw_pool(pool, count)
+            if got < count:
+                self.shortfall[names[pool]] = (count * size, got * size)
+        missing = sum(wanted) - len(self.picked)
+        if missing and self.config.on_shortfall == "raise":
+            raise SampleShortfall(self._explain(names))
+        for pool in range(len(names)):
+            missing -= self._draw_pool(pool, missing)
+        if missing:
+            raise SampleShortfall(self._explain(names))
+        first = self.columns.key[torch.stack([unit[0] for unit in self.picked])]
+        order = _mix(first ^ self._salt("order", self.step)).argsort()
+        rows = torch.cat([self.picked[i] for i in order.tolist()])
+        epochs = torch.cat([self.picked_epochs[i] for i in order.tolist()])
+        return Selection(rows, epochs, self.shortfall)
+
+    def _eligible(self) -> Tensor:
+        columns, config = self.columns, self.config
+        allowed = torch.ones_like(columns.id, dtype=torch.bool)
+        if config.max_uses is not None:
+            allowed &= columns.uses < config.max_uses
+        pools = list(config.fractions)
+        if "online" in pools:
+            assert self.policy_version is not None
+            online = self.pool == pools.index("online")
+            # Before a crash the run may have come further than the checkpoint that it resumes.
+            late = columns.version > self.policy_version
+            if config.max_age is not None:
+                late |= columns.version < self.policy_version - config.max_age
+            allowed &= ~(online & late)
+        return allowed
+
+    def _draw_pool(self, pool: int, count: int) -> int:
+        """Picks up to `count` units of the pool; how many it found."""
+        before = len(self.picked)
+        inside = self.pool == pool
+        for stratum, rule in enumerate(self.config.strata):
+            quota = min(math.ceil(rule.fraction * count - 1e-9), count + before - len(self.picked))
+            got = self._take(inside & (self.columns.cell % self.strata == stratum), quota)
+            if got < quota:
+                name = f"{list(self.config.fractions)[pool]} reward [{rule.low}, {rule.high})"
+                self.shortfall[name] = (quota, got)
+        self._take(inside, count - (len(self.picked) - before))
+        return len(self.picked) - before
+
+    def _take(self, inside: Tensor, count: int) -> int:
+        """Picks from `inside` what this epoch has not drawn yet, then starts another epoch."""
+        pick = self._pick_groups if self.config.group_size > 1 else self._pick
+        fresh = inside & self.open & (self.columns.epoch < self.epochs[self.columns.cell])
+        got = pick(fresh, count)
+        if got < count and bool((inside & self.open).any()):
+            cells = self.columns.cell[inside]
+            self.epochs += torch.bincount(cells, minlength=len(self.epochs)) > 0
+            got += pick(inside & self.open, count - got)
+        return got
+
+    def _pick(self, candidates: Tensor, count: int) -> int:
+        rows = candidates.nonzero()[:, 0]
+        order = self._order("row", self.columns.key[rows], rows)
+        chosen = rows[order.topk(min(count, len(rows)), largest=False).indices]
+        for slot in range(len(chosen)):
+            self._keep(chosen[slot : slot + 1])
+        return len(chosen)
+
+    def _pick_groups(self, candidates: Tensor, count: int) -> int:
+        rows = candidates.nonzero()[:, 0]
+        rows = rows[self._order("row", self.columns.key[rows], rows).argsort()]
+        prompt_keys = self.columns.prompt_key
+        rows = rows[prompt_keys[rows].argsort(stable=True)]
+        # Rows of a prompt now lie together, in random order. The first of them starts a group if
+        # the row size - 1 further on is still of the prompt.
+        size, prompts = self.config.group_size, prompt_keys[rows]
+        first = torch.ones_like(prompts, dtype=torch.bool)
+        first[1:] = prompts[1:] != prompts[:-1]
+        last = max(len(rows) - size + 1, 0)
+        first[:last] &= prompts[:last] == prompts[size - 1 :]
+        first[last:] = False
+        starts = first.nonzero()[:, 0]
+        order = self._order("prompt", prompts[starts], rows[starts])
+        chosen = starts[order.argsort()[:count]].tolist()
+        for start in chosen:
+            group = rows[start : start + size]
+            self._keep(group)
+            # A second group of the prompt in this batch would only make the first one larger.
+            self.open &= prompt_keys != prompt_keys[group[0]]
+        return len(chosen)
+
+    def _keep(self, unit: Tensor) -> None:
+        self.picked.append(unit)
+        self.picked_epochs.append(self.epochs[self.columns.cell[unit]])
+        self.open[unit] = False
+
+    def _order(self, what: str, keys: Tensor, rows: Tensor) -> Tensor:
+        """A random number for each key, another one in every epoch."""
+        salts = [self._salt(what, int(epoch)) for epoch in self.epochs]
+        by_cell = torch.tensor(salts, device="cpu")
+        return _mix(keys ^ by_cell[self.columns.cell[rows]])
+
+    def _salt(self, what: str, number: int) -> int:
+        return shuffle_key(content_hash(encode_json([self.config.seed, what, number])))
+
+    def _explain(self, names: list[str]) -> str:
+        stored = {name: int((self.pool == pool).sum()) for pool, name in enumerate(names)}
+        config = self.config
+        return (
+            f"Sampler: the store must hold enough for a batch of {config.batch_size} at step "
+            f"{self.step}, got too little (wanted, got): {self.shortfall}. Stored: {stored}; "
+            f"policy_version {self.policy_version}, max_age {config.max_age}, max_uses "
+            f"{config.max_uses}, group_size {config.group_size}, split {config.split}"
+        )
+
+
+def _counts(config: SamplerConfig, step: int) -> list[int]:
+    """Units of each pool at this step, their sum exact.
+
+    A fraction that makes no whole number is rounded up or down such that it is met in the long
+    run: one of 0.01 still gives one row in a hundred. The offset moves evenly through [0, 1).
+    """
+    units = config.batch_size // config.group_size
+    start = shuffle_key(content_hash(encode_json([config.seed, "counts"]))) / 2**64
+    offset = (start + _GOLDEN * step) % 1.0
+    bounds, total = [0], 0.0
+    for fraction in config.fractions.values():
+        total += fraction
+        bounds.append(math.floor(total * units + offset + 1e-9))
+    bounds[-1] = units
+    return [max(high - low, 0) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def _mix(keys: Tensor) -> Tensor:
+    """The finaliser of splitmix64: a bijection of 64 bits that looks random."""
+
+    def shifted(values: Tensor, bits: int) -> Tensor:
+        return values ^ ((values >> bits) & ((1 << (64 - bits)) - 1))  # >> copies the sign bit
+
+    keys = shifted(keys, 30) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
+    keys = shifted(keys, 27) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return shifted(keys, 31)

@@ -1,0 +1,204 @@
+"""The trajectory store: what was tried, by whom, and what came of it, across runs and machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
+
+import sqlalchemy as sa
+from torch import Tensor
+
+from spo_ext.store import migrations, queries, rows, schema, scores
+from spo_ext.store.checks import check_one_of, refuse
+from spo_ext.store.database import Database
+from spo_ext.store.records import (
+    Appended,
+    Prompt,
+    PromptValue,
+    Split,
+    StoredPrompt,
+    StoredTrajectory,
+    Trajectory,
+)
+
+
+class TrajectoryStore:
+    """Prompts, trajectories and cached reference log-probabilities in a database.
+
+    Args:
+        target: a file (SQLite, made if missing; on a local disk, for processes of one machine), or
+            postgresql://user@host/database for several machines.
+        timeout_s: how long a writer waits for the others before it raises.
+
+    Any number of processes may read and write. Whatever a method returned for survives the death
+    of its process, and a batch is stored whole or not at all. An older database is brought to the
+    current schema when it is opened.
+
+    Raises:
+        ValueError: for an argument outside what is said, before anything is written.
+        SchemaError: if the database was written by a newer spo_ext.
+        sqlalchemy.exc.OperationalError: if the database cannot be reached or is locked for longer.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], *, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
+        self.database = Database(target, timeout_s)
+        with self.database.write() as connection:
+            migrations.migrate(connection)
+
+    def __repr__(self) -> str:
+        return f"TrajectoryStore({self.database.url.render_as_string(hide_password=True)!r})"
+
+    def __reduce__(self) -> tuple[Callable[..., TrajectoryStore], tuple[object, ...]]:
+        # For workers of a DataLoader: they open connections of their own.
+        return _reopen, (self.database.url.render_as_string(hide_password=False), self._timeout_s)
+
+    def close(self) -> None:
+        self.database.close()
+
+    def __enter__(self) -> TrajectoryStore:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def add_prompt(self, prompt: Prompt) -> int:
+        """The id of the prompt, the old one if it is there already."""
+        return self.add_prompts([prompt])[0]
+
+    def add_prompts(self, prompts: Sequence[Prompt]) -> list[int]:
+        """All in one transaction; ids in the order of the arguments.
+
+        Raises ValueError if the same text or messages are stored in another split: a test prompt
+        that is also trained on tests nothing.
+        """
+        new = [rows.prompt_row(prompt) for prompt in prompts]
+        with self.database.write() as connection:
+            queries.check_splits(connection, new)
+            ids, _ = queries.insert_missing(connection, schema.prompts, new)
+        return ids
+
+    def append(self, trajectories: Sequence[Trajectory]) -> Appended:
+        """Stores a batch in one transaction.
+
+        A trajectory with the prompt, token ids, origin, finish, temperature and top_p of a stored
+        one is that one: it keeps its id, reward and log-probabilities, and counts a duplicate, and
+        a conflict if the reward differs.
+
+        Raises ValueError if a prompt is not stored; then nothing is.
+        """
+        for index, item in enumerate(trajectories):
+            if not isinstance(item, Trajectory):
+                refuse("append", f"trajectories[{index}]", "a Trajectory", item)
+        with self.database.write() as connection:
+            hashes = rows.prompt_hashes(connection, {item.prompt_id for item in trajectories})
+            for index, item in enumerate(trajectories):
+                if item.prompt_id not in hashes:
+                    raise ValueError(
+                        f"append: trajectories[{index}].prompt_id must be the id of a stored "
+                        f"prompt, got {item.prompt_id}"
+                    )
+            new = [rows.trajectory_row(item, hashes[item.prompt_id]) for item in trajectories]
+            ids, again = queries.insert_missing(connection, schema.trajectories, new)
+            conflicts = queries.count_duplicates(connection, ids, new, again)
+        repeats = again.total()
+        return Appended(tuple(ids), len(ids) - repeats, repeats, conflicts)
+
+    def get(self, ids: Sequence[int]) -> list[StoredTrajectory]:
+        """In the order of ids. Raises ValueError for an id that is not stored."""
+        with self.database.read() as connection:
+            found = queries.by_id(connection, "get", schema.trajectories, ids)
+        return [rows.stored_trajectory(row) for row in found]
+
+    def get_prompts(self, ids: Sequence[int]) -> list[StoredPrompt]:
+        """In the order of ids. Raises ValueError for an id that is not stored."""
+        with self.database.read() as connection:
+            found = queries.by_id(connection, "get_prompts", schema.prompts, ids)
+        return [rows.stored_prompt(row) for row in found]
+
+    def prompts(self, split: Split | None = None) -> Iterator[StoredPrompt]:
+        """Those stored when the iteration starts, by id, a page in memory at a time."""
+        where = []
+        if split is not None:
+            check_one_of("prompts", "split", split, get_args(Split))
+            where.append(schema.prompts.c.split == split)
+        return map(rows.stored_prompt, queries.stream(self.database, schema.prompts, where))
+
+    def trajectories(
+        self,
+        *,
+        prompt_id: int | None = None,
+        run: str | None = None,
+        without_reference: str | None = None,
+    ) -> Iterator[StoredTrajectory]:
+        """Those stored when the iteration starts, by id, a page in memory at a time.
+
+        Args:
+            prompt_id, run: only of this prompt, only of this run.
+            without_reference: only those without log-probabilities of the reference with this
+                fingerprint, which remain to be scored.
+        """
+        table = schema.trajectories.c
+        where = [table.prompt_id == prompt_id] if prompt_id is not None else []
+        where += [table.run == run] if run is not None else []
+        if without_reference is not None:
+            cache = schema.ref_logprobs.c
+            scored = sa.exists().where(
+                cache.trajectory_id == table.id, cache.fingerprint == without_reference
+            )
+            where.append(~scored)
+        found = queries.stream(self.database, schema.trajectories, where)
+        return map(rows.stored_trajectory, found)
+
+    def put_ref_logprobs(self, fingerprint: str, logprobs: Mapping[int, Tensor]) -> None:
+        """Caches log-probabilities [T] in nats of the reference, by trajectory id, as float32.
+
+        fingerprint comes from `reference_fingerprint`. Those that are cached already are kept.
+
+        Raises ValueError unless each has one finite number per token of a stored trajectory.
+        """
+        with self.database.write() as connection:
+            scores.put_ref_logprobs(connection, fingerprint, logprobs)
+
+    def ref_logprobs(self, ids: Sequence[int], fingerprint: str) -> list[Tensor | None]:
+        """float32 [T] for each trajectory id, None where this reference's are not cached."""
+        with self.database.read() as connection:
+            return scores.ref_logprobs(connection, ids, fingerprint)
+
+    def put_q0(self, values: Mapping[int, PromptValue]) -> None:
+        """Stores estimates of Q_0 by prompt id; each replaces one of the same beta, temperature,
+        top_p and reference.
+
+        Raises ValueError for a prompt that is not stored.
+        """
+        with self.database.write() as connection:
+            scores.put_q0(connection, values)
+
+    def q0(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        beta: float,
+        temperature: float,
+        top_p: float = 1.0,
+        reference: str = "",
+    ) -> list[PromptValue | None]:
+        """The estimate for each prompt id, None where there is none under these conditions."""
+        key = (reference, beta, temperature, top_p)
+        with self.database.read() as connection:
+            return scores.q0(connection, prompt_ids, key)
+
+    def forget_sampler(self, name: str) -> None:
+        """Deletes the records of what a sampler drew; its name is new again."""
+        with self.database.write() as connection:
+            queries.forget_sampler(connection, name)
+
+    def counters(self) -> dict[str, int]:
+        """Rows of the store, duplicates and conflicts of `append`, draws of all samplers."""
+        with self.database.read() as connection:
+            return queries.counters(connection)
+
+
+def _reopen(target: str, timeout_s: float) -> TrajectoryStore:
+    return TrajectoryStore(target, timeout_s=timeout_s)
