@@ -7,7 +7,8 @@ from types import ModuleType
 from spo_ext import _ops as _ops  # registers the operators first
 from spo_ext import reference
 from spo_ext._ops import build_info
-from spo_ext.head import explain, logprobs_from_logits, token_logprobs
+from spo_ext.head import explain, token_logprobs
+from spo_ext.logits import logprobs_from_logits
 from spo_ext.losses import linear_loss, loss, soft_q, taper_weights
 from spo_ext.prompts import prompt_value
 from spo_ext.stats import LossStats

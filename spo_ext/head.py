@@ -1,16 +1,20 @@
-"""Log-probabilities of the next token, from hidden states and an LM head or from logits.
+"""Log-probabilities of the next token from hidden states and an LM head.
 
 Shapes: hidden [.., d], weight [V, d], where [..] is [N] (packed) or [B, T] (padded) for every
 per-token tensor.
 """
 
-from typing import Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from spo_ext.sharded import Scales, sharded_logprobs
 from spo_ext.strategy import KEEP, BackwardPlan, Chosen, HeadCall, Strategy, choose, plan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _OPS = torch.ops.spo
 
@@ -36,14 +40,7 @@ class HeadOptions(TypedDict, total=False):
     max_dropped_mass: float
     strategy: Strategy
     workspace_mib: int
-
-
-class LogitsOptions(TypedDict, total=False):
-    """The options of `logprobs_from_logits`."""
-
-    temperature: float
-    ignore_index: int
-    inplace_backward: bool
+    process_group: "ProcessGroup | None"
 
 
 @overload
@@ -95,6 +92,7 @@ def token_logprobs(
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
     workspace_mib: int = 64,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """log softmax(z)[target] of an LM head, z = softcap(logit_scale (hidden weight^T + bias)) /
     temperature.
@@ -125,6 +123,10 @@ def token_logprobs(
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
             5/8 of it cost one product more in the backward pass.
+        process_group: weight and bias are this rank's part of the vocabulary, [V_r, d] and [V_r];
+            the parts lie in the order of the ranks and may differ in size. Every rank calls with
+            the same hidden and targets, and backward with the same gradient; all get the same
+            results, and the whole of grad_hidden. Exact and without entropy.
 
     Returns:
         float32 (float64 for float64 inputs) [..] log-probabilities in nats, 0 at ignored targets;
@@ -141,6 +143,17 @@ def token_logprobs(
             f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
         )
     same_device("token_logprobs", "hidden", hidden, weight=weight, targets=targets, bias=bias)
+    if process_group is not None:
+        if return_entropy or return_dropped_mass or max_dropped_mass:
+            raise ValueError(
+                "token_logprobs: return_entropy, return_dropped_mass and max_dropped_mass must be "
+                "left out with process_group"
+            )
+        scales = Scales(temperature, logit_scale, softcap)
+        return sharded_logprobs(
+            hidden, weight, targets, bias, scales, ignore_index, strategy, workspace_mib,
+            process_group,
+        )  # fmt: skip
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     chosen = choose(strategy, call)
     logprobs, entropy, _, kept = _OPS.token_logprobs(
@@ -185,59 +198,3 @@ def explain(
     """
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     return plan(strategy, call)
-
-
-@overload
-def logprobs_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    return_entropy: Literal[False] = ...,
-    **options: Unpack[LogitsOptions],
-) -> Tensor: ...
-
-
-@overload
-def logprobs_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    return_entropy: Literal[True],
-    **options: Unpack[LogitsOptions],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def logprobs_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    return_entropy: bool = False,
-    inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature)[target] of logits that already exist, reading them once.
-
-    Args:
-        logits: [.., V], float32, bfloat16, float16 or float64; any strides.
-        targets: [..], int64 or int32, in [0, V) or `ignore_index`.
-        return_entropy: also return the entropy of each softmax, in nats; differentiable.
-        inplace_backward: let the backward pass overwrite `logits` with its gradient, so that no
-            second [.., V] tensor is made. The logits must not be a leaf and must not be used
-            afterwards; PyTorch's version counter catches it if another operation saved them. Under
-            torch.compile the gradient is a new tensor.
-
-    Returns:
-        float32 (float64 for float64 logits) [..] in nats, 0 at ignored targets; with
-        `return_entropy`, also the entropies.
-    """
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            "logprobs_from_logits: logits must not be a leaf with inplace_backward=True, "
-            "since its values would be lost"
-        )
-    same_device("logprobs_from_logits", "logits", logits, targets=targets)
-    logprobs, entropy, _ = _OPS.logprobs_from_logits(
-        logits, targets, temperature, ignore_index, return_entropy, inplace_backward
-    )
-    return (logprobs, entropy) if return_entropy else logprobs

@@ -5,7 +5,7 @@ per-sequence tensors [S].
 Symbols follow Soft Policy Optimization, arXiv 2503.05453.
 """
 
-from typing import Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from typing_extensions import Unpack
 from spo_ext.head import HeadOptions, same_device, token_logprobs
 from spo_ext.stats import LossStats
 from spo_ext.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Objective = Literal["squared", "cross_entropy", "advantage", "group", "linear"]
 Reduction = Literal["none", "mean", "sum"]
@@ -384,6 +387,7 @@ def linear_loss(
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
     workspace_mib: int = 64,
+    process_group: "ProcessGroup | None" = None,
     mask: Tensor | None = None,
     **loss_arguments: object,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -395,8 +399,8 @@ def linear_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, logit_scale, softcap, max_dropped_mass,
-            strategy, workspace_mib: see `token_logprobs`. targets is [B, T], or [N] with
-            `cu_seqlens`.
+            strategy, workspace_mib, process_group: see `token_logprobs`. targets is [B, T], or [N]
+            with `cu_seqlens`.
         ref_logprobs, rewards, q0, beta, objective: see `loss`, as for every other argument.
     """
     counted = targets != ignore_index
@@ -420,6 +424,7 @@ def linear_loss(
         max_dropped_mass=max_dropped_mass,
         strategy=strategy,
         workspace_mib=workspace_mib,
+        process_group=process_group,
     )
     return loss(  # type: ignore[no-any-return, call-overload]
         logprobs,
