@@ -200,6 +200,6 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     [example] = [part for part in readme.split("```") if "TrajectoryStore(" in part]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec("from spo_ext.store import *\n" + example.removeprefix("python\n"), names)
+    exec(example.removeprefix("python\n"), names)
     assert names["batch"].trajectories[0].token_ids == (19, 1)
     names["store"].close()
