@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ def test_solutions_in_python_3_are_trajectories_with_rewards(
     store: TrajectoryStore, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", cases.CODE_CONTESTS)
-    import_rows(store, path, tokenizer=tokenizer, split="test")
+    summary, _ = import_rows(store, path, tokenizer=tokenizer, split="test")
+    assert (summary.foreign, summary.untokenised) == (2, 0)
     [prompt] = store.prompts("test")
     assert prompt.token_ids == tuple(tokenizer.prompt_ids(cases.CODE_CONTESTS["description"]))
     good, bad = store.trajectories()
@@ -163,3 +166,35 @@ def test_an_origin_that_is_given_is_that_of_all_rows(
     origin = Origin("policy", run="r", policy_version=4)
     import_rows(store, write_rows(tmp_path / "a.jsonl", row), origin=origin)
     assert [item.origin for item in store.trajectories()] == [origin]
+
+
+@pytest.mark.parametrize(
+    "outputs, expected",
+    [([[1], [2]], [1, 2]), ([1, 2], [1, 2]), ([[1], [2, 3]], [["list", 1], ["list", 2, 3]])],
+)
+def test_results_wrapped_in_lists_of_one(
+    store: TrajectoryStore, tmp_path: Path, outputs: list[Any], expected: list[Any]
+) -> None:
+    tests = {"fn_name": "f", "inputs": [[0], [1]], "outputs": outputs}
+    row = {**cases.APPS, "input_output": json.dumps(tests)}
+    import_rows(store, write_rows(tmp_path / "a.jsonl", row))
+    [prompt] = store.prompts()
+    assert prompt.tests["expected"] == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_large_file_does_not_fill_the_memory(
+    store: TrajectoryStore, tmp_path: Path, suffix: str
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"rows{suffix}"
+    write_rows(path, *({"prompt": f"{i:x}" * 10_000} for i in range(1000, 2500)))  # 45 MB of text
+    tracemalloc.start()
+    try:
+        summary, _ = import_rows(store, path)
+        peak_mib = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    assert summary.loaded.prompts == 1500
+    assert peak_mib < 30  # a batch of 256 rows as they are, encoded, and as the database gets them

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from data_cases import contents, import_rows, packed, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from store_cases import start_process
 
 from spo_ext.data.tests import submission
 from spo_ext.data.unpickle import unpickle
@@ -125,6 +127,23 @@ def test_many_batches_and_a_repeat_that_changes_nothing(store_target: str, tmp_p
     changed, _ = import_rows(store, write_rows(path, *rows))
     assert changed.loaded.conflicts == 1 and "1 keep another reward" in str(changed)
     assert contents(store) == before
+
+
+def test_a_killed_import_is_simply_repeated(store: TrajectoryStore, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"p{i}"} for i in range(5000)))
+    body = "from spo_ext.cli import main\nmain(argv)"
+    process = start_process(body, "import", str(path), "--store", str(tmp_path / "store.db"))
+    deadline = time.monotonic() + 60
+    while not store.counters()["prompts"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    stored = store.counters()
+    assert 0 < stored["prompts"] == stored["trajectories"] < 5000  # whole batches
+    assert stored["prompts"] % 256 == 0
+    summary, _ = import_rows(store, path)
+    assert summary.loaded.prompts == 5000 - stored["prompts"]
+    assert store.counters()["trajectories"] == 5000
 
 
 class Evil:

@@ -97,6 +97,8 @@ def _import(options: argparse.Namespace) -> int:
                     status = _fail(error)
             print(importer.summary)
             return 1 if importer.summary.refused else status
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was stored stays, and may be imported again", status=130)
     except _failures() as error:
         return _fail(error)
 
@@ -146,6 +148,8 @@ def _export(options: argparse.Namespace) -> int:
             )
     except ImportError as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
     except _failures() as error:
         return _fail(error)
     print(f"{count} rows in {options.out}")
@@ -159,6 +163,6 @@ def _failures() -> tuple[type[BaseException], ...]:
     return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)
 
 
-def _fail(error: BaseException) -> int:
+def _fail(error: object, status: int = 1) -> int:
     print(f"spo: error: {error}", file=sys.stderr)
-    return 1
+    return status

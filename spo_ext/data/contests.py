@@ -29,10 +29,7 @@ _MAX_UNPACKED = 512 << 20
 
 
 def parse_code_contests(row: Row, defaults: Defaults) -> Record:
-    """Public, private and generated tests; solutions in Python 3, right and wrong. Raises RowError.
-
-    Solutions in other languages are no trajectories of a task in Python, and are not imported.
-    """
+    """All tests, public or not, and the solutions in Python 3, right and wrong. Raises RowError."""
     content = text(row, "description")
     if optional_text(row, "input_file") or optional_text(row, "output_file"):
         raise RowError("it reads or writes a file, not stdin and stdout")
@@ -42,19 +39,19 @@ def parse_code_contests(row: Row, defaults: Defaults) -> Record:
         inputs += strings(_struct(row, name), "input")
         outputs += strings(_struct(row, name), "output")
     tests = stdin_tests(inputs, outputs)
-    origin, completions = defaults.origin_of("code_contests"), []
+    origin, completions, foreign = defaults.origin_of("code_contests"), [], 0
     for name, reward in (("solutions", 1.0), ("incorrect_solutions", 0.0)):
         struct = _struct(row, name)
         sources, languages = strings(struct, "solution"), struct.get("language") or []
         if len(sources) != len(languages):
             raise RowError(f"{name} has {len(sources)} sources and {len(languages)} languages")
-        completions += [
-            solution(source, reward, origin)
-            for source, language in zip(sources, languages, strict=True)
-            if language in _PYTHON_3 and source.strip()
-        ]
+        for source, language in zip(sources, languages, strict=True):
+            if language in _PYTHON_3 and source.strip():
+                completions.append(solution(source, reward, origin))
+            else:
+                foreign += 1
     prompt = Prompt(content, tests=tests, split=defaults.split or "train")
-    return Record(prompt, tuple(completions))
+    return Record(prompt, tuple(completions), foreign=foreign)
 
 
 def parse_taco(row: Row, defaults: Defaults) -> Record:

@@ -71,11 +71,15 @@ class StrictError(ValueError):
 
 @dataclass
 class Summary:
-    """Rows read, problems by kind, completions without token ids, and what the store took."""
+    """Rows read, problems by kind, solutions left out, and what the store took.
+
+    untokenised: without token ids; foreign: in other languages than Python 3.
+    """
 
     rows: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     untokenised: int = 0
+    foreign: int = 0
     loaded: Loaded = field(default_factory=Loaded)
 
     @property
@@ -91,6 +95,8 @@ class Summary:
         ]
         if self.untokenised:
             lines.append(f"{self.untokenised} solutions left out: token ids need a tokenizer")
+        if self.foreign:
+            lines.append(f"{self.foreign} solutions left out: other languages than Python 3")
         return "\n".join(lines)
 
 
@@ -169,6 +175,7 @@ class Importer:
                 self._say("contaminated", path, number_of_row, reason)
                 continue
             self._note(path, number_of_row, record)
+            self.summary.foreign += record.foreign
             self._contamination.add(prompt)
             yield ready
 

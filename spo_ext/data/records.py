@@ -38,11 +38,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt and what is known of it; left_out counts its tests that cannot be judged."""
+    """A prompt and what is known of it.
+
+    left_out counts its tests that cannot be judged, foreign its solutions in other languages than
+    Python 3, which no test of it can judge.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...] = ()
     left_out: int = 0
+    foreign: int = 0
 
 
 @dataclass(frozen=True)
