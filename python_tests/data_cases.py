@@ -66,6 +66,30 @@ MBPP_SANITIZED: dict[str, Any] = {
     "test_imports": ["import math"],
     "test_list": ["assert area() == 3"],
 }
+PLUS = """import numpy as np
+
+def is_floats(x):
+    return isinstance(x, float)
+
+def assertion(out, exp, atol):
+    exact_match = out == exp
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if not exact_match and atol != 0:
+        np.testing.assert_allclose(out, exp, atol=atol)
+    else:
+        assert exact_match
+
+"""
+MBPP_PLUS: dict[str, Any] = {
+    "task_id": 3,
+    "prompt": "Write a function that returns the area of a circle, rounded down.",
+    "code": "def area(r):\n    return math.floor(math.pi * r * r)",
+    "test_imports": ["import math"],
+    "test_list": ["assert area(1) == 3"],
+    "test": PLUS + "inputs = [[2], [0]]\nresults = [12, 0]\n"
+    "for i, (inp, exp) in enumerate(zip(inputs, results)):\n    assertion(area(*inp), exp, 0)\n",
+}
 HUMANEVAL: dict[str, Any] = {
     "task_id": "HumanEval/0",
     "prompt": 'def double(x):\n    """Twice x."""\n',
@@ -80,8 +104,8 @@ HUMANEVAL_PLUS: dict[str, Any] = {
     "task_id": "HumanEval/1",
     "prompt": 'def half(x):\n    """Half of x, whole if it can be."""\n',
     "canonical_solution": "    return x // 2 if x % 2 == 0 else x / 2\n",
-    "test": "def assertion(out, exp, atol):\n    assert out == exp\n\n"
-    "def check(candidate):\n    inputs = [[2], [3], [-4]]\n    results = [1, 1.5, -2]\n"
+    "test": PLUS
+    + "def check(candidate):\n    inputs = [[2], [3], [-4]]\n    results = [1, 1.5, -2]\n"
     "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
     "        assertion(candidate(*inp), exp, 0)\n",
     "entry_point": "half",

@@ -23,6 +23,7 @@ SCHEMAS = {
     "apps": (cases.APPS, ["turn = lambda x: x[::-1]"], ["turn = lambda x: x"], 2, 0),
     "mbpp": (cases.MBPP, [cases.MBPP["code"]], ["def similar(a, b): return [4, 5]"], 2, 1),
     "mbpp_sanitized": (cases.MBPP_SANITIZED, [cases.MBPP_SANITIZED["code"]], ["area = int"], 1, 0),
+    "mbpp_plus": (cases.MBPP_PLUS, [cases.MBPP_PLUS["code"]], ["def area(r): return 3"], 3, 0),
     "humaneval": (cases.HUMANEVAL, ["    return x + x"], ["    return 4"], 2, 2),
     "humaneval_plus": (
         cases.HUMANEVAL_PLUS,
@@ -198,3 +199,23 @@ def test_a_large_file_does_not_fill_the_memory(
         tracemalloc.stop()
     assert summary.loaded.prompts == 1500
     assert peak_mib < 30  # a batch of 256 rows as they are, encoded, and as the database gets them
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("out == exp", "set(out) == set(exp)"),
+        ("    if atol == 0", "    exact_match = exact_match or out == 0\n    if atol == 0"),
+        ("    exact_match =", "    out = sorted(out)\n    exact_match ="),
+        ("assertion(area(*inp), exp", "assertion(area(*inp) is not None, exp"),
+    ],
+)
+def test_results_that_are_compared_in_a_way_of_their_own_are_left_out(
+    store: TrajectoryStore, tmp_path: Path, before: str, after: str
+) -> None:
+    row = {**cases.MBPP_PLUS, "test": cases.MBPP_PLUS["test"].replace(before, after)}
+    assert row != cases.MBPP_PLUS
+    _, [problem] = import_rows(store, write_rows(tmp_path / "a.jsonl", row))
+    assert problem.reason.startswith("2 tests left out")
+    [prompt] = store.prompts()
+    assert prompt.tests["calls"] == [["list", 1]]

@@ -33,6 +33,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no known columns": ({"a": 1}, "no known format has just the columns a"),
     "no prompt": ({**ROW, "prompt": 3}, "prompt must be text or messages, got 3"),
     "messages without roles": ({**ROW, "prompt": [{"content": "x"}]}, "a list of messages with"),
+    "a long list of nothing": ({**ROW, "prompt": [0] * 10_000}, "a role, got [0, 0"),
     "no reward": ({**ROW, "reward": None}, "needs a reward, or a label"),
     "reward of text": ({**ROW, "reward": "1"}, "it is -inf) must be a finite number"),
     "reward of nan": ({**ROW, "reward": float("nan")}, "must be a finite number"),
@@ -90,7 +91,7 @@ def test_a_bad_row_is_reported_and_the_rest_imports(
     )
     summary, [problem] = import_rows(store, path)
     assert (problem.kind, problem.file, problem.row) == ("bad", path, 2)
-    assert reason in problem.reason
+    assert reason in problem.reason and len(problem.reason) <= 300
     assert [prompt.content for prompt in store.prompts()] == ["first", "last"]
     assert (summary.rows, summary.refused) == (3, 1)
 

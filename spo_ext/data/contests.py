@@ -73,7 +73,8 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
     if kinds == {"functional"}:
         metadata = parsed(row, "metadata")
         name = metadata.get("func_name") if isinstance(metadata, dict) else None
-        calls = [[parse_json("input", line) for line in item.split("\n")] for item in inputs]
+        lines = [[line for line in item.split("\n") if line.strip()] for item in inputs]
+        calls = [[parse_json("input", line) for line in item] for item in lines]
         tests = call_tests(name, calls, [parse_json("output", item) for item in outputs])
     elif kinds <= {"stdin"}:
         tests = stdin_tests(inputs, outputs)

@@ -230,7 +230,8 @@ class Importer:
 
     def _say(self, kind: str, path: Path, row: int, reason: str) -> None:
         self.summary.problems[kind] += 1
-        self._report(Problem(kind, path, row, " ".join(reason.split())))
+        line = " ".join(reason.split())  # a reason may quote a whole field
+        self._report(Problem(kind, path, row, line if len(line) <= 300 else line[:297] + "..."))
 
 
 def _left_out(record: Record) -> str:
