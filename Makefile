@@ -38,7 +38,7 @@ $(VENV)/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark safetensors ruff mypy \
-		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]"
+		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow
 	touch $@
 
 build: $(VENV)/.ready

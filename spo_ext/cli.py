@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from spo_ext.data.commands import add_export, add_import
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_quickstart,)
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_quickstart, add_import, add_export)
 
 if __name__ == "__main__":
     sys.exit(main())

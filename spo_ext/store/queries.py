@@ -97,7 +97,7 @@ def by_id(
 
 
 def stream(
-    database: Database, table: sa.Table, where: list[sa.ColumnElement[bool]]
+    database: Database, table: sa.FromClause, where: list[sa.ColumnElement[bool]]
 ) -> Iterator[sa.Row[Any]]:
     """Rows by id up to the newest one now, in a transaction per page.
 

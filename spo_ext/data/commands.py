@@ -1,0 +1,168 @@
+"""`spo import` and `spo export`: their arguments, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spo_ext.cli import Subparsers
+    from spo_ext.data.importer import Settings
+    from spo_ext.store import Origin
+
+_FORMATS = ("auto", "trl", "code_contests", "taco", "apps", "mbpp", "humaneval", "livecodebench")
+_SPLITS = ("train", "dev", "test")
+_ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"
+
+
+def add_import(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "import",
+        help="prompts, tests and trajectories from JSONL or Parquet into a store",
+        description="Reads .jsonl, .jsonl.gz and .parquet. Bad rows go to the standard error and "
+        "the rest is stored; the exit status is then 1. To repeat an import changes nothing.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _add_common(parser)
+    parser.add_argument("--format", choices=_FORMATS, default="auto", help="default: by columns")
+    parser.add_argument(
+        "--split", choices=_SPLITS, help="of all rows; default: the row's own, else train"
+    )
+    parser.add_argument(
+        "--origin",
+        metavar="WHO",
+        help=f"{_ORIGINS}; default: what the row says, human for solutions of a data set, "
+        "else model:unknown",
+    )
+    parser.add_argument("--strict", action="store_true", help="store no file that has a bad row")
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="report prompts of which another split has this share (default: 0.5)",
+    )
+    parser.set_defaults(run=_import, error=parser.error)
+
+
+def add_export(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="trajectories of a store as JSONL or Parquet rows for TRL",
+        description="Writes prompt, completion, reward and the rest of what the store knows, so "
+        "that spo import of the file gives the same.",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help=".jsonl, .jsonl.gz or .parquet")
+    _add_common(parser)
+    parser.add_argument("--split", choices=_SPLITS, help="only its prompts")
+    parser.add_argument("--only-run", metavar="RUN", help="only trajectories of this run")
+    parser.set_defaults(run=_export, error=parser.error)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store", required=True, metavar="WHERE", help="a file, or postgresql://user@host/database"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="of transformers: text to token ids, and back"
+    )
+
+
+def _import(options: argparse.Namespace) -> int:
+    try:
+        # Imported here: they need packages that the other commands do not.
+        from spo_ext.data.importer import Importer, StrictError
+        from spo_ext.store import TrajectoryStore
+    except ImportError as error:
+        return _fail(error)
+    try:
+        settings = _settings(options)
+    except ValueError as error:
+        options.error(str(error))  # exits with status 2
+    except ImportError as error:
+        return _fail(error)
+    status = 0
+    try:
+        with TrajectoryStore(options.store) as store:
+            importer = Importer(store, settings, lambda problem: print(problem, file=sys.stderr))
+            for path in options.files:
+                try:
+                    importer.import_file(path)
+                except StrictError as error:
+                    status = _fail(error)
+                    break  # later files would be compared with prompts that are not stored
+                except (OSError, ValueError, ImportError) as error:
+                    status = _fail(error)
+            print(importer.summary)
+            return 1 if importer.summary.refused else status
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was stored stays, and may be imported again", status=130)
+    except _failures() as error:
+        return _fail(error)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from spo_ext.data.importer import Settings
+    from spo_ext.data.tokens import Tokenizer
+
+    origin = None if options.origin is None else parse_origin(options.origin)
+    tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
+    return Settings(
+        options.format, options.split, origin, tokenizer, options.strict, options.overlap
+    )
+
+
+def parse_origin(words: str) -> Origin:
+    """Raises ValueError."""
+    from spo_ext.store import Origin
+
+    kind, _, name = words.partition(":")
+    if kind == "human":
+        return Origin("human", run=name or None)
+    if kind == "model" and name:
+        return Origin("model", model=name)
+    run, _, version = name.rpartition(":")
+    if kind == "policy" and run and version.isdecimal():
+        return Origin("policy", run=run, policy_version=int(version))
+    raise ValueError(f"--origin must be {_ORIGINS}, got {words!r}")
+
+
+def _export(options: argparse.Namespace) -> int:
+    try:
+        from spo_ext.data.exporter import export_rows
+        from spo_ext.data.tokens import Tokenizer
+        from spo_ext.store import TrajectoryStore
+
+        if "://" not in options.store and not Path(options.store).is_file():
+            raise FileNotFoundError(f"there is no store {options.store}")
+        tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
+        with TrajectoryStore(options.store) as store:
+            count = export_rows(
+                store,
+                options.out,
+                split=options.split,
+                run=options.only_run,
+                tokenizer=tokenizer,
+            )
+    except ImportError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except _failures() as error:
+        return _fail(error)
+    print(f"{count} rows in {options.out}")
+    return 0
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a store and a file may raise through no fault of the program."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)
+
+
+def _fail(error: object, status: int = 1) -> int:
+    print(f"spo: error: {error}", file=sys.stderr)
+    return status

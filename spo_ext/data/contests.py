@@ -1,0 +1,153 @@
+"""Rows of CodeContests, TACO and APPS, and of LiveCodeBench: tests by stdin or by calls."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from typing import Any
+
+from spo_ext.data.records import (
+    Defaults,
+    Record,
+    Row,
+    RowError,
+    optional_text,
+    parse_json,
+    parsed,
+    shown,
+    solution,
+    strings,
+    text,
+)
+from spo_ext.data.tests import call_tests, stdin_tests
+from spo_ext.data.unpickle import unpickle
+from spo_ext.store.records import Prompt
+
+_PYTHON_3 = (3, "PYTHON3")  # CodeContests; solutions in other languages cannot be judged
+_MAX_UNPACKED = 512 << 20
+
+
+def parse_code_contests(row: Row, defaults: Defaults) -> Record:
+    """All tests, public or not, and the solutions in Python 3, right and wrong. Raises RowError."""
+    content = text(row, "description")
+    if optional_text(row, "input_file") or optional_text(row, "output_file"):
+        raise RowError("it reads or writes a file, not stdin and stdout")
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for name in ("public_tests", "private_tests", "generated_tests"):
+        inputs += strings(_struct(row, name), "input")
+        outputs += strings(_struct(row, name), "output")
+    tests = stdin_tests(inputs, outputs)
+    origin, completions, foreign = defaults.origin_of("code_contests"), [], 0
+    for name, reward in (("solutions", 1.0), ("incorrect_solutions", 0.0)):
+        struct = _struct(row, name)
+        sources, languages = strings(struct, "solution"), struct.get("language") or []
+        if len(sources) != len(languages):
+            raise RowError(f"{name} has {len(sources)} sources and {len(languages)} languages")
+        for source, language in zip(sources, languages, strict=True):
+            if language in _PYTHON_3 and source.strip():
+                completions.append(solution(source, reward, origin))
+            else:
+                foreign += 1
+    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    return Record(prompt, tuple(completions), foreign=foreign)
+
+
+def parse_taco(row: Row, defaults: Defaults) -> Record:
+    """Raises RowError."""
+    return _parse_question(row, defaults, "taco")
+
+
+def parse_apps(row: Row, defaults: Defaults) -> Record:
+    """Raises RowError."""
+    return _parse_question(row, defaults, "apps")
+
+
+def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
+    """Raises RowError."""
+    cases = [*_cases(parsed(row, "public_test_cases")), *_private_cases(row)]
+    kinds = {case.get("testtype") for case in cases}
+    inputs = [optional_text(case, "input") for case in cases]
+    outputs = [optional_text(case, "output") for case in cases]
+    if kinds == {"functional"}:
+        metadata = parsed(row, "metadata")
+        name = metadata.get("func_name") if isinstance(metadata, dict) else None
+        lines = [[line for line in item.split("\n") if line.strip()] for item in inputs]
+        calls = [[parse_json("input", line) for line in item] for item in lines]
+        tests = call_tests(name, calls, [parse_json("output", item) for item in outputs])
+    elif kinds <= {"stdin"}:
+        tests = stdin_tests(inputs, outputs)
+    else:
+        raise RowError(f"testtype must be stdin or functional in all tests, got {shown(kinds)}")
+    content = _with_starter(text(row, "question_content"), row)
+    return Record(Prompt(content, tests=tests, split=defaults.split or "train"))
+
+
+def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
+    content = _with_starter(text(row, "question"), row)
+    given = parsed(row, "input_output") or {}
+    if not isinstance(given, dict):
+        raise RowError(f"input_output must be an object, got {shown(given)}")
+    inputs, outputs = given.get("inputs") or [], given.get("outputs") or []
+    if not isinstance(inputs, list) or not isinstance(outputs, list):
+        raise RowError("inputs and outputs must be lists")
+    if given.get("fn_name"):
+        tests = call_tests(given["fn_name"], inputs, _unwrapped(outputs))
+    else:
+        tests = stdin_tests([_lines(item) for item in inputs], [_lines(item) for item in outputs])
+    solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
+    origin = defaults.origin_of(data_set)
+    completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
+    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    return Record(prompt, tuple(completions))
+
+
+def _with_starter(question: str, row: Row) -> str:
+    starter = optional_text(row, "starter_code")
+    return f"{question}\n\nStart from this code:\n{starter}" if starter.strip() else question
+
+
+def _unwrapped(outputs: list[Any]) -> list[Any]:
+    """Results, which part of the rows wrap in a list of one: taken so if all of them look so."""
+    wrapped = all(isinstance(item, list) and len(item) == 1 for item in outputs)
+    return [item[0] for item in outputs] if wrapped else outputs
+
+
+def _lines(value: Any) -> Any:
+    """Some rows hold a text as a list of its lines."""
+    lines = isinstance(value, list) and all(isinstance(line, str) for line in value)
+    return "\n".join(value) if lines else value
+
+
+def _struct(row: Row, name: str) -> dict[str, Any]:
+    value = row.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise RowError(f"{name} must be an object of lists, got {shown(value)}")
+    return value or {}
+
+
+def _private_cases(row: Row) -> list[dict[str, Any]]:
+    """JSON, or JSON in a pickle, compressed, in base64."""
+    value = optional_text(row, "private_test_cases").strip()
+    if not value or value.startswith("["):
+        return _cases(parsed(row, "private_test_cases"))
+    try:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(base64.b64decode(value, validate=True), _MAX_UNPACKED)
+        if not unpacker.eof:
+            raise ValueError(f"cut off, or more than {_MAX_UNPACKED >> 20} MiB")
+        content = unpickle(data, _MAX_UNPACKED)
+    except (binascii.Error, zlib.error, ValueError) as error:
+        raise RowError(f"private_test_cases cannot be read: {error}") from None
+    if isinstance(content, str):
+        content = parse_json("private_test_cases", content)
+    return _cases(content)
+
+
+def _cases(value: Any) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(case, dict) for case in value):
+        raise RowError(f"test cases must be a list of objects, got {shown(value)}")
+    return value

@@ -1,0 +1,238 @@
+"""Files into the store: what can be read is stored, what cannot is reported with file and row."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from spo_ext.data.contamination import NGRAM, Contamination
+from spo_ext.data.formats import PARSERS, parse_row
+from spo_ext.data.loading import Loaded, Ready, load
+from spo_ext.data.readers import read_rows
+from spo_ext.data.records import Completion, Defaults, Record, Row, RowError
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
+from spo_ext.store.checks import check_one_of, number
+from spo_ext.store.records import Split
+
+_BATCH_ROWS = 256
+_BATCH_BYTES = 32 << 20
+# Raised by parsers, and by the store's records for numbers or nesting beyond all measure.
+_OF_A_ROW = (ValueError, TypeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows are read.
+
+    Args:
+        format: a name of PARSERS, or auto to tell it from each row's columns.
+        split, origin: of all rows; None takes the row's, else train and who the data set names.
+        tokenizer: turns texts into ids where the row has none; without it, a row of TRL's format
+            needs ids, and solutions of the other data sets are left out.
+        strict: a file with a bad row is not stored at all.
+        overlap: report a prompt if another split has this share of its runs of 13 words.
+    """
+
+    format: str = "auto"
+    split: Split | None = None
+    origin: Origin | None = None
+    tokenizer: Tokenizer | None = None
+    strict: bool = False
+    overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_one_of("Settings", "format", self.format, ("auto", *PARSERS))
+        if self.split is not None:
+            check_one_of("Settings", "split", self.split, get_args(Split))
+        number("Settings", "overlap", self.overlap, above=0.0, at_most=1.0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Of one row. bad and contaminated (in another split already) are not stored, note is."""
+
+    kind: str
+    file: Path
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}: {self.kind}: {self.reason}"
+
+
+class StrictError(ValueError):
+    """A strict import met a bad row; nothing of its file is stored."""
+
+
+@dataclass
+class Summary:
+    """Rows read, problems by kind, solutions left out, and what the store took.
+
+    untokenised: without token ids; foreign: in other languages than Python 3.
+    """
+
+    rows: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    untokenised: int = 0
+    foreign: int = 0
+    loaded: Loaded = field(default_factory=Loaded)
+
+    @property
+    def refused(self) -> int:
+        """Rows that are not stored."""
+        return self.problems["bad"] + self.problems["contaminated"]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows} rows: {self.problems['bad']} bad, {self.problems['contaminated']} "
+            f"contaminated, {self.problems['note']} notes",
+            str(self.loaded),
+        ]
+        if self.untokenised:
+            lines.append(f"{self.untokenised} solutions left out: token ids need a tokenizer")
+        if self.foreign:
+            lines.append(f"{self.foreign} solutions left out: other languages than Python 3")
+        return "\n".join(lines)
+
+
+class Importer:
+    """Imports files into a store; summary says what became of them.
+
+    Args:
+        report: called with each Problem as it is found.
+
+    Importing a file again changes nothing, so an import that was killed is simply repeated.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        settings: Settings,
+        report: Callable[[Problem], None] = lambda problem: None,
+    ) -> None:
+        self._store, self._settings, self._report = store, settings, report
+        self._defaults = Defaults(settings.split, settings.origin)
+        self._contamination = Contamination(store)
+        self.summary = Summary()
+
+    def import_file(self, path: str | Path) -> None:
+        """A batch of rows in one transaction each.
+
+        Raises OSError or ValueError for a file that cannot be opened, ImportError if a package is
+        missing, StrictError for a bad row when strict.
+        """
+        path = Path(path)
+        if self._settings.strict:
+            self._rehearse(path)
+        batch: list[Ready] = []
+        for ready in self._ready(path):
+            batch.append(ready)
+            if len(batch) >= _BATCH_ROWS or sum(item.size for item in batch) >= _BATCH_BYTES:
+                self._load(batch)
+                batch = []
+        self._load(batch)
+
+    def _load(self, batch: list[Ready]) -> None:
+        self.summary.loaded += load(self._store, batch)
+        self._contamination.stored()
+
+    def _rehearse(self, path: Path) -> None:
+        """Reads the file without storing; reports all of its bad rows, then raises."""
+        rehearsal = copy.copy(self)
+        rehearsal.summary = Summary()
+        rehearsal._report = self._report_refused
+        for _ in rehearsal._ready(path):
+            self._contamination.stored()
+        if rehearsal.summary.refused:
+            self.summary.rows += rehearsal.summary.rows
+            self.summary.problems += rehearsal.summary.problems
+            raise StrictError(f"{path}: {rehearsal.summary.refused} bad rows; nothing is stored")
+
+    def _report_refused(self, problem: Problem) -> None:
+        if problem.kind != "note":
+            self._report(problem)
+
+    def _ready(self, path: Path) -> Iterator[Ready]:
+        for number_of_row, row in read_rows(path):
+            self.summary.rows += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                record = self._record(row)
+                prompt, trajectories = self._tokenised(record)
+                split = self._contamination.exact(prompt)
+                ready = Ready.of(prompt, trajectories)
+            except _OF_A_ROW as error:
+                self._say("bad", path, number_of_row, str(error))
+                continue
+            if split is not None:
+                reason = f"the prompt is in the split {split} already"
+                self._say("contaminated", path, number_of_row, reason)
+                continue
+            self._note(path, number_of_row, record)
+            self.summary.foreign += record.foreign
+            self._contamination.add(prompt)
+            yield ready
+
+    def _record(self, row: Row) -> Record:
+        record = parse_row(row, self._settings.format, self._defaults)
+        if record.left_out and self._settings.strict:
+            raise RowError(_left_out(record))
+        return record
+
+    def _note(self, path: Path, row: int, record: Record) -> None:
+        if record.left_out:
+            self._say("note", path, row, _left_out(record))
+        share, split = self._contamination.overlap(record.prompt)
+        if share >= self._settings.overlap:
+            reason = f"{share:.0%} of its runs of {NGRAM} words are in prompts of the split {split}"
+            self._say("note", path, row, reason)
+
+    def _tokenised(self, record: Record) -> tuple[Prompt, list[Trajectory]]:
+        prompt, tokenizer = record.prompt, self._settings.tokenizer
+        if prompt.token_ids is None and tokenizer is not None:
+            ids = tokenizer.prompt_ids(prompt.content)
+            prompt = Prompt(prompt.content, ids, prompt.tests, prompt.answer, prompt.split)
+        trajectories = []
+        for item in record.completions:
+            trajectory = self._trajectory(prompt, item)
+            if trajectory is None:
+                self.summary.untokenised += 1
+            else:
+                trajectories.append(trajectory)
+        return prompt, trajectories
+
+    def _trajectory(self, prompt: Prompt, item: Completion) -> Trajectory | None:
+        ids, tokenizer = item.token_ids, self._settings.tokenizer
+        if ids is None and tokenizer is None:
+            if item.solution:
+                return None
+            raise RowError("the completion has no completion_ids, and no tokenizer is given")
+        if ids is None:
+            assert tokenizer is not None and item.content is not None
+            ids = tokenizer.completion_ids(prompt.content, item.content, item.finish)
+        return Trajectory(
+            1,  # load puts the prompt's id here
+            ids,
+            item.reward,
+            item.origin,
+            item.finish,
+            item.reason,
+            item.behaviour_logprobs,
+            item.temperature,
+            item.top_p,
+        )
+
+    def _say(self, kind: str, path: Path, row: int, reason: str) -> None:
+        self.summary.problems[kind] += 1
+        line = " ".join(reason.split())  # a reason may quote a whole field
+        self._report(Problem(kind, path, row, line if len(line) <= 300 else line[:297] + "..."))
+
+
+def _left_out(record: Record) -> str:
+    return f"{record.left_out} tests left out, which are not of the form f(literals) == literal"

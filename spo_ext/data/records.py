@@ -1,0 +1,116 @@
+"""What a row of a file says, before it has token ids, and the checked reading of its fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spo_ext.store.records import Finish, Origin, Prompt, Split
+
+Row = Mapping[str, Any]
+Content = str | Sequence[Mapping[str, Any]]
+
+
+class RowError(ValueError):
+    """Why a row cannot be imported."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A trajectory to be; content may be None where token_ids are given.
+
+    A solution comes with a prompt and tests that are worth having without it.
+    """
+
+    content: Content | None
+    reward: float
+    origin: Origin
+    finish: Finish = "eos"
+    reason: str = ""
+    token_ids: Sequence[int] | None = None
+    behaviour_logprobs: Sequence[float] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    solution: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt and what is known of it.
+
+    left_out counts its tests that cannot be judged, foreign its solutions in other languages than
+    Python 3, which no test of it can judge.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...] = ()
+    left_out: int = 0
+    foreign: int = 0
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the user said of all rows; None leaves it to the row."""
+
+    split: Split | None = None
+    origin: Origin | None = None
+
+    def origin_of(self, data_set: str) -> Origin:
+        """People wrote the solutions of the named data sets."""
+        return self.origin or Origin("human", run=data_set)
+
+
+def solution(source: str, reward: float, origin: Origin) -> Completion:
+    """What a data set calls a solution, or an incorrect one if the reward is 0."""
+    reason = "solution" if reward else "incorrect solution"
+    return Completion(source, reward, origin, reason=reason, solution=True)
+
+
+def text(row: Row, name: str) -> str:
+    """A field that must be text with something in it. Raises RowError."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{name} must be text that is not blank, got {shown(value)}")
+    return value
+
+
+def optional_text(row: Row, name: str) -> str:
+    """Text, or "" where there is none. Raises RowError."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{name} must be text, got {shown(value)}")
+    return value or ""
+
+
+def strings(row: Row, name: str) -> list[str]:
+    """A list of texts, empty where there is none. Raises RowError."""
+    value = row.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RowError(f"{name} must be a list of texts, got {shown(value)}")
+    return value
+
+
+def parsed(row: Row, name: str) -> Any:
+    """A field that holds JSON as text, or its value already; None for blank. Raises RowError."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    return parse_json(name, value) if value.strip() else None
+
+
+def parse_json(name: str, value: str | bytes) -> Any:
+    """Raises RowError."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{name} must be JSON: {error}") from None
+
+
+def shown(value: object) -> str:
+    """Short enough for one line of a report."""
+    words = ascii(value)
+    return words if len(words) <= 60 else words[:57] + "..."
