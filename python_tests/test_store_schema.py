@@ -193,6 +193,15 @@ except ImportError as error:
     print(error)
 """
     assert "pip install 'spo_ext[store]'" in run_python(code)
+    command = """
+import contextlib, sys
+sys.modules["sqlalchemy"] = None
+from spo_ext.cli import main
+with contextlib.redirect_stderr(sys.stdout):
+    main(["import", "rows.jsonl", "--store", "store.db"])
+    main(["export", "rows.jsonl", "--store", "store.db"])
+"""
+    assert run_python(command).count("pip install 'spo_ext[store]'") == 2
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import chain
 
-import sqlalchemy as sa
 import torch
 from torch import Tensor
 
@@ -125,6 +124,8 @@ class _Hashes:
 
 def _contents(store: TrajectoryStore, split: Split | None) -> Iterator[Prompt]:
     """Prompts without their tests, which are far longer."""
+    import sqlalchemy as sa  # here, so that without it spo_ext.store says what to install
+
     table = schema.prompts.c
     columns = sa.select(table.id, table.content, table.split).subquery()
     where = [] if split is None else [columns.c.split == split]
