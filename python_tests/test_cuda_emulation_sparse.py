@@ -113,6 +113,16 @@ def test_a_flat_softmax_takes_the_exact_way(emulated, path, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_without_a_possible_word(emulated, path, dtype) -> None:
+    case = sharp_case((61,), 72, 3000, dtype)
+    case.bias = torch.zeros(3000, dtype=dtype)
+    case.bias[512:768] = -float("inf")
+    case.targets[(case.targets >= 512) & (case.targets < 768)] = 0
+    assert check(case, emulated) < 0.5
+    assert case.backward(emulated, case.forward(emulated))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nobody_needs_a_gradient(emulated, path, dtype) -> None:
     case = sharp_case((30,), 40, 2000, dtype)
     case.grad[:] = 0

@@ -221,6 +221,22 @@ def test_masked_states_are_never_read():
 
 
 @ON_DEVICES
+def test_a_block_without_a_possible_word_pulls_on_nobody():
+    hidden, weight, targets = sharp_states(60, 3000, 40, 20.0)
+    targets = targets.where((targets < 256) | (targets >= 512), 0)
+    bias = torch.zeros(3000)
+    bias[256:512] = -float("inf")
+    logprobs, dropped = spo_ext.token_logprobs(
+        hidden, weight, targets, bias=bias, max_dropped_mass=2.0**-8, return_dropped_mass=True
+    )
+    assert (dropped > 0).any()
+    grads = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    exact = spo_ext.token_logprobs(hidden, weight, targets, bias=bias)
+    for got, want in zip(grads, torch.autograd.grad(exact.sum(), (hidden, weight)), strict=True):
+        assert relative_error(got, want) < 0.05
+
+
+@ON_DEVICES
 def test_a_state_that_is_not_a_number_shows():
     hidden, weight, targets = sharp_states(10, 900, 16, 12.0)
     with torch.no_grad():

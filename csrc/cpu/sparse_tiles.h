@@ -149,11 +149,12 @@ class SparseTiles : protected HeadTiles<Real> {
           weights[v] = map_.logit(raw, &slope);
           top = std::max(top, weights[v]);
         }
+        if (top == -std::numeric_limits<Real>::infinity()) top = 0;  // no word is possible
         for (int64_t v = 0; v < cols; v++) total += weights[v] = std::exp(weights[v] - top);
         std::fill(sum.begin(), sum.end(), Real(0));
         for (int64_t v = 0; v < cols; v++)
           for_word(col + v, [&](const auto* w, int64_t stride) {
-            const Real share = weights[v] / total;
+            const Real share = total == 0 ? Real(0) : weights[v] / total;
             for (int64_t k = 0; k < depth_; k++) sum[k] += share * static_cast<Real>(w[k * stride]);
           });
         for (int64_t k = 0; k < padded_depth_; k++)

@@ -10,7 +10,6 @@
 namespace spo::cuda {
 
 constexpr int kMeanCols = 32, kMeanThreads = 256, kCentreThreads = 256;
-static_assert(kCentreThreads == kBlockWords, "a thread per word");
 
 // The mean of the listed rows of hidden: eight partial sums per column. Rows without a finite
 // softmax are left out: they have no part in the gradients of others.
@@ -33,39 +32,6 @@ __global__ void __launch_bounds__(kMeanThreads)
   mean[k] = rows == 0 ? Real(0) : sum / rows;
 }
 
-// Of all the block's threads; the same for each.
-template <class Real, class Reduce>
-__device__ Real over_block(Real mine, const Reduce& reduce) {
-  __shared__ Real of_warp[kCentreThreads / 32];
-  __syncthreads();  // a use before this one has been read
-  mine = reduce.lanes(mine);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
-  __syncthreads();
-  Real all = of_warp[0];
-  for (int w = 1; w < kCentreThreads / 32; w++) all = reduce.both(all, of_warp[w]);
-  return all;
-}
-struct Largest {
-  template <class Real>
-  __device__ Real lanes(Real x) const {
-    return lanes_max<32>(x);
-  }
-  template <class Real>
-  __device__ Real both(Real a, Real b) const {
-    return b > a ? b : a;
-  }
-};
-struct Sum {
-  template <class Real>
-  __device__ Real lanes(Real x) const {
-    return lanes_sum<32>(x);
-  }
-  template <class Real>
-  __device__ Real both(Real a, Real b) const {
-    return a + b;
-  }
-};
-
 // One block of threads per block of words.
 template <class Real, class Storage>
 __global__ void __launch_bounds__(kCentreThreads)
@@ -83,12 +49,16 @@ __global__ void __launch_bounds__(kCentreThreads)
     if (lane == 0) share[w] = map.logit(bias ? product + bias[word0 + w] : product, &slope);
   }
   __syncthreads();
-  const bool mine = static_cast<int>(threadIdx.x) < words;
-  const Real logit = mine ? share[threadIdx.x] : -std::numeric_limits<Real>::infinity();
-  const Real top = over_block(logit, Largest{});
-  const Real weighted = mine ? Math<Real>::exp(logit - top) : Real(0);
-  const Real total = over_block(weighted, Sum{});
-  share[threadIdx.x] = weighted / total;
+  const Real lowest = -std::numeric_limits<Real>::infinity();
+  Real top = lowest, total = 0;  // each warp finds them for itself
+  for (int w = lane; w < words; w += 32) top = share[w] > top ? share[w] : top;
+  top = lanes_max<32>(top);
+  if (top == lowest) top = 0;  // no word is possible
+  for (int w = lane; w < words; w += 32) total += Math<Real>::exp(share[w] - top);
+  total = lanes_sum<32>(total);
+  __syncthreads();  // all have read the logits
+  for (int w = threadIdx.x; w < words; w += kCentreThreads)
+    share[w] = total == 0 ? Real(0) : Math<Real>::exp(share[w] - top) / total;
   __syncthreads();
   for (int64_t k = threadIdx.x; k < depth; k += kCentreThreads) {
     Real sum = 0;
