@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from spo_ext.commands import fail
 from spo_ext.data.commands import add_export, add_import
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 
 if TYPE_CHECKING:
-    # Private in argparse, but the only name of what add_subparsers returns.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    from spo_ext.commands import Subparsers
 
 _INTEGERS = {
     "seed": "varies problems, supervised training and SPO alike",
@@ -94,21 +94,16 @@ def _run_quickstart(options: argparse.Namespace) -> int:
         from spo_ext.quickstart.experiment import run_experiment
         from spo_ext.sandbox import SandboxError
     except ImportError as error:
-        return _fail(f"{error}. Install its packages: pip install 'spo_ext[quickstart]'")
+        return fail(f"{error}. Install its packages: pip install 'spo_ext[quickstart]'")
     try:
         run_experiment(config, options.out, options.quiet)
     except (OSError, SandboxError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
+        return fail("interrupted", status=130)
     if not options.quiet:
         print(f"\nreport: {options.out / 'report.html'}")
     return 0
-
-
-def _fail(message: str, status: int = 1) -> int:
-    print(f"spo: error: {message}", file=sys.stderr)
-    return status
 
 
 _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_quickstart, add_import, add_export)

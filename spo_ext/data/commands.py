@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spo_ext.commands import fail
+
 if TYPE_CHECKING:
-    from spo_ext.cli import Subparsers
+    from spo_ext.commands import Subparsers
     from spo_ext.data.importer import Settings
     from spo_ext.store import Origin
 
@@ -76,13 +78,13 @@ def _import(options: argparse.Namespace) -> int:
         from spo_ext.data.importer import Importer, StrictError
         from spo_ext.store import TrajectoryStore
     except ImportError as error:
-        return _fail(error)
+        return fail(error)
     try:
         settings = _settings(options)
     except ValueError as error:
         options.error(str(error))  # exits with status 2
     except ImportError as error:
-        return _fail(error)
+        return fail(error)
     status = 0
     try:
         with TrajectoryStore(options.store) as store:
@@ -91,16 +93,16 @@ def _import(options: argparse.Namespace) -> int:
                 try:
                     importer.import_file(path)
                 except StrictError as error:
-                    status = _fail(error)
+                    status = fail(error)
                     break  # later files would be compared with prompts that are not stored
                 except (OSError, ValueError, ImportError) as error:
-                    status = _fail(error)
+                    status = fail(error)
             print(importer.summary)
             return 1 if importer.summary.refused else status
     except KeyboardInterrupt:
-        return _fail("interrupted; what was stored stays, and may be imported again", status=130)
+        return fail("interrupted; what was stored stays, and may be imported again", status=130)
     except _failures() as error:
-        return _fail(error)
+        return fail(error)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -147,11 +149,11 @@ def _export(options: argparse.Namespace) -> int:
                 tokenizer=tokenizer,
             )
     except ImportError as error:
-        return _fail(error)
+        return fail(error)
     except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
+        return fail("interrupted", status=130)
     except _failures() as error:
-        return _fail(error)
+        return fail(error)
     print(f"{count} rows in {options.out}")
     return 0
 
@@ -161,8 +163,3 @@ def _failures() -> tuple[type[BaseException], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)
-
-
-def _fail(error: object, status: int = 1) -> int:
-    print(f"spo: error: {error}", file=sys.stderr)
-    return status
