@@ -117,6 +117,10 @@ def stream(
         last = page[-1].id
 
 
+def samplers(connection: sa.Connection) -> list[str]:
+    return list(connection.execute(sa.select(schema.samplers.c.name)).scalars())
+
+
 def forget_sampler(connection: sa.Connection, name: str) -> None:
     for column in (schema.draws.c.sampler, schema.batches.c.sampler, schema.samplers.c.name):
         connection.execute(sa.delete(column.table).where(column == name))

@@ -53,6 +53,15 @@ def ref_logprobs(
     return [found.get(key) for key in ids]
 
 
+def fingerprints(connection: sa.Connection) -> dict[str, int]:
+    cache = schema.ref_logprobs.c
+    query = sa.select(cache.fingerprint, sa.func.count()).group_by(cache.fingerprint)
+    return {
+        fingerprint: count
+        for fingerprint, count in connection.execute(query.order_by("fingerprint"))
+    }
+
+
 def put_q0(connection: sa.Connection, values: Mapping[int, PromptValue]) -> None:
     table = schema.prompt_values
     stored = prompt_hashes(connection, set(values))

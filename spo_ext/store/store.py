@@ -166,6 +166,11 @@ class TrajectoryStore:
         with self.database.read() as connection:
             return scores.ref_logprobs(connection, ids, fingerprint)
 
+    def reference_fingerprints(self) -> dict[str, int]:
+        """How many trajectories each reference has scored."""
+        with self.database.read() as connection:
+            return scores.fingerprints(connection)
+
     def put_q0(self, values: Mapping[int, PromptValue]) -> None:
         """Stores estimates of Q_0 by prompt id; each replaces one of the same beta, temperature,
         top_p and reference.
@@ -188,6 +193,11 @@ class TrajectoryStore:
         key = (reference, beta, temperature, top_p)
         with self.database.read() as connection:
             return scores.q0(connection, prompt_ids, key)
+
+    def samplers(self) -> list[str]:
+        """Names of the samplers that have drawn."""
+        with self.database.read() as connection:
+            return queries.samplers(connection)
 
     def forget_sampler(self, name: str) -> None:
         """Deletes the records of what a sampler drew; its name is new again."""

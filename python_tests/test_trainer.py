@@ -1,0 +1,251 @@
+"""The trainer in one process: what it learns from, and that its loss is the one of the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_cases import dev_prompts, fill, make_model, make_tokenizer, save, with_adapters
+from trainer_process import settings, train
+
+import spo_ext
+from spo_ext.store import PromptValue, TrajectoryStore
+from spo_ext.trainer import SPOConfig, SPOTrainer
+from spo_ext.trainer.reference import score_tokens
+from spo_ext.trainer.batches import Tokens
+
+OFFLINE = {"mixture": "offline", "rollouts": "none"}
+SQUARED = {**OFFLINE, "objective": "squared", "group_size": 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with TrajectoryStore(tmp_path / "store.db") as store:
+        fill(store)
+        dev_prompts(store)
+        values = {prompt.id: PromptValue(0.3, 4, 0.5, 1.0) for prompt in store.prompts("train")}
+        store.put_q0(values)
+    return tmp_path
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in result["log"]]
+
+
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(torch.equal(w, other["weights"][name]) for name, w in one["weights"].items())
+
+
+def test_first_loss_is_that_of_the_reference_formula(folder: Path) -> None:
+    """Policy and reference are equal at first; after one step they are what eager says."""
+    result = train(settings(folder, **SQUARED, max_steps=1))
+    with TrajectoryStore(folder / "store.db") as store:
+        rows = store.get([row.id for row in store.trajectories()])
+        drawn = _drawn(store)
+    rewards = torch.tensor([row.reward for row in rows if row.id in drawn[0]])
+    assert losses(result)[0] == pytest.approx(float((0.3 - rewards).square().mean()), rel=1e-6)
+
+
+def _drawn(store: TrajectoryStore) -> list[list[int]]:
+    import sqlalchemy as sa
+
+    from spo_ext.store import schema
+
+    with store.database.read() as connection:
+        table = schema.draws.c
+        found = connection.execute(sa.select(table.step, table.trajectory_id).order_by(table.step))
+        batches: dict[int, list[int]] = {}
+        for step, key in found:
+            batches.setdefault(step, []).append(key)
+    return list(batches.values())
+
+
+@pytest.mark.parametrize("objective", ["squared", "cross_entropy", "advantage", "group"])
+def test_every_objective_fits_its_data(folder: Path, objective: str) -> None:
+    """The loss on all of a small store falls, and it is the one that `spo_ext.loss` gives."""
+    options = settings(folder, **OFFLINE, objective=objective, max_steps=30, learning_rate=3e-3)
+    options |= {"per_device_train_batch_size": 32, "group_size": 4, "lr_scheduler_type": "constant"}
+    if objective == "cross_entropy":  # rewards are log-probabilities of success
+        options |= {"output_dir": str(folder / "log"), "store": str(folder / "log.db")}
+        _as_log_optimality(folder)
+    found = losses(train(options))
+    assert found[-1] < 0.6 * found[0]
+
+
+def _as_log_optimality(folder: Path) -> None:
+    from dataclasses import replace
+
+    from spo_ext.store import Trajectory
+
+    with TrajectoryStore(folder / "store.db") as old, TrajectoryStore(folder / "log.db") as new:
+        for prompt in old.prompts("train"):
+            fields = ("content", "token_ids", "tests", "answer", "split")
+            from spo_ext.store import Prompt
+
+            key = new.add_prompt(Prompt(**{name: getattr(prompt, name) for name in fields}))
+            new.put_q0({key: PromptValue(-0.6, 4, 0.5, 1.0)})
+            rows = list(old.trajectories(prompt_id=prompt.id))
+            made = [Trajectory(key, r.token_ids, r.reward - 1, r.origin, r.finish) for r in rows]
+            new.append(made)
+    assert replace
+
+
+def test_accumulation_is_one_big_batch(folder: Path) -> None:
+    whole = train(settings(folder, **SQUARED, per_device_train_batch_size=8))
+    parts = settings(folder, **SQUARED, output_dir=str(folder / "parts"), run="parts")
+    parts |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    # The seed of the sampler is that of the run's data, not of its name.
+    found = train(parts)
+    assert losses(found) == pytest.approx(losses(whole), rel=1e-6)
+    for name, weight in whole["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_is_padded_through_the_trainer(folder: Path) -> None:
+    packed = train(settings(folder, **SQUARED, packing="packed"))
+    padded = train(
+        settings(folder, **SQUARED, packing="padded", output_dir=str(folder / "b"), run="b")
+    )
+    assert losses(padded) == pytest.approx(losses(packed), rel=1e-6)
+
+
+def test_adapters_train_and_the_base_is_the_reference(folder: Path) -> None:
+    base = make_model()
+    model = with_adapters(make_model())
+    trainer = SPOTrainer(
+        model, SPOConfig(**settings(folder, **SQUARED, max_steps=2)), make_tokenizer()
+    )
+    trainer.train()
+    # One model in memory: the trainer scored with the policy itself, adapters off.
+    assert trainer._parts.reference.model is model
+    row = next(trainer._parts.store.trajectories())
+    prompt = trainer._parts.store.get_prompts([row.prompt_id])[0]
+    from spo_ext.trainer.model import HeadSettings, answer_logprobs
+
+    answer_logprobs(base, HeadSettings())
+    expected = score_tokens(base, [Tokens(prompt.token_ids, row.token_ids)], "padded")[0]
+    held = trainer._parts.reference.logprobs([row], {prompt.id: prompt.token_ids})[0]
+    torch.testing.assert_close(held, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_reference_needs_no_model(folder: Path) -> None:
+    first = train(settings(folder, **SQUARED, max_steps=4, per_device_train_batch_size=32))
+    options = settings(folder, **SQUARED, output_dir=str(folder / "c"), reference="cached")
+    options |= {"max_steps": 4, "per_device_train_batch_size": 32, "run": "c"}
+    trainer = SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer())
+    assert trainer._parts.reference.model is None
+    trainer.train()
+    again = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert again == losses(first)
+
+
+def test_cached_reference_says_what_is_missing(folder: Path) -> None:
+    options = settings(folder, **SQUARED, reference="cached")
+    with pytest.raises(ValueError, match="it has none: run spo score"):
+        SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer())
+    train(settings(folder, **SQUARED, max_steps=1))
+    options |= {"run": "later", "max_steps": 8}
+    with pytest.raises(ValueError, match="must have the reference's log-probabilities of all"):
+        SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer()).train()
+
+
+def test_online_policy_learns_what_is_rewarded(folder: Path) -> None:
+    """A reward for beginning with one letter: the policy comes to write it."""
+
+    def reward(prompts: Any, completions: Any, token_ids: Any) -> list[Any]:
+        from spo_ext.rollout import Judgement
+
+        return [Judgement(float(ids[0] % 2)) for ids in token_ids]
+
+    options = settings(folder, max_steps=30, learning_rate=5e-3, samples_per_prompt=8)
+    options |= {"group_size": 4, "per_device_train_batch_size": 16, "eval_samples": 4}
+    trainer = SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer(), reward=reward)
+    trainer.train()
+    found = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.2
+    line = trainer.state.log_history[0]
+    assert {"kl", "entropy", "spo/residual", "spo/calibration", "store/age_versions"} <= set(line)
+
+
+def test_half_online_takes_half_from_each(folder: Path) -> None:
+    result = train(settings(folder, mixture="half-online", sync_every=2, max_steps=4))
+    assert {line["store/offline_share"] for line in result["log"]} == {0.5}
+    with TrajectoryStore(folder / "store.db") as store:
+        versions = {row.origin.policy_version for row in store.trajectories(run="run")}
+    assert versions == {0, 1}
+
+
+def test_value_of_prompts_from_the_reference(folder: Path) -> None:
+    options = settings(folder, objective="squared", group_size=1, q0_samples=4, beta=0.25)
+    train(options | {"max_steps": 2})
+    with TrajectoryStore(folder / "store.db") as store:
+        prompts = [prompt.id for prompt in store.prompts("train")]
+        [fingerprint] = store.reference_fingerprints()
+        where = {"beta": 0.25, "temperature": 1.0, "reference": fingerprint}
+        values = [value for value in store.q0(prompts, **where) if value is not None]
+    assert values and all(value.n == 4 for value in values)
+
+
+def test_missing_value_is_an_error(folder: Path) -> None:
+    options = settings(folder, **OFFLINE, objective="squared", group_size=1, beta=0.125)
+    with pytest.raises(ValueError, match="every prompt must have a value q0 for beta 0.125"):
+        train(options)
+
+
+def test_evaluation_draws_and_moves_nothing(folder: Path) -> None:
+    options = settings(folder, **SQUARED, eval_samples=4, eval_k=[1, 2])
+    plain = train(dict(options))
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "run": "b", "output_dir": f"{folder}/b"}
+    trainer = SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer())
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_pass@1" in line]
+    assert len(lines) == 2 and "eval_pass@2" in lines[0]
+    again = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert again == losses(plain)
+
+
+def test_a_used_run_is_not_continued_by_mistake(folder: Path) -> None:
+    train(settings(folder, **SQUARED))
+    with pytest.raises(ValueError, match="run must be new in this store, or continued"):
+        train(settings(folder, **SQUARED))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"store": None}, "store must be a file or a database"),
+        ({"max_steps": -1}, "max_steps must be a number of optimiser steps > 0"),
+        ({"objective": "ppo"}, "objective must be one of squared"),
+        ({"group_size": 1}, "group_size must be at least 2 for objective group"),
+        ({"per_device_train_batch_size": 6}, "must be a multiple of group_size 4"),
+        ({"mixture": "offline"}, "rollouts must be none for mixture 'offline'"),
+        ({"rollouts": "none"}, "rollouts must be embedded or external for mixture 'online'"),
+        ({"temperature": 0.0}, "temperature must be a number > 0"),
+        ({"reference": "adapter"}, "reference must be adapter only for a model with PEFT's"),
+        ({"publish_url": "http://localhost:1"}, "publish_to must be a folder"),
+    ],
+)
+def test_settings_that_do_not_fit(folder: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SPOTrainer(make_model(), SPOConfig(**settings(folder, **changes)), make_tokenizer())
+
+
+def test_published_policies_can_be_loaded(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = train(settings(folder, **SQUARED, sync_every=2, publish_to=str(folder / "policies")))
+    latest = (folder / "policies" / "latest").read_text().strip()
+    assert latest.endswith("0000001") and (folder / "policies" / "finished").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder / "policies" / latest)
+    moved = [
+        float((weight - result["weights"][name]).abs().max())
+        for name, weight in model.state_dict().items()
+    ]
+    assert 0 < max(moved) < 0.1  # two steps behind the end of the run
+    assert save and spo_ext

@@ -1,0 +1,152 @@
+"""The model's answers as log-probabilities, and sequences packed or padded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_cases import VOCABULARY, make_model, with_adapters
+
+import spo_ext
+from spo_ext.trainer.batches import Layout, Tokens, collate
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, supports_packing
+
+LAYOUTS: tuple[Layout, ...] = ("row", "rows", "padded")
+# Lengths that leave room in rows, fill them, and differ.
+SIZES = ((3, 9), (1, 4), (5, 1), (2, 2), (6, 3))
+
+
+def sequences() -> list[Tokens]:
+    rng = torch.Generator().manual_seed(3)
+    draw = lambda size: torch.randint(3, VOCABULARY, (size,), generator=rng).tolist()  # noqa: E731
+    return [Tokens(draw(prompt), draw(completion)) for prompt, completion in SIZES]
+
+
+def by_logits(model: Any, tokens: Tokens, temperature: float) -> Tensor:
+    ids = torch.tensor([[*tokens.prompt, *tokens.completion]])
+    logits = model(input_ids=ids).logits[0].double() / temperature
+    first = len(tokens.prompt) - 1
+    logprobs = logits[first:-1].log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(tokens.completion)[:, None]).squeeze(-1)
+
+
+def answer(model: Any, layout: Layout) -> Tensor:
+    batch = collate(sequences(), layout)
+    return model(**batch.model_inputs, completions=(batch.index, batch.targets))[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_softmax_of_the_logits(kind: str, layout: Layout) -> None:
+    changes = {
+        "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 3.0},
+    }
+    model = make_model(kind=kind, **changes.get(kind, {}))
+    expected = torch.cat([by_logits(model, tokens, 0.7) for tokens in sequences()])
+    answer_logprobs(model, HeadSettings(temperature=0.7))
+    torch.testing.assert_close(answer(model, layout).double(), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_adapters_count_and_can_be_switched_off() -> None:
+    plain = make_model()
+    model = with_adapters(copy.deepcopy(plain))
+    expected = torch.cat([by_logits(model, tokens, 1.0) for tokens in sequences()])
+    for one in (plain, model):
+        answer_logprobs(one, HeadSettings())
+    torch.testing.assert_close(answer(model, "rows").double(), expected, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(answer(model, "rows"), answer(plain, "rows"))
+    assert (answer(model, "rows") - answer(plain, "rows")).abs().max() > 1e-2
+
+
+def loss_and_gradients(layout: Layout) -> tuple[Tensor, list[Tensor]]:
+    model = make_model().double()
+    answer_logprobs(model, HeadSettings())
+    batch = collate(sequences(), layout)
+    logprobs = model(**batch.model_inputs, completions=(batch.index, batch.targets))[0]
+    loss = spo_ext.loss(
+        logprobs,
+        torch.full_like(logprobs, -2.0).detach(),
+        torch.arange(len(SIZES)).double() / 5,
+        0.3,
+        beta=0.1,
+        objective="squared",
+        cu_seqlens=batch.cu_seqlens,
+    )
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("layout", ["row", "rows"])
+def test_packed_is_padded(layout: Layout) -> None:
+    loss, gradients = loss_and_gradients(layout)
+    padded, expected = loss_and_gradients("padded")
+    torch.testing.assert_close(loss, padded, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_packing_is_tried_out() -> None:
+    model = make_model()
+    answer_logprobs(model, HeadSettings())
+    assert supports_packing(model)
+    recurrent = make_model(kind="mamba", state_size=4)
+    answer_logprobs(recurrent, HeadSettings())
+    assert not supports_packing(recurrent)  # its state runs on into the next sequence
+
+
+def test_rows_are_no_longer_than_the_longest() -> None:
+    tokens = [Tokens([3], [4] * size) for size in (9, 5, 4, 3, 3, 2, 1)]
+    ids = collate(tokens, "rows").model_inputs["input_ids"]
+    assert ids.shape == (3, 9)
+    assert collate(tokens, "row").model_inputs["input_ids"].shape == (1, 27)
+    assert collate(tokens, "padded").model_inputs["input_ids"].shape == (7, 9)
+
+
+def test_a_model_that_changes_its_logits_is_refused() -> None:
+    model = make_model()
+    plain = type(model).forward
+
+    class Shifted(type(model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = plain(self, *args, **kwargs)
+            output.logits = output.logits + torch.arange(VOCABULARY) / 10
+            return output
+
+    model.__class__ = Shifted
+    with pytest.raises(ValueError, match="must be those of its logits, got a difference of"):
+        answer_logprobs(model, HeadSettings())
+
+
+def test_a_head_with_an_adapter_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="model's head must be an nn.Linear without an adapter"):
+        answer_logprobs(model, HeadSettings())
+
+
+def test_other_calls_stay_as_they_were() -> None:
+    model = make_model()
+    ids = torch.tensor([[2, 5, 7, 9]])
+    before = model(input_ids=ids).logits
+    drawn = model.generate(ids, max_new_tokens=5, do_sample=False)
+    answer_logprobs(model, HeadSettings())
+    answer_logprobs(model, HeadSettings(temperature=0.5))  # a second trainer replaces the first
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), drawn)
+
+
+def test_tokens_must_not_be_empty() -> None:
+    with pytest.raises(ValueError, match="SPO: prompt must be at least one token"):
+        Tokens([], [3])
+    with pytest.raises(ValueError, match="SPO: completion must be at least one token"):
+        Tokens([3], [])

@@ -1,0 +1,169 @@
+"""The settings of `SPOTrainer`, beside those of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from spo_ext.losses import Objective
+from spo_ext.store import SamplerConfig, Stratum
+from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
+from spo_ext.store.records import Split
+
+_OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
+_NEED_Q0 = ("squared", "cross_entropy", "advantage")
+
+
+def _field(default: Any, words: str) -> Any:
+    return field(default=default, metadata={"help": words})
+
+
+@dataclass
+class SPOConfig(TrainingArguments):
+    """Everything of `transformers.TrainingArguments`, and what is below.
+
+    An optimiser step learns from per_device_train_batch_size x gradient_accumulation_steps x
+    processes trajectories of the store. max_steps must be given.
+    """
+
+    store: str | None = _field(None, "trajectory store: a file, or postgresql://user@host/database")
+    run: str | None = _field(None, "name of this run in the store (default: that of output_dir)")
+    objective: str = _field("group", "loss: squared, cross_entropy, group or advantage")
+    beta: float = _field(0.1, "softness, reward per nat of log-ratio to the reference")
+    leave_one_out: bool = _field(False, "for group: the baseline of a row leaves the row out")
+    temperature: float = _field(1.0, "of sampling and of all log-probabilities")
+    top_p: float = _field(1.0, "of sampling; q0 is looked up by it")
+    learning_rate: float = _field(1e-6, "peak learning rate")
+    taper_below: float | None = _field(
+        None, "weight rows of a lower reward by min(1, pi / behaviour), where that is known"
+    )
+
+    mixture: str | dict[str, float] = _field(
+        "online", "online, offline, half-online, or a fraction for each pool"
+    )
+    group_size: int = _field(4, "trajectories of a prompt drawn together")
+    max_age: int | None = _field(None, "draw online only from so many policy versions back")
+    max_uses: int | None = _field(None, "draw a trajectory at most so often")
+    strata: list[list[float]] | None = _field(
+        None, "least fractions by reward: [[fraction, low, high], ...]"
+    )
+
+    rollouts: str = _field("embedded", "embedded, external (spo rollout elsewhere) or none")
+    sync_every: int = _field(1, "steps between publications of the behaviour policy")
+    samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
+    rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
+    max_new_tokens: int = _field(256, "embedded rollouts: longest completion")
+    reward: str = _field(
+        "tests", "tests, answer, or a dotted path to a reward function of TRL's form"
+    )
+    wait_seconds: float = _field(3600.0, "external rollouts: how long to wait for trajectories")
+
+    reference: str = _field("auto", "model, adapter, cached, or auto: adapter if there is one")
+    reference_fingerprint: str | None = _field(
+        None, "which cached reference, as spo score prints it"
+    )
+    q0_samples: int = _field(
+        0, "samples of the reference for the value of a prompt that has none; 0: it must have one"
+    )
+    reward_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "worst and best reward; half a sample of each smooths estimates of q0"},
+    )
+
+    publish_to: str | None = _field(None, "folder for published policies")
+    publish_keep: int = _field(2, "published policies to keep")
+    publish_url: str | None = _field(None, "vLLM server that takes up each published policy")
+
+    packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
+    max_dropped_mass: float = _field(
+        0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
+    )
+    workspace_mib: int = _field(64, "scratch memory of the head's kernels")
+    log_entropy: bool = _field(True, "log the entropy of the policy's tokens")
+
+    eval_split: Split = _field("dev", "prompts that evaluation samples: train, dev or test")
+    eval_prompts: int = _field(64, "how many of them")
+    eval_samples: int = _field(10, "completions of each")
+    eval_k: list[int] = field(default_factory=lambda: [1, 10], metadata={"help": "k of pass@k"})
+    eval_success: float = _field(1.0, "a completion with this reward or more counts as passed")
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False  # batches come from the store
+        if self.store is None:
+            refuse("SPOConfig", "store", "a file or a database", None)
+        if self.max_steps <= 0:
+            refuse("SPOConfig", "max_steps", "a number of optimiser steps > 0", self.max_steps)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.run is None:
+            self.run = Path(str(self.output_dir)).name
+        self._check()
+
+    def _check(self) -> None:
+        owner = "SPOConfig"
+        check_name(owner, "run", self.run)
+        check_one_of(owner, "objective", self.objective, _OBJECTIVES)
+        check_one_of(owner, "rollouts", self.rollouts, ("embedded", "external", "none"))
+        check_one_of(owner, "reference", self.reference, ("auto", "model", "adapter", "cached"))
+        check_one_of(owner, "packing", self.packing, ("auto", "packed", "padded"))
+        number(owner, "beta", self.beta, above=0.0)
+        number(owner, "temperature", self.temperature, above=0.0)
+        number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)
+        for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
+            check_integer(owner, name, getattr(self, name), 1)
+        check_integer(owner, "q0_samples", self.q0_samples, 0)
+        if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
+            refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
+        if self.per_device_train_batch_size % self.group_size:
+            refuse(
+                owner,
+                "per_device_train_batch_size",
+                f"a multiple of group_size {self.group_size} (a group's baseline is taken within "
+                "a micro-batch)",
+                self.per_device_train_batch_size,
+            )
+        if self.objective == "group" and self.group_size < 2:
+            refuse(owner, "group_size", "at least 2 for objective group", self.group_size)
+        online = "online" in self.sampler_config().fractions
+        if online == (self.rollouts == "none"):
+            expected = "embedded or external for" if online else "none for"
+            refuse(owner, "rollouts", f"{expected} mixture {self.mixture!r}", self.rollouts)
+        if self.n_gpu > 1:
+            refuse(
+                owner,
+                "n_gpu",
+                "1 a process: start it with torchrun or accelerate launch",
+                self.n_gpu,
+            )
+
+    @property
+    def needs_q0(self) -> bool:
+        return self.objective in _NEED_Q0
+
+    @property
+    def step_batch_size(self) -> int:
+        """Trajectories of an optimiser step, over all processes."""
+        here: int = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        processes: int = self.world_size
+        return here * processes
+
+    def sampler_config(self) -> SamplerConfig:
+        """What the store draws, from these settings."""
+        return SamplerConfig(
+            batch_size=self.step_batch_size,
+            mixture=self.mixture,
+            run=self.run,
+            seed=self.data_seed if self.data_seed is not None else self.seed,
+            max_age=self.max_age,
+            max_uses=self.max_uses,
+            strata=[Stratum(*numbers) for numbers in self.strata or ()],
+            group_size=self.group_size,
+        )
+
+    def loss_options(self) -> dict[str, Any]:
+        """What `spo_ext.loss` gets in every micro-batch."""
+        objective: Objective = self.objective  # type: ignore[assignment]
+        options: dict[str, Any] = {"beta": self.beta, "objective": objective, "reduction": "sum"}
+        return options | ({"leave_one_out": True} if self.leave_one_out else {})

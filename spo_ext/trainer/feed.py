@@ -1,0 +1,170 @@
+"""The trajectories of every optimiser step, and this rank's micro-batches of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from spo_ext.store import Batch, Sampler, SampleShortfall, StoredTrajectory, TrajectoryStore
+from spo_ext.store.checks import refuse
+from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate
+from spo_ext.trainer.config import SPOConfig
+from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.values import PromptValues
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """S of a step's trajectories; tensors on the CPU, per token [N] or per sequence [S].
+
+    behaviour_sums: of the policy that wrote each, nan where it is not known. floor: the lowest
+    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled.
+    """
+
+    tokens: TokenBatch
+    ref_logprobs: Tensor
+    rewards: Tensor
+    groups: Tensor
+    q0: Tensor | None
+    behaviour_sums: Tensor
+    online: Tensor
+    floor: float
+    share: float
+
+
+class Feed:
+    """Draws, waits for producers where it must, and looks up what the loss needs.
+
+    Every rank has one; all draw the same step and each takes its part.
+
+    Args:
+        produce: makes more trajectories of a policy version when the store has too few, and says
+            whether it could; None if another process does that.
+    """
+
+    def __init__(
+        self,
+        config: SPOConfig,
+        store: TrajectoryStore,
+        reference: Reference,
+        values: PromptValues | None,
+        layout: Layout,
+        produce: Callable[[int], bool] | None,
+    ) -> None:
+        self._config, self._store, self._reference = config, store, reference
+        self._values, self._layout, self._produce = values, layout, produce
+        self._sampler: Sampler | None = None
+
+    def start(self, step: int, resume: bool) -> None:
+        """Goes to a step, before the first draw of any rank.
+
+        Raises ValueError if the run has drawn before and `resume` is False, or if the store does
+        not hold the batches before the step.
+        """
+        settings = self._config.sampler_config()
+        if not resume and str(self._config.run) in self._store.samplers():
+            expected = "new in this store, or continued by train(resume_from_checkpoint=True)"
+            refuse("SPO", "run", expected, self._config.run)
+        self._sampler = Sampler(self._store, str(self._config.run), settings, resume=resume)
+        state = {"name": self._sampler.name, "step": step, "config": settings.as_json()}
+        self._sampler.load_state_dict(state)
+
+    def next_step(self, policy_version: int) -> tuple[Batch, list[MicroBatch]]:
+        """The step's batch, and one micro-batch for each accumulation step of this rank.
+
+        Raises SampleShortfall if the store stays too small.
+        """
+        batch = self._draw(policy_version)
+        config = self._config
+        size = config.train_batch_size
+        here = config.process_index * size * config.gradient_accumulation_steps
+        parts = [
+            self._micro_batch(batch, slice(start, start + size))
+            for start in range(here, here + size * config.gradient_accumulation_steps, size)
+        ]
+        return batch, parts
+
+    def _draw(self, policy_version: int) -> Batch:
+        if self._produce is not None:
+            return self._draw_producing(policy_version)
+        seconds = self._config.wait_seconds if self._config.rollouts == "external" else 0.0
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._next(policy_version)
+            except SampleShortfall as shortfall:
+                if time.monotonic() >= deadline:
+                    waited = (
+                        f"; waited {seconds:g} s for spo rollout to add some" if seconds else ""
+                    )
+                    raise SampleShortfall(f"{shortfall}{waited}") from None
+            time.sleep(_POLL_SECONDS)
+
+    def _draw_producing(self, policy_version: int) -> Batch:
+        """The first rank draws and says how it went, so that all produce more or none does."""
+        assert self._produce is not None
+        while True:
+            drawn: Batch | None = None
+            words = [""]
+            if self._config.process_index == 0:
+                try:
+                    drawn = self._next(policy_version)
+                except SampleShortfall as shortfall:
+                    words = [str(shortfall)]
+            broadcast_object_list(words)
+            if not words[0]:
+                return drawn if drawn is not None else self._next(policy_version)
+            if not self._produce(policy_version):
+                raise SampleShortfall(
+                    f"{words[0]}; rolling out more prompts gave too few new completions: a policy "
+                    "that always writes the same needs a smaller group_size or a larger max_age"
+                )
+
+    def _next(self, policy_version: int) -> Batch:
+        assert self._sampler is not None
+        online = "online" in self._sampler.config.fractions
+        return self._sampler.next_batch(policy_version if online else None)
+
+    def _micro_batch(self, batch: Batch, part: slice) -> MicroBatch:
+        rows = batch.trajectories[part]
+        prompts = self._prompts(rows)
+        tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in rows]
+        rewards = batch.rewards
+        return MicroBatch(
+            tokens=collate(tokens, self._layout),
+            ref_logprobs=torch.cat(self._reference.logprobs(rows, prompts)),
+            rewards=rewards[part],
+            groups=batch.groups[part],
+            q0=None if self._values is None else self._values.of(rows),
+            behaviour_sums=torch.tensor([_behaviour_sum(row) for row in rows]),
+            online=batch.online[part],
+            floor=float(rewards.min()),
+            share=1 / len(batch.trajectories),
+        )
+
+    def _prompts(self, rows: Sequence[StoredTrajectory]) -> dict[int, Sequence[int]]:
+        return prompt_tokens(self._store, {row.prompt_id for row in rows})
+
+
+def prompt_tokens(store: TrajectoryStore, ids: set[int]) -> dict[int, Sequence[int]]:
+    """Token ids by prompt id. Raises ValueError for a prompt that has none."""
+    found: dict[int, Sequence[int]] = {}
+    for prompt in store.get_prompts(sorted(ids)):
+        if prompt.token_ids is None:
+            raise ValueError(
+                f"SPO: prompt {prompt.id} must have token ids, got none: import it with --tokenizer"
+            )
+        found[prompt.id] = prompt.token_ids
+    return found
+
+
+def _behaviour_sum(row: StoredTrajectory) -> float:
+    known = row.behaviour_logprobs
+    return float("nan") if known is None else float(torch.as_tensor(known).double().sum())

@@ -1,0 +1,90 @@
+"""Numbers of a logging interval, added up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from spo_ext import LossStats
+
+
+class Meter:
+    """Means, and the extremes that TRL logs too.
+
+    Sums stay on the device until `drain`, so that no step waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._plain: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """All of these numbers, with equal weight."""
+        values = values.detach().double()
+        new = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        self._sums[name] = self._sums[name] + new if name in self._sums else new
+
+    def put(self, values: Mapping[str, float]) -> None:
+        """One number each, of this rank, averaged over steps and ranks."""
+        for name, value in values.items():
+            total, count = self._plain.get(name, (0.0, 0))
+            self._plain[name] = (total + value, count + 1)
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks since the last call. Every rank calls it."""
+        pairs: dict[str, list[float]] = {name: value.tolist() for name, value in self._sums.items()}
+        pairs |= {name: list(value) for name, value in self._plain.items()}
+        self._sums, self._plain = {}, {}
+        gathered: list[dict[str, list[float]]] = [pairs]
+        if accelerator.num_processes > 1:
+            gathered = [{} for _ in range(accelerator.num_processes)]
+            torch.distributed.all_gather_object(gathered, pairs)
+        totals: dict[str, list[float]] = {}
+        for part in gathered:
+            for name, (total, count) in part.items():
+                held = totals.setdefault(name, [0.0, 0.0])
+                held[0] += total
+                held[1] += count
+        means = {name: total / count for name, (total, count) in totals.items() if count}
+        return _derived(means)
+
+
+def add_tokens(meter: Meter, logprobs: Tensor, ref_logprobs: Tensor, entropy: Tensor) -> None:
+    """Per token [N]: TRL's estimate of the KL divergence to the reference, and the entropy."""
+    ratio = ref_logprobs - logprobs.detach()
+    meter.add("kl", ratio.exp() - ratio - 1)
+    if entropy.numel():
+        meter.add("entropy", entropy)
+
+
+def add_loss(meter: Meter, stats: LossStats, rewards: Tensor, floor: float) -> None:
+    """Per sequence [S]: what SPO's own series rest on; floor is the lowest reward of the step."""
+    meter.add("store/length", stats.num_tokens)
+    meter.add("spo/log_ratio", stats.log_ratio)
+    meter.add("spo/terminal_q", stats.terminal_q)
+    meter.add("spo/q0", stats.q0)
+    meter.add("spo/q0_at_floor", (stats.q0 <= floor).float())
+    meter.add("spo/clipped", (stats.terminal_q > 0).float())
+    if stats.residual is not None:
+        meter.add("spo/residual", stats.residual)
+        meter.add("spo/residual_abs", stats.residual.abs())
+    finite = torch.isfinite(rewards) & torch.isfinite(stats.terminal_q)
+    q, r = stats.terminal_q[finite].double(), rewards[finite].double()
+    for name, values in (("q", q), ("r", r), ("qq", q * q), ("qr", q * r), ("rr", r * r)):
+        meter.add(f"_{name}", values)
+
+
+def _derived(means: dict[str, float]) -> dict[str, float]:
+    """Second moments become what people read; names with an underscore go."""
+    q, r = means.get("_q", 0.0), means.get("_r", 0.0)
+    spread = means.get("_qq", 0.0) - q * q
+    if spread > 1e-12:
+        # The slope of r on Q_T: 1 if a unit of Q_T is worth a unit of reward.
+        means["spo/calibration"] = (means["_qr"] - q * r) / spread
+    if "_rr" in means:
+        means["store/reward"] = r
+        means["store/reward_std"] = max(0.0, means["_rr"] - r * r) ** 0.5
+    return {name: value for name, value in means.items() if not name.startswith("_")}

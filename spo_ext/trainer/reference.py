@@ -1,0 +1,132 @@
+"""Log-probabilities of the reference policy: each trajectory is scored once, then read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
+from spo_ext.trainer.batches import Layout, Tokens, collate
+from spo_ext.trainer.model import adapters_off, base_model
+
+Prompts = Mapping[int, Sequence[int]]
+
+
+class Reference:
+    """A reference whose log-probabilities the store keeps.
+
+    Args:
+        model: answers log-probabilities (see `answer_logprobs`); the policy itself if it has
+            adapters, which are switched off while it scores. None: there is only what the store
+            has, and no reference is in memory.
+        fingerprint: of the reference, under which the store keeps its log-probabilities.
+        batch_tokens: how many tokens are scored at once.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        fingerprint: str,
+        model: nn.Module | None,
+        *,
+        layout: Layout,
+        batch_tokens: int = 16384,
+    ) -> None:
+        self.store, self.fingerprint, self.model = store, fingerprint, model
+        self._layout: Layout = layout
+        self._batch_tokens = batch_tokens
+
+    @classmethod
+    def of_model(
+        cls,
+        store: TrajectoryStore,
+        model: nn.Module,
+        tokenizer: Any,
+        temperature: float,
+        **how: Any,
+    ) -> Reference:
+        """A frozen model, or the policy with its adapters off."""
+        with adapters_off(model):
+            fingerprint = reference_fingerprint(model, tokenizer, temperature)
+        return cls(store, fingerprint, model, **how)
+
+    @classmethod
+    def cached(cls, store: TrajectoryStore, fingerprint: str | None, **how: Any) -> Reference:
+        """Only what the store has; without a fingerprint, of the one reference in it.
+
+        Raises ValueError if there is no such reference in the store, or no single one.
+        """
+        known = store.reference_fingerprints()
+        if fingerprint is None and len(known) == 1:
+            fingerprint = next(iter(known))
+        if fingerprint not in known:
+            raise ValueError(
+                "SPO: reference_fingerprint must be that of a reference whose log-probabilities "
+                f"the store has ({', '.join(known) or 'it has none: run spo score'}), "
+                f"got {fingerprint!r}"
+            )
+        return cls(store, fingerprint, None, **how)
+
+    def logprobs(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> list[Tensor]:
+        """float32 [T] for each, from the store, or scored and then stored.
+
+        Raises ValueError if some are not stored and there is no model to score them with.
+        """
+        ids = [row.id for row in rows]
+        found = self.store.ref_logprobs(ids, self.fingerprint)
+        missing = [row for row, known in zip(rows, found, strict=True) if known is None]
+        if not missing:
+            return [known for known in found if known is not None]
+        if self.model is None:
+            raise ValueError(
+                f"SPO: the store must have the reference's log-probabilities of all trajectories, "
+                f"got {len(missing)} of {len(rows)} without, for example {missing[0].id}: run "
+                "spo score, or train with another reference than cached"
+            )
+        self.score(missing, prompts)
+        return self.logprobs(rows, prompts)
+
+    def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
+        """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
+        assert self.model is not None
+        for part in _parts(rows, prompts, self._batch_tokens):
+            tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
+            with adapters_off(self.model):
+                scored = score_tokens(self.model, tokens, self._layout)
+            pairs = zip(part, scored, strict=True)
+            self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
+
+
+@torch.no_grad()
+def score_tokens(model: nn.Module, tokens: Sequence[Tokens], layout: Layout) -> list[Tensor]:
+    """Log-probabilities of completions, float32 [T] each, on the CPU, without dropout."""
+    batch = collate(tokens, layout)
+    device = next(base_model(model).parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.model_inputs.items()}
+    training = model.training
+    model.eval()
+    try:
+        found = model(**inputs, completions=(batch.index.to(device), batch.targets.to(device)))
+    finally:
+        model.train(training)
+    sizes: list[int] = batch.cu_seqlens.diff().tolist()
+    return list(found[0].float().cpu().split(sizes))
+
+
+def _parts(
+    rows: Sequence[StoredTrajectory], prompts: Prompts, batch_tokens: int
+) -> list[list[StoredTrajectory]]:
+    """Cut where the tokens reach batch_tokens; a longer one stands alone."""
+    parts: list[list[StoredTrajectory]] = []
+    room = 0
+    for row in rows:
+        size = len(prompts[row.prompt_id]) + len(row.token_ids)
+        if size > room:
+            parts.append([])
+            room = batch_tokens
+        parts[-1].append(row)
+        room -= size
+    return parts

@@ -1,0 +1,47 @@
+"""What a run leaves in its output_dir for `spo report`: settings, and every line of the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from spo_ext.trainer.config import SPOConfig
+
+
+class RunLog(TrainerCallback):
+    """spo_config.json, and metrics.jsonl with one object a log call.
+
+    A resumed run appends; where two lines have the same step, the later one counts.
+    """
+
+    def __init__(self, config: SPOConfig) -> None:
+        self._config = config
+        self._folder = Path(str(config.output_dir))
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            settings = json.dumps(self._settings(), indent=2, default=str)
+            (self._folder / "spo_config.json").write_text(settings + "\n")
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            line = json.dumps({"step": state.global_step, **logs})
+            with (self._folder / "metrics.jsonl").open("a") as file:
+                file.write(line + "\n")
+
+    def _settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._config.to_dict()  # type: ignore[no-untyped-call]
+        return found

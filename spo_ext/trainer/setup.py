@@ -1,0 +1,260 @@
+"""What `SPOTrainer` is made of, put together from its settings."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.rollout import Reward, Sampling
+from spo_ext.rollout.embedded import ModelGenerator
+from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.rollouts import Rollouts
+from spo_ext.rollout.values import estimate_q0
+from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
+from spo_ext.store.checks import refuse
+from spo_ext.trainer.batches import Layout
+from spo_ext.trainer.config import SPOConfig
+from spo_ext.trainer.feed import Feed, MicroBatch
+from spo_ext.trainer.model import (
+    HeadSettings,
+    adapters_off,
+    answer_logprobs,
+    base_model,
+    has_adapters,
+    supports_packing,
+)
+from spo_ext.trainer.producer import Producer
+from spo_ext.trainer.publish import DirectoryPublisher, Publisher
+from spo_ext.trainer.publish_server import ServerPublisher
+from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.values import PromptValues
+
+if TYPE_CHECKING:
+    from spo_ext.trainer.trainer import SPOTrainer
+
+_FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+class Parts:
+    """The store and what stands between it and the steps of one run."""
+
+    def __init__(
+        self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Reward | None
+    ) -> None:
+        config, model = trainer.args, trainer.model
+        assert model is not None
+        self._config, self._trainer = config, trainer
+        self.store = TrajectoryStore(str(config.store))
+        settings = HeadSettings(
+            config.temperature,
+            config.max_dropped_mass,
+            config.workspace_mib,
+            entropy=config.log_entropy,
+        )
+        reference_model = _reference_model(config, model, ref_model)
+        answer_logprobs(model, settings)
+        if reference_model is not None and reference_model is not model:
+            answer_logprobs(reference_model, settings)
+            reference_model.to(config.device)
+        self.layout = choose_layout(config, model)
+        self.reference = self._reference(reference_model)
+        self._generator = ModelGenerator(
+            model,
+            trainer.processing_class,
+            batch_size=config.rollout_batch_size * config.samples_per_prompt,
+        )
+        self._reward = reward
+        self._producer = self._make_producer() if config.rollouts == "embedded" else None
+        produce = None if self._producer is None else self._producer.more
+        values = self._prompt_values() if config.needs_q0 else None
+        self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
+        self._publishers = _publishers(config)
+
+    def start(self, step: int, resume: bool) -> None:
+        """Before training from this step on; see `Feed.start`."""
+        self._feed.start(step, resume)
+        self._trainer.accelerator.wait_for_everyone()
+
+    def before_step(self, step: int, model: nn.Module) -> dict[str, float]:
+        """Where a policy version begins, it is published and rolled out; returns metrics."""
+        if step % self._config.sync_every:
+            return {}
+        version = step // self._config.sync_every
+        started = time.perf_counter()
+        self._publish(model, version)
+        published = time.perf_counter()
+        metrics = {} if self._producer is None else self._producer.round(version)
+        metrics["time/publish"] = published - started
+        metrics["time/rollout"] = time.perf_counter() - published
+        return metrics
+
+    def next_step(self, step: int) -> tuple[Batch, list[MicroBatch]]:
+        return self._feed.next_step(step // self._config.sync_every)
+
+    def finish(self) -> None:
+        """Tells those who follow the published policies that there will be no more."""
+        if self._trainer.accelerator.is_main_process:
+            for publisher in self._publishers:
+                publisher.finish()
+
+    def _publish(self, model: nn.Module, version: int) -> None:
+        if not self._publishers:
+            return
+        accelerator = self._trainer.accelerator
+        sharded = self._trainer.is_fsdp_enabled
+        weights = accelerator.get_state_dict(model) if sharded else None
+        if accelerator.is_main_process:
+            for publisher in self._publishers:
+                publisher.publish(
+                    accelerator.unwrap_model(model),
+                    self._trainer.processing_class,
+                    version,
+                    weights,
+                )
+        accelerator.wait_for_everyone()
+
+    def evaluate(self) -> dict[str, float]:
+        """pass@k and the rest of `spo_ext.evaluation`, by every rank alike."""
+        config = self._config
+        prompts = list(itertools.islice(self.store.prompts(config.eval_split), config.eval_prompts))
+        if not prompts:
+            refuse("SPO", "eval_split", "a split with prompts in the store", config.eval_split)
+        sampling = Sampling(
+            config.eval_samples,
+            config.temperature,
+            config.top_p,
+            config.max_new_tokens,
+            config.seed,
+        )
+        found = evaluate(
+            prompts,
+            self._generator,
+            self.reward,
+            sampling=sampling,
+            ks=config.eval_k,
+            decode=self.decode,
+            success=config.eval_success,
+        )
+        return {name: estimate.mean for name, estimate in found.values().items()}
+
+    @property
+    def reward(self) -> Reward:
+        """Made when it is first needed: a learner without rollouts needs no sandbox."""
+        if self._reward is None:
+            self._reward = load_reward(self._config.reward)
+        return self._reward
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A completion as text, without special tokens."""
+        tokenizer: Any = self._trainer.processing_class
+        if tokenizer is None:
+            refuse("SPO", "processing_class", "a tokenizer, for rollouts and evaluation", None)
+        words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return words
+
+    def _reference(self, model: nn.Module | None) -> Reference:
+        config = self._config
+        if model is None:
+            return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
+        tokenizer = self._trainer.processing_class
+        return Reference.of_model(
+            self.store, model, tokenizer, config.temperature, layout=self.layout
+        )
+
+    def _make_producer(self) -> Producer:
+        return Producer(
+            self._config,
+            self.store,
+            self._generator,
+            self.reward,
+            self.decode,
+            self._trainer.accelerator,
+            replicated=self._trainer.is_fsdp_enabled,
+        )
+
+    def _prompt_values(self) -> PromptValues:
+        config = self._config
+        can_sample = config.q0_samples > 0 and self.reference.model is not None
+        return PromptValues(
+            self.store,
+            beta=config.beta,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            reference=self.reference.fingerprint,
+            estimate=self._sample_reference if can_sample else None,
+        )
+
+    def _sample_reference(self, prompts: Sequence[StoredPrompt]) -> None:
+        """Values of prompts that have none, from the reference's own completions."""
+        config, model = self._config, self.reference.model
+        assert model is not None
+        run = f"reference-{self.reference.fingerprint[:16]}"
+        sampling = Sampling(
+            config.q0_samples, config.temperature, config.top_p, config.max_new_tokens, config.seed
+        )
+        generator = ModelGenerator(model, self._trainer.processing_class)
+        rollouts = Rollouts(
+            self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
+        )
+        with adapters_off(model):
+            rollouts.collect(prompts, 0)
+        estimate_q0(
+            self.store,
+            prompts,
+            run=run,
+            beta=config.beta,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            reward_range=(config.reward_range[0], config.reward_range[1]),
+            reference=self.reference.fingerprint,
+        )
+
+
+def choose_layout(config: SPOConfig, model: nn.Module) -> Layout:
+    """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
+
+    Raises ValueError if packing is asked for and the model mixes up what is packed.
+    """
+    if config.packing == "padded":
+        return "padded"
+    if supports_packing(model):
+        attention = getattr(base_model(model).config, "_attn_implementation", "")
+        return "row" if attention in _FLASH else "rows"
+    if config.packing == "packed":
+        refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
+    return "padded"
+
+
+def _reference_model(
+    config: SPOConfig, model: nn.Module, given: nn.Module | None
+) -> nn.Module | None:
+    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
+    kind = config.reference
+    if given is not None and kind not in ("auto", "model"):
+        refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
+    if kind == "cached":
+        return None
+    if kind == "adapter" and not has_adapters(model):
+        refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
+    if given is not None:
+        return given.requires_grad_(False).eval()
+    if kind != "model" and has_adapters(model):
+        return model
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _publishers(config: SPOConfig) -> list[Publisher]:
+    found: list[Publisher] = []
+    if config.publish_url is not None:
+        if config.publish_to is None:
+            refuse("SPOConfig", "publish_to", "a folder that the server of publish_url reads", None)
+        found.append(ServerPublisher(config.publish_url, config.publish_to))
+    elif config.publish_to is not None:
+        found.append(DirectoryPublisher(config.publish_to, config.publish_keep))
+    return found

@@ -1,0 +1,197 @@
+"""`SPOTrainer`: transformers.Trainer on batches of a trajectory store, with the SPO loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+import spo_ext
+from spo_ext.trainer import checkpoints
+from spo_ext.trainer.config import SPOConfig
+from spo_ext.trainer.feed import MicroBatch
+from spo_ext.trainer.metrics import Meter, add_loss, add_tokens
+from spo_ext.trainer.runlog import RunLog
+from spo_ext.trainer.setup import Parts
+
+
+class SPOTrainer(Trainer):
+    """Learns from the trajectories of a store; online ones are rolled out on the way.
+
+    Args:
+        model: a causal language model of transformers, with PEFT's adapters or without. Its
+            `forward` learns to answer log-probabilities (`spo_ext.trainer.model`).
+        args: see `SPOConfig`.
+        processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
+        ref_model: the reference; by default the model as it is now, or with its adapters off.
+        reward: judges embedded rollouts and evaluations; by default `load_reward(args.reward)`.
+        **options: of transformers.Trainer: callbacks, optimizers, ...
+
+    Resuming (`train(resume_from_checkpoint=True)`) continues from the last checkpoint that was
+    written to its end, with the batches that were drawn after it.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the model or the store.
+    """
+
+    # The loss is divided by the sequences of the whole step, over all micro-batches and ranks.
+    loss_is_scaled_for_ga = True
+    args: SPOConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SPOConfig,
+        processing_class: Any = None,
+        *,
+        ref_model: nn.Module | None = None,
+        reward: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            eval_dataset=[args.eval_split] if args.eval_strategy != "no" else None,
+            **options,
+        )
+        self.meter = Meter()
+        self._output = Path(str(args.output_dir))
+        self._parts = Parts(self, ref_model, reward)
+        self.add_callback(RunLog(args))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As transformers.Trainer's; True means the last complete checkpoint, if there is one."""
+        resume = bool(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, bool):
+            found = self._last_checkpoint() if resume else None
+            resume_from_checkpoint = None if found is None else str(found)
+        step = 0
+        if resume_from_checkpoint is not None:
+            step = int(checkpoints.read_state(Path(resume_from_checkpoint))["global_step"])
+        self._parts.start(step, resume)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._parts.finish()
+        return result
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Only counts micro-batches: the trajectories of a step come from the store when it
+        starts."""
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(range(count), batch_size=1)  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The micro-batches of the step that starts now. See `Feed`."""
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        started = time.perf_counter()
+        step = self.state.global_step
+        self.meter.put(self._parts.before_step(step, self.model_wrapped))
+        batch, micro_batches = self._parts.next_step(step)
+        self.meter.put(batch.metrics())
+        self.meter.put({"time/batch": time.perf_counter() - started})
+        return [{"micro_batch": one, **one.tokens.model_inputs} for one in micro_batches], None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The SPO loss of a micro-batch, as its part of the mean over the step's sequences."""
+        if return_outputs:
+            raise ValueError("SPOTrainer: return_outputs must be False: there are no logits")
+        batch: MicroBatch = inputs.pop("micro_batch")
+        device = next(iter(inputs.values())).device
+        tokens = batch.tokens
+        completions = (tokens.index.to(device), tokens.targets.to(device))
+        logprobs, entropy = model(**inputs, completions=completions)
+        rewards, q0 = batch.rewards.to(device), batch.q0
+        ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), tokens.cu_seqlens.to(device)
+        # DDP and FSDP2 average the gradients of the ranks.
+        share = batch.share * self.accelerator.num_processes
+        loss, stats = spo_ext.loss(
+            logprobs,
+            ref_logprobs,
+            rewards,
+            None if q0 is None else q0.to(device),
+            cu_seqlens=cu_seqlens,
+            groups=batch.groups.to(device) if self.args.objective == "group" else None,
+            weights=self._weights(logprobs, batch, cu_seqlens),
+            denominator=1 / share,
+            return_stats=True,
+            **self.args.loss_options(),
+        )
+        add_tokens(self.meter, logprobs, ref_logprobs, entropy)
+        add_loss(self.meter, stats, rewards, batch.floor)
+        return loss
+
+    def _weights(self, logprobs: Tensor, batch: MicroBatch, cu_seqlens: Tensor) -> Tensor | None:
+        """Tapers failures that the policy has moved away from, where the behaviour is known."""
+        if self.args.taper_below is None:
+            return None
+        ends = torch.cat([logprobs.new_zeros(1), logprobs.detach().double().cumsum(0)])
+        sums = ends[cu_seqlens].diff()
+        behaviour = batch.behaviour_sums.to(sums)
+        weights = spo_ext.taper_weights(
+            sums,
+            torch.where(behaviour.isnan(), sums, behaviour),
+            batch.rewards.to(sums.device),
+            threshold=self.args.taper_below,
+        )
+        self.meter.add("spo/weight", weights)
+        return weights
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the interval over all ranks."""
+        means = self.meter.drain(self.accelerator) if "loss" in logs else {}
+        super().log({**logs, **means}, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """pass@k of fresh samples for prompts of `args.eval_split`; the policy is not moved."""
+        values = self._parts.evaluate()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Marks the checkpoint when all of it is on the disk, and only then drops older ones."""
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._output / f"checkpoint-{self.state.global_step}"
+            state = {"global_step": self.state.global_step, "run": self.args.run}
+            checkpoints.mark_complete(folder, state)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(self._output), keep, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _last_checkpoint(self) -> Path | None:
+        if self.args.should_save:
+            checkpoints.remove_torn(self._output)
+        self.accelerator.wait_for_everyone()
+        return checkpoints.last_complete(self._output)
