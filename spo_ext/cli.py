@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 from spo_ext.commands import fail
 from spo_ext.data.commands import add_export, add_import
 from spo_ext.quickstart.config import Objective, QuickstartConfig
+from spo_ext.rollout.commands import add_rollout
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -106,7 +107,12 @@ def _run_quickstart(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_quickstart, add_import, add_export)
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    _add_quickstart,
+    add_import,
+    add_rollout,
+    add_export,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,173 @@
+"""`spo rollout`: its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spo_ext.commands import fail
+
+if TYPE_CHECKING:
+    from spo_ext.commands import Subparsers
+
+
+def add_rollout(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "rollout",
+        help="draw completions of stored prompts, judge them and store them",
+        description="Completions of a model in this process, of a server with OpenAI's API, or of "
+        "each policy that a trainer publishes. A batch is stored whole or not at all, and with "
+        "--min-trajectories a rollout that was killed goes on where it was. Ctrl-C or SIGTERM "
+        "ends it after the batch at hand, a second one at once.",
+    )
+    parser.add_argument(
+        "--store", required=True, metavar="WHERE", help="a file, or postgresql://user@host/database"
+    )
+    policy = parser.add_mutually_exclusive_group(required=True)
+    policy.add_argument("--model", type=Path, metavar="FOLDER", help="what save_pretrained wrote")
+    policy.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
+    policy.add_argument(
+        "--follow", type=Path, metavar="FOLDER", help="where policies are published"
+    )
+    _add_origin(parser)
+    _add_sampling(parser)
+    _add_reward(parser)
+    _add_model(parser)
+    _add_server(parser)
+    _add_follow(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_rollout, error=parser.error)
+
+
+def _add_origin(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is stored")
+    group.add_argument("--run", dest="run_name", required=True, metavar="NAME")
+    group.add_argument(
+        "--policy-version", type=int, default=0, metavar="N", help="of --model or --server"
+    )
+    group.add_argument(
+        "--origin-model", metavar="NAME", help="the completions are this other model's"
+    )
+    group.add_argument("--split", choices=("train", "dev", "test"), default="train")
+    group.add_argument(
+        "--prompts", type=int, metavar="LIMIT", help="the first so many of the split"
+    )
+    group.add_argument(
+        "--min-trajectories",
+        type=int,
+        metavar="N",
+        help="leave out prompts that have as many of this run, version, temperature and top-p "
+        "(default: 0; with --follow, --n)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--n", type=int, default=8, help="completions of a prompt (default: 8)")
+    group.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    group.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    group.add_argument("--seed", type=int, default=0, help="default: 0")
+    group.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="prompts in a batch (default: 8)"
+    )
+
+
+def _add_reward(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reward")
+    group.add_argument(
+        "--reward",
+        default="tests",
+        metavar="NAME",
+        help="tests, answer, or a function of TRL's form as package.module:function or "
+        "file.py:function (default: tests)",
+    )
+    group.add_argument("--reward-passed", type=float, default=1.0, metavar="R", help="default: 1")
+    group.add_argument("--reward-failed", type=float, default=0.0, metavar="R", help="default: 0")
+    group.add_argument("--sandbox-workers", type=int, metavar="N", help="default: one per CPU")
+    group.add_argument(
+        "--test-seconds",
+        type=float,
+        metavar="S",
+        help="time for an input of a script, or for all calls of a function",
+    )
+    group.add_argument(
+        "--q0-beta",
+        type=float,
+        metavar="BETA",
+        help="then estimate Q_0 of these prompts for this softness; for rollouts of the reference",
+    )
+    group.add_argument("--q0-smoothing", type=float, default=0.5, metavar="S", help="default: 0.5")
+    group.add_argument(
+        "--q0-range",
+        type=float,
+        nargs=2,
+        metavar=("WORST", "BEST"),
+        help="of rewards, for smoothing (default: of the reward if known, else of the samples)",
+    )
+    group.add_argument(
+        "--q0-reference", default="", metavar="NAME", help="fingerprint to store it with"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and tokenizer")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: that of the model's folder"
+    )
+    group.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    group.add_argument("--dtype", default="auto", help="default: that of the files")
+    group.add_argument(
+        "--generate-batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="completions generated at once (default: 64)",
+    )
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--served-model", metavar="NAME", help="as the server knows it")
+    group.add_argument(
+        "--dialect",
+        choices=("vllm", "transformers", "openai"),
+        default="vllm",
+        help="vllm: token ids in and out; others: texts (default: vllm)",
+    )
+    group.add_argument(
+        "--api-key-from", metavar="VARIABLE", help="of the environment, holds the server's key"
+    )
+    group.add_argument(
+        "--server-logprobs",
+        action="store_true",
+        help="store log-probabilities; vLLM must run with --logprobs-mode processed_logprobs",
+    )
+    group.add_argument("--concurrency", type=int, default=16, metavar="N", help="default: 16")
+    group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: 600")
+    group.add_argument("--retries", type=int, default=5, metavar="N", help="default: 5")
+
+
+def _add_follow(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("follow")
+    group.add_argument(
+        "--prompts-per-version",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts of a version; version v has items v N to v N + N of a stream that goes "
+        "through the split again and again, shuffled by --seed (default: 64)",
+    )
+    group.add_argument(
+        "--until-version", type=int, metavar="N", help="end after this version, or a later one"
+    )
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    try:
+        # Imported here: it needs packages that the other commands do not.
+        from spo_ext.rollout.producing import produce
+    except ImportError as error:
+        return fail(error)
+    return produce(options)

@@ -1,0 +1,74 @@
+"""How much of a rollout is in the store already, and with which rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+
+from spo_ext.store import TrajectoryStore, schema
+from spo_ext.store.records import Origin, Split
+from spo_ext.store.rows import chunks
+
+
+def ids_of_split(store: TrajectoryStore, split: Split) -> list[int]:
+    """Ids of its prompts in order, without reading the prompts."""
+    table = schema.prompts.c
+    query = sa.select(table.id).where(table.split == split).order_by(table.id)
+    with store.database.read() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def draws(
+    store: TrajectoryStore,
+    prompt_ids: Sequence[int],
+    origin: Origin,
+    temperature: float,
+    top_p: float,
+) -> dict[int, int]:
+    """How many completions of each prompt were drawn so; a prompt without any is left out.
+
+    A completion that was drawn twice is stored once, as a duplicate, and counts twice.
+    """
+    table = schema.trajectories.c
+    drawn = sa.func.sum(1 + table.duplicates)
+    found: dict[int, int] = {}
+    with store.database.read() as connection:
+        for part in chunks(list(prompt_ids)):
+            query = sa.select(table.prompt_id, drawn).where(table.prompt_id.in_(part))
+            query = query.where(*_same(origin), table.temperature == temperature)
+            query = query.where(table.top_p == top_p).group_by(table.prompt_id)
+            found.update({row[0]: int(row[1]) for row in connection.execute(query)})
+    return found
+
+
+def rewards_drawn(
+    store: TrajectoryStore,
+    prompt_ids: Sequence[int],
+    *,
+    run: str,
+    policy_version: int | None,
+    temperature: float,
+    top_p: float,
+) -> list[tuple[int, float, int]]:
+    """(prompt id, reward, times drawn) of the trajectories of a run's policy."""
+    table = schema.trajectories.c
+    where = [table.kind == "policy", table.run == run]
+    where += [table.temperature == temperature, table.top_p == top_p]
+    if policy_version is not None:
+        where.append(table.policy_version == policy_version)
+    found: list[tuple[int, float, int]] = []
+    with store.database.read() as connection:
+        for part in chunks(list(prompt_ids)):
+            query = sa.select(table.prompt_id, table.reward, 1 + table.duplicates).where(
+                table.prompt_id.in_(part), *where
+            )
+            rows = connection.execute(query.order_by(table.id))
+            found += [(int(row[0]), float(row[1]), int(row[2])) for row in rows]
+    return found
+
+
+def _same(origin: Origin) -> list[sa.ColumnElement[bool]]:
+    table = schema.trajectories.c
+    names = ("kind", "run", "policy_version", "model")
+    return [table[name].is_not_distinct_from(getattr(origin, name)) for name in names]

@@ -1,0 +1,138 @@
+"""Rewards of the user's own function, in the form that TRL's trainers take."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from spo_ext.rollout.generation import Judgement
+from spo_ext.store.records import Prompt
+
+_COLUMNS = ("answer", "tests")
+_ARGUMENTS = ("prompts", "completions", "completion_ids", *_COLUMNS)
+
+
+class FunctionReward:
+    """Reward of `f(prompts, completions, completion_ids, answer, tests) -> list[float | None]`.
+
+    The function takes those of the arguments that it names, all of them with **kwargs; each is a
+    list with an entry for every completion. It may be async. Where the prompt has messages, so has
+    the completion. None or NaN leaves a completion without judgement.
+
+    Raises ValueError if the function asks for anything else, or returns something else.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function, self._name = function, name
+        parameters = inspect.signature(function).parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for parameter in parameters:
+            free = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            known = parameter.name in _ARGUMENTS and parameter.kind != parameter.POSITIONAL_ONLY
+            if parameter.default is parameter.empty and not free and not known:
+                raise ValueError(
+                    f"reward {name}: its arguments must be among {', '.join(_ARGUMENTS)}, "
+                    f"got {parameter.name}"
+                )
+        takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self._arguments = [key for key in _ARGUMENTS if takes_all or key in named]
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+    ) -> list[Judgement | None]:
+        every: dict[str, list[Any]] = {
+            "prompts": [prompt.content for prompt in prompts],
+            "completions": [
+                text
+                if isinstance(prompt.content, str)
+                else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, completions, strict=True)
+            ],
+            "completion_ids": [list(ids) for ids in token_ids],
+            "answer": [prompt.answer for prompt in prompts],
+            "tests": [prompt.tests for prompt in prompts],
+        }
+        rewards = self._function(**{name: every[name] for name in self._arguments})
+        if inspect.isawaitable(rewards):
+            rewards = _result(rewards)
+        try:
+            found = list(rewards)
+        except TypeError:
+            raise ValueError(f"reward {self._name}: must return a list, got {rewards!r}") from None
+        if len(found) != len(prompts):
+            raise ValueError(
+                f"reward {self._name}: must return {len(prompts)} rewards, got {len(found)}"
+            )
+        return [self._judgement(value) for value in found]
+
+    def _judgement(self, value: Any) -> Judgement | None:
+        if value is None:
+            return None
+        try:
+            reward = float(value)
+        except (TypeError, ValueError):
+            reward = math.inf
+        if reward == math.inf:
+            raise ValueError(
+                f"reward {self._name}: must be finite numbers, -inf or None, got {value!r}"
+            )
+        return None if math.isnan(reward) else Judgement(reward)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function of "package.module:function", "package.module.function" or "file.py:function".
+
+    Raises ValueError if there is none, and whatever importing its module raises.
+    """
+    module, colon, attribute = name.rpartition(":")
+    if not colon:
+        module, _, attribute = name.rpartition(".")
+    if not module or not attribute:
+        raise ValueError(
+            "reward must be tests, answer, package.module:function or file.py:function, "
+            f"got {name!r}"
+        )
+    try:
+        found = _from_file(Path(module)) if module.endswith(".py") else _import(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ModuleNotFoundError, FileNotFoundError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise ValueError(f"reward {name!r} must be a function, got {type(found).__name__}")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _import(module: str) -> Any:
+    return importlib.import_module(module)
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # for every name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _result(awaitable: Awaitable[Any]) -> Any:
+    """In a thread of its own: the caller's may run a loop already, as a notebook's does."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(wait())).result()
