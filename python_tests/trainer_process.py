@@ -1,24 +1,31 @@
-"""Trains a tiny model as a process of its own: python trainer_process.py SETTINGS.json.
+"""Trains a tiny model, here or in a process of its own.
 
-SETTINGS holds the fields of SPOConfig, and beside them:
-    model: "plain" or "adapters";  seed: of the weights
+The options are the fields of SPOConfig, and beside them:
+    model: "plain" or "adapters"
+    weights: seed of the weights
+    shape: changes to the model's config
     resume: continue the last checkpoint
-    kill: {"where": "step" | "draw" | "checkpoint", "step": n}: dies by SIGKILL there
+    kill: {"where": "step" | "draw" | "append" | "checkpoint", "step": n}: dies by SIGKILL there
     out: file for the final weights and the log
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 from trainer_cases import make_model, make_tokenizer, with_adapters
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401, imported once
 
+from spo_ext.store import TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
 from spo_ext.trainer.feed import Feed
 
@@ -61,17 +68,18 @@ class Trainer(SPOTrainer):
         super()._save_optimizer_and_scheduler(*args)
 
 
-def die_after_draw(step: int) -> None:
-    plain = Feed._draw
+def die_after(owner: type, name: str, calls: int) -> None:
+    """When that method has returned so many times and returns once more."""
+    plain = getattr(owner, name)
     count = iter(range(10**6))
 
-    def draw(self: Feed, version: int) -> Any:
-        batch = plain(self, version)
-        if next(count) == step:
+    def method(self: Any, *args: Any) -> Any:
+        result = plain(self, *args)
+        if next(count) == calls:
             die()
-        return batch
+        return result
 
-    Feed._draw = draw  # type: ignore[method-assign]
+    setattr(owner, name, method)
 
 
 def train(options: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +91,9 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(model, SPOConfig(**options), make_tokenizer())
     trainer.kill = kill
     if kill.get("where") == "draw":
-        die_after_draw(kill["step"])
+        die_after(Feed, "_draw", kill["step"])
+    if kill.get("where") == "append":
+        die_after(TrajectoryStore, "append", kill["step"] - 1)
     trainer.train(resume_from_checkpoint=resume)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     result = {
@@ -95,5 +105,31 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
-    train(json.loads(Path(sys.argv[1]).read_text()))
+def spawn(options: dict[str, Any], environment: dict[str, str] | None = None) -> Any:
+    """`train` in a process of its own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with _search_path():
+        forkserver.ensure_running()
+    process = context.Process(target=_alone, args=(options, environment or {}), daemon=True)
+    process.start()
+    return process
+
+
+@contextmanager
+def _search_path() -> Iterator[None]:
+    """Lets the server find this module: until Python 3.14 it does not hear of sys.path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def _alone(options: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train(options)

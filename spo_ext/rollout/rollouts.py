@@ -105,6 +105,10 @@ class Rollouts:
         ids = [prompt.id for prompt in prompts]
         return draws(self._store, ids, origin, sampling.temperature, sampling.top_p)
 
+    def plan(self, prompts: Sequence[StoredPrompt], policy_version: int) -> list[_Batch]:
+        """The calls of the generator that `collect` would make now: prompts, and how to sample."""
+        return list(self._batches(prompts, self.origin(policy_version), policy_version))
+
     def _batches(
         self, prompts: Sequence[StoredPrompt], origin: Origin, policy_version: int
     ) -> Iterator[_Batch]:

@@ -1,8 +1,8 @@
 """A thin trainer on transformers.Trainer that learns from any trajectory of a store.
 
-    trainer = SPOTrainer(model, SPOConfig(output_dir="runs/first", store="trajectories.db",
-                                          max_steps=100, group_size=4), tokenizer)
-    trainer.train()
+trainer = SPOTrainer(model, SPOConfig(output_dir="runs/first", store="trajectories.db",
+                                      max_steps=100, group_size=4), tokenizer)
+trainer.train()
 """
 
 try:

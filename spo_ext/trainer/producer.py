@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 
 from spo_ext.rollout import Generator, Reward, Sampling
+from spo_ext.rollout.draws import derived_seed
 from spo_ext.rollout.rollouts import Decode, Rollouts
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.trainer.config import SPOConfig
@@ -40,17 +39,26 @@ class Producer:
         *,
         replicated: bool,
     ) -> None:
-        self._config, self._store, self._generator = config, store, generator
-        self._reward, self._decode, self._accelerator = reward, decode, accelerator
-        self._replicated = replicated
+        self._config, self._generator = config, generator
+        self._accelerator, self._replicated = accelerator, replicated
         self._prompts = list(store.prompts("train"))
         if not self._prompts:
             raise ValueError("SPO: the store must have prompts of split train, got none")
-        self.sampling = Sampling(
+        sampling = Sampling(
             n=config.samples_per_prompt,
             temperature=config.temperature,
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+        self._rollouts = Rollouts(
+            store,
+            generator,
+            reward,
+            run=str(config.run),
+            sampling=sampling,
+            decode=decode,
+            prompts_per_batch=config.rollout_batch_size,
         )
         share = config.sampler_config().fractions.get("online", 0.0)
         rows = share * config.step_batch_size * config.sync_every
@@ -58,11 +66,14 @@ class Producer:
         self._more = (-1, 0)  # policy version, rounds beside its first
 
     def round(self, version: int) -> dict[str, float]:
-        """What the steps until the next version need; returns metrics of this rank's part."""
-        return self._collect(version, version * self._round_size, self._round_size, 0)
+        """What the steps until the next version need; returns metrics of this rank's part.
+
+        What a killed run has stored of it already is not drawn again.
+        """
+        return self._collect(version, self._prompts_of(version, 0))
 
     def more(self, version: int) -> bool:
-        """Another round, of prompts further on, when too few of the first were new.
+        """Another round, of prompts further on, when too few completions of the first were new.
 
         Whether there is hope that a further one would help.
         """
@@ -71,43 +82,46 @@ class Producer:
         self._more = (version, rounds)
         if rounds > _MORE_ROUNDS:
             return False
-        self._collect(version, (version + rounds) * self._round_size, self._round_size, rounds)
+        self._collect(version, self._prompts_of(version, rounds))
         return True
 
-    def _collect(self, version: int, start: int, count: int, salt: int) -> dict[str, float]:
-        prompts = [self._prompts[i] for i in _stream(len(self._prompts), start, count, self._seed)]
-        size = self._config.rollout_batch_size
-        chunks = [prompts[i : i + size] for i in range(0, count, size)]
-        totals: dict[str, list[float]] = {}
-        for index, chunk in enumerate(chunks):
-            sampling = replace(self.sampling, seed=_mix(self._seed, version, salt, index))
-            for name, value in self._chunk(index, chunk, sampling, version).items():
-                totals.setdefault(name, []).append(value)
-        self._accelerator.wait_for_everyone()
-        return {name: sum(values) / len(values) for name, values in totals.items()}
+    def _prompts_of(self, version: int, rounds: int) -> list[StoredPrompt]:
+        """Those of the version's own round, and of as many after it."""
+        start, size = version * self._round_size, self._round_size * (1 + rounds)
+        places = _stream(len(self._prompts), start, size, self._config.seed)
+        return [self._prompts[place] for place in places]
 
-    def _chunk(
-        self, index: int, chunk: Sequence[StoredPrompt], sampling: Sampling, version: int
-    ) -> dict[str, float]:
+    def _collect(self, version: int, wanted: Sequence[StoredPrompt]) -> dict[str, float]:
+        accelerator = self._accelerator
+        mine = wanted if self._replicated else self._part(wanted)
+        missing = self._missing(mine, version)
+        accelerator.wait_for_everyone()  # all have read what there is before any adds to it
+        metrics: dict[str, float] = {}
+        if self._replicated and not accelerator.is_main_process:
+            for prompts, sampling in self._rollouts.plan(missing, version):
+                self._generator.generate(prompts, sampling)  # its part of the collectives
+        elif missing:
+            metrics = self._rollouts.collect(missing, version).metrics()
+        accelerator.wait_for_everyone()
+        return metrics
+
+    def _part(self, wanted: Sequence[StoredPrompt]) -> list[StoredPrompt]:
+        """Of this rank; a prompt that comes twice stays with one rank."""
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
-        mine = rank == 0 if self._replicated else index % ranks == rank
-        if not mine:
-            if self._replicated:
-                self._generator.generate(chunk, sampling)  # its part of the collectives
-            return {}
-        rollouts = Rollouts(
-            self._store,
-            self._generator,
-            self._reward,
-            run=str(self._config.run),
-            sampling=sampling,
-            decode=self._decode,
-        )
-        return rollouts.collect(chunk, version).metrics()
+        place = {key: i for i, key in enumerate(dict.fromkeys(prompt.id for prompt in wanted))}
+        return [prompt for prompt in wanted if place[prompt.id] % ranks == rank]
 
-    @property
-    def _seed(self) -> int:
-        return self._config.seed
+    def _missing(self, wanted: Sequence[StoredPrompt], version: int) -> list[StoredPrompt]:
+        """Without those whose completions are stored."""
+        drawn = self._rollouts.drawn(list({p.id: p for p in wanted}.values()), version)
+        left = {key: count // self._config.samples_per_prompt for key, count in drawn.items()}
+        missing = []
+        for prompt in wanted:
+            if left.get(prompt.id, 0) > 0:
+                left[prompt.id] -= 1
+            else:
+                missing.append(prompt)
+        return missing
 
 
 def _stream(size: int, start: int, count: int, seed: int) -> Iterator[int]:
@@ -116,12 +130,6 @@ def _stream(size: int, start: int, count: int, seed: int) -> Iterator[int]:
     for place in range(start, start + count):
         if place // size != epoch:
             epoch = place // size
-            rng = torch.Generator().manual_seed(_mix(seed, epoch))
+            rng = torch.Generator().manual_seed(derived_seed(seed, epoch))
             order = torch.randperm(size, generator=rng)
         yield int(order[place % size])
-
-
-def _mix(*numbers: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    words = ":".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "big")
