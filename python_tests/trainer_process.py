@@ -98,6 +98,8 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     result = {
         "log": [line for line in trainer.state.log_history if "loss" in line],
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "sharded": all(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "weights": {name: tensor.float() for name, tensor in state.items()},
     }
     if out is not None and trainer.accelerator.is_main_process:

@@ -1,0 +1,116 @@
+"""Two processes (gloo, CPU) learn what one learns: DDP, FSDP2, with online rollouts and without."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_cases import fill
+from trainer_process import settings, spawn
+
+from spo_ext.store import PromptValue, TrajectoryStore
+
+OFFLINE = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    with TrajectoryStore(path / "store.db") as store:
+        fill(store)
+        store.put_q0({p.id: PromptValue(0.3, 4, 0.5, 1.0) for p in store.prompts("train")})
+    return path
+
+
+def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
+    """What the first rank ends with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = folder / "end.pt"
+    started = []
+    for rank in range(processes):
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            environment |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        started.append(spawn(settings(folder, out=str(out), **options), environment))
+    for process in started:
+        process.join(180)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * processes
+    return dict(torch.load(out))
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for line, other in zip(found["log"], expected["log"], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        for name in ("spo/residual", "kl", "entropy", "store/reward", "store/length"):
+            assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(make_folder(tmp_path_factory.mktemp("one") / "a"), 1, **OFFLINE)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp(tmp_path: Path, alone: dict[str, Any], accumulation: int) -> None:
+    sizes = {
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **sizes)
+    assert found["wrapped"] == "DistributedDataParallel"
+    check_same(found, alone)
+
+
+def test_fsdp2(tmp_path: Path, alone: dict[str, Any]) -> None:
+    sizes = {"per_device_train_batch_size": 4}
+    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **FSDP2, **sizes)
+    assert found["sharded"]
+    check_same(found, alone)
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_online(tmp_path: Path, sharding: dict[str, Any]) -> None:
+    """Both ranks roll out, publish and draw; the policies that are published can be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"per_device_train_batch_size": 4, "sync_every": 2, "publish_to": f"{tmp_path}/p"}
+    found = run(make_folder(tmp_path / "a"), 2, **options, **sharding)
+    assert [line["step"] for line in found["log"]] == [1, 2, 3, 4]
+    with TrajectoryStore(tmp_path / "a" / "store.db") as store:
+        rows = list(store.trajectories(run="run"))
+        counters = store.counters()
+    assert {row.origin.policy_version for row in rows} == {0, 1}
+    # 2 versions of 16 completions, each stored or a duplicate, none by both ranks.
+    assert len(rows) + counters["duplicates"] == 32
+    AutoModelForCausalLM.from_pretrained(tmp_path / "p" / "version-0000001")
