@@ -1,0 +1,1 @@
+"""Training: SPO on the trajectories of a store, with transformers.Trainer."""
