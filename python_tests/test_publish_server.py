@@ -1,0 +1,209 @@
+"""Publication to a server that answers as vLLM does, over real HTTP on loopback."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from publish_cases import lora_model, tiny_model, trained
+
+from spo_ext.trainer.publish_server import PublishError, ServerPublisher, VLLMClientPublisher
+
+transformers = pytest.importorskip("transformers")
+
+
+class Server(ThreadingHTTPServer):
+    """Records what it is asked; `answers` has the status and body of routes that fail."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.calls: list[tuple[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.answers: dict[str, list[tuple[int, Any]]] = {}
+        self.weights: torch.Tensor | None = None
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        if self.answers.get(path):
+            return self.answers[path].pop(0)
+        if path == "/collective_rpc":
+            folder = body["kwargs"]["weights_path"]
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            self.weights = loaded.model.norm.weight.detach()
+            return 200, {"results": [None]}
+        if path == "/v1/load_lora_adapter":
+            assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
+            return 200, "Success: LoRA adapter added successfully."
+        return 200, None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(text) if text else None
+        self.server.calls.append((self.path, body))
+        self.server.headers.append(dict(self.headers))
+        status, answer = self.server.answer(self.path, body)
+        content = b"" if answer is None else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def routes(server: Server) -> list[str]:
+    return [path for path, _ in server.calls]
+
+
+def test_whole_weights(server: Server, tmp_path: Path) -> None:
+    model = trained(tiny_model())
+    publisher = ServerPublisher(f"{server.url}/v1/", tmp_path, api_key="secret")
+    publisher.publish(model, None, 3)
+    folder = str(tmp_path / "version-0000003")
+    assert server.calls == [
+        ("/pause?mode=wait", None),
+        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
+        ("/reset_prefix_cache", None),
+        ("/resume", None),
+    ]
+    assert torch.equal(server.weights, model.model.norm.weight)
+    assert all(headers["Authorization"] == "Bearer secret" for headers in server.headers)
+    assert (tmp_path / "latest").read_text() == "version-0000003"
+    publisher.finish()
+    assert (tmp_path / "finished").exists()
+
+
+def test_only_the_adapter(server: Server, tmp_path: Path) -> None:
+    publisher = ServerPublisher(server.url, tmp_path, lora_name="policy", pause=False)
+    publisher.publish(lora_model("linear"), None, 1)
+    path = str(tmp_path / "version-0000001")
+    load = {"lora_name": "policy", "lora_path": path, "load_inplace": True}
+    assert server.calls == [("/v1/load_lora_adapter", load), ("/reset_prefix_cache", None)]
+
+
+def test_a_server_that_does_not_load_in_place(server: Server, tmp_path: Path) -> None:
+    said = "The lora adapter 'policy' has already been loaded."
+    server.answers["/v1/load_lora_adapter"] = [(400, {"error": {"message": said, "code": 400}})]
+    publisher = ServerPublisher(server.url, tmp_path, lora_name="policy", prefix_cache=False)
+    publisher.publish(lora_model("linear"), None, 1)
+    assert routes(server)[1:-1] == [
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/v1/load_lora_adapter",
+    ]
+    assert server.calls[2][1] == {"lora_name": "policy"}
+
+
+def test_the_server_may_see_the_folder_elsewhere(server: Server, tmp_path: Path) -> None:
+    server.answers["/collective_rpc"] = [(200, None)]
+    ServerPublisher(server.url, tmp_path, server_directory="/mnt/run").publish(
+        tiny_model(), None, 4
+    )
+    assert server.calls[1][1]["kwargs"] == {"weights_path": "/mnt/run/version-0000004"}
+
+
+@pytest.mark.parametrize(
+    ("route", "answer", "words"),
+    [
+        (
+            "/pause?mode=wait",
+            (404, {"detail": "Not Found"}),
+            ["status 404", "VLLM_SERVER_DEV_MODE"],
+        ),
+        ("/collective_rpc", (500, {"error": {"message": "no file"}}), ["status 500: no file"]),
+        ("/collective_rpc", (400, {"detail": "Missing 'method'"}), ["400: Missing 'method'"]),
+        ("/reset_prefix_cache", (200, {"success": False}), ["requests are under way"]),
+        ("/resume", (503, None), ["status 503: no message"]),
+    ],
+)
+def test_what_the_server_says_is_passed_on(
+    server: Server, tmp_path: Path, route: str, answer: tuple[int, Any], words: list[str]
+) -> None:
+    server.answers[route] = [answer]
+    with pytest.raises(PublishError) as error:
+        ServerPublisher(server.url, tmp_path).publish(tiny_model(), None, 1)
+    for word in [f"POST {server.url}{route}", *words]:
+        assert word in str(error.value)
+    assert routes(server)[-1] == route  # in particular no /resume with half of the weights
+    assert not (tmp_path / "latest").exists()  # nobody believes that the server has it
+
+
+def test_an_adapter_that_cannot_be_loaded(server: Server, tmp_path: Path) -> None:
+    publisher = ServerPublisher(server.url, tmp_path, lora_name="policy")
+    server.answers["/v1/load_lora_adapter"] = [(400, {"error": {"message": "rank 64 > 16"}})]
+    with pytest.raises(PublishError, match="load_lora_adapter: status 400: rank 64 > 16$"):
+        publisher.publish(lora_model("linear"), None, 1)
+    server.answers["/v1/load_lora_adapter"] = [(404, {"error": {"message": "Not Found"}})]
+    with pytest.raises(PublishError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as error:
+        publisher.publish(lora_model("linear"), None, 2)
+    assert error.value.status == 404
+    assert "/v1/unload_lora_adapter" not in routes(server)
+    publisher.publish(lora_model("linear"), None, 3)  # the server was repaired
+    assert routes(server)[-1] == "/resume"
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:1"
+    with pytest.raises(PublishError, match=f"POST {url}/pause.*: no answer: .*refused") as error:
+        ServerPublisher(url, tmp_path).publish(tiny_model(), None, 1)
+    assert error.value.status is None
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="url must be http://..., got 'localhost:8000'"):
+        ServerPublisher("localhost:8000", tmp_path)
+    with pytest.raises(ValueError, match="timeout_s must be > 0, got 0"):
+        ServerPublisher("http://localhost:8000", tmp_path, timeout_s=0)
+    publisher = ServerPublisher("http://localhost:8000", tmp_path, lora_name="policy")
+    with pytest.raises(ValueError, match="must be a PeftModel .*, got Qwen2ForCausalLM"):
+        publisher.publish(tiny_model(), None, 1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gathered", "lora"])
+def test_weights_through_the_client_of_trl(kind: str) -> None:
+    client_module = pytest.importorskip("trl.generation.vllm_client")
+    # autospec: a call that the installed TRL would refuse fails here too.
+    client = mock.create_autospec(client_module.VLLMClient, instance=True)
+    sent: dict[str, torch.Tensor] = {}
+    announced: list[Any] = []
+
+    def receive(metadata: Any, named: Any) -> None:
+        announced.extend(metadata)
+        sent.update({name: weight.clone() for name, weight in named})
+
+    client.update_named_params.side_effect = receive
+    model = lora_model("linear") if kind == "lora" else trained(tiny_model())
+    state = {**model.state_dict()} if kind == "gathered" else None
+    publisher = VLLMClientPublisher(client, "cpu")
+    publisher.publish(model, None, 1, state)
+    assert [name for name, _, _ in announced] == list(sent)
+    assert ("model.norm.weight", "float32", [32]) in announced
+    loaded = tiny_model()
+    loaded.load_state_dict(sent)  # every weight, under the name that the server knows
+    ids = torch.arange(6)[None]
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+    calls = [call[0] for call in client.method_calls]
+    assert calls == ["update_named_params", "reset_prefix_cache"]
+    publisher.finish()
+    client.close_communicator.assert_called_once_with()
