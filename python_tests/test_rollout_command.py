@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,13 @@ def test_programs_are_drawn_judged_and_valued(
     assert "of 2 prompts" in (said := capsys.readouterr().out) and "3 prompts had enough" in said
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def total(store: TrajectoryStore) -> int:
+    """Completions drawn; the same one drawn twice is stored once, and counted."""
+    counters = store.counters()
+    return counters["trajectories"] + counters["duplicates"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -120,24 +127,26 @@ def test_a_killed_rollout_goes_on_where_it_was(
     monkeypatch.setenv("SLOWLY", "0.3")
     process = start_rollout("--store", path, *common)
     with TrajectoryStore(path) as store:
-        wait_for(lambda: len(rows(store)) >= 2 * n * 2 or process.poll() is not None)
+        wait_for(lambda: total(store) >= 2 * n * 2 or process.poll() is not None)
         os.kill(process.pid, signal.SIGKILL)
         assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
         before = list(store.trajectories())
-        assert 0 < len(before) < len(prompts) * n and len(before) % (2 * n) == 0
+        drawn = total(store)
+        assert 0 < drawn < len(prompts) * n and drawn % (2 * n) == 0  # whole batches
         monkeypatch.delenv("SLOWLY")
         assert rollout("--store", path, *common) == 0
         after = list(store.trajectories())
         assert [t.id for t in after[: len(before)]] == [t.id for t in before]
-        assert len(after) == len(prompts) * n and store.counters()["duplicates"] == 0
+        assert total(store) == len(prompts) * n
         # And what was drawn is what would have been drawn without the kill.
         whole = new_store(tmp_path / "whole.db", prompts)
         assert rollout("--store", whole, *common) == 0
         with TrajectoryStore(whole) as other:
             assert rows(store) == rows(other)
+            assert [t.duplicates for t in after] == [t.duplicates for t in other.trajectories()]
         assert {t.reward for t in after} != {0.0}
         assert rollout("--store", path, *common) == 0
-        assert len(rows(store)) == len(after)
+        assert total(store) == len(prompts) * n
 
 
 def publish(directory: Path, version: int) -> None:
@@ -174,8 +183,11 @@ def follow(
 
 
 def versions(store: TrajectoryStore) -> dict[int, int]:
-    found = [t.origin.policy_version or 0 for t in store.trajectories(run="live")]
-    return {version: found.count(version) for version in sorted(set(found))}
+    """Completions drawn of each."""
+    found: Counter[int] = Counter()
+    for each in store.trajectories(run="live"):
+        found[each.origin.policy_version or 0] += 1 + each.duplicates
+    return dict(found)
 
 
 def test_published_policies_are_followed(tmp_path: Path, reward_file: Path) -> None:
