@@ -76,14 +76,23 @@ def from_token_ids(choice: Any, ends: Sequence[int], logprobs: bool) -> Generati
 def from_text(choice: Any, prompt: Prompt, tokenizer: Tokenizer, chat: bool) -> Generation:
     """A choice with text, in the tokens that the tokenizer makes of it. Raises ReplyError."""
     finish = _finish(choice)
-    words = choice.get("message", {}).get("content") if chat else choice.get("text")
-    if chat and words is None:
-        words = ""  # an empty answer
+    words = _message(choice) if chat else choice.get("text")
     if not isinstance(words, str):
         raise ReplyError(f"the reply has no text, got the fields {sorted(choice)}")
     content = prompt.content
     completion = words if isinstance(content, str) else [{"role": "assistant", "content": words}]
     return Generation(tuple(tokenizer.completion_ids(content, completion, finish)), finish)
+
+
+def _message(choice: Any) -> Any:
+    message = choice.get("message") or {}
+    for name in ("reasoning_content", "reasoning", "tool_calls"):
+        if message.get(name):
+            raise ReplyError(
+                f"the server cuts {name} out of the message, so that the completion is not known; "
+                "switch its parser off, or use token ids (dialect vllm)"
+            )
+    return message.get("content") or ""  # null for an empty answer
 
 
 def choices(reply: Any, n: int) -> list[Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Any:
+def load_model(
+    folder: str | Path, device: str = "auto", dtype: str = "auto", quiet: bool = False
+) -> Any:
     """A causal language model, or one with a PEFT adapter, in eval mode.
 
-    device "auto" is the GPU if there is one; dtype "auto" that of the files.
+    device "auto" is the GPU if there is one; dtype "auto" that of the files; quiet leaves out the
+    progress bar of transformers.
 
     Raises ValueError if the folder holds none, ImportError without transformers or PEFT.
     """
@@ -25,8 +30,9 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
         what = "peft" if adapter else "'transformers>=5'"
         raise ImportError(f"a model needs {what} ({error}): pip install {what}") from error
     try:
-        model = loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        with _bars(quiet):
+            model = loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"no model can be read in {str(folder)!r}: {error}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,3 +47,18 @@ def _loader(adapter: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[None]:
+    from transformers import utils
+
+    logging: Any = utils.logging
+    change = quiet and logging.is_progress_bar_enabled()
+    if change:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if change:
+            logging.enable_progress_bar()

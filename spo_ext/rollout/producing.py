@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from spo_ext.commands import fail
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.counts import ids_of_split
@@ -27,8 +25,6 @@ from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.sandbox import Limits
 from spo_ext.store import StoredPrompt, TrajectoryStore
-
-_FAILURES = (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)
 
 
 def produce(options: argparse.Namespace) -> int:
@@ -57,7 +53,7 @@ def produce(options: argparse.Namespace) -> int:
             getattr(reward, "close", lambda: None)()
     except KeyboardInterrupt:
         return fail("interrupted; what was stored stays", status=130)
-    except _FAILURES as error:
+    except _failures() as error:
         return fail(error)
 
 
@@ -83,7 +79,7 @@ class _Producer:
         ids = ids_of_split(self._store, options.split)[: options.prompts]
         tokenizer = self._tokenizer_of(options.model)
         if options.model is not None:
-            model = load_model(options.model, options.device, options.dtype)
+            model = self._load(options.model)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
         else:
             with _server(options, tokenizer) as generator:
@@ -99,7 +95,7 @@ class _Producer:
         for version, folder in newest:
             try:
                 tokenizer = self._tokenizer_of(folder)
-                model = load_model(folder, options.device, options.dtype)
+                model = self._load(folder)
             except (OSError, ValueError):
                 newer = latest_policy(options.follow)
                 if newer is not None and newer[0] > version:
@@ -163,6 +159,10 @@ class _Producer:
             assert where is not None  # checked for servers
             self._tokenizer = Tokenizer(where)
         return self._tokenizer
+
+    def _load(self, folder: Path) -> Any:
+        options = self._options
+        return load_model(folder, options.device, options.dtype, options.quiet)
 
     def _embedded(self, model: Any, tokenizer: Tokenizer) -> ModelGenerator:
         return ModelGenerator(model, tokenizer, batch_size=self._options.generate_batch)
@@ -236,3 +236,10 @@ def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
     if prompt.token_ids is not None:
         return prompt
     return replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What models, servers, rewards and stores may raise through no fault of the program."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)

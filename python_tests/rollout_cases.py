@@ -1,0 +1,102 @@
+"""What the tests of producers share: a tiny policy, prompts, a scripted generator, a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_cases import save_tokenizer
+from store_cases import ROOT
+
+from spo_ext.rollout import Generation, Judgement, Sampling
+from spo_ext.store import Prompt, TrajectoryStore
+
+END = 256  # of data_cases.save_tokenizer, whose other ids are bytes
+
+
+def tiny_model(seed: int = 0, end_weight: float = 0.0, **config: Any) -> Any:
+    """A random policy; with end_weight it writes the end token more often."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "eos_token_id": END,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    with torch.no_grad():
+        model.lm_head.weight[END] *= (
+            1.0 + end_weight
+        )  # certain after some contexts, never after others
+    return model.eval()
+
+
+def save_policy(folder: Path, seed: int = 0, end_weight: float = 0.0) -> Path:
+    """Model and tokenizer."""
+    tiny_model(seed, end_weight).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+def words(count: int, **fields: Any) -> list[Prompt]:
+    return [Prompt(f"prompt {i}", token_ids=list(f"p{i}".encode()), **fields) for i in range(count)]
+
+
+class Scripted:
+    """A generator whose completions say what it was asked: prompt, seed and number."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], Sampling]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        self.asked.append(([str(prompt.content) for prompt in prompts], sampling))
+        return [[self.write(p, sampling, k) for k in range(sampling.n)] for p in prompts]
+
+    def write(self, prompt: Prompt, sampling: Sampling, k: int) -> Generation:
+        ids = (*(prompt.token_ids or ()), sampling.seed % 251, k)
+        return Generation((*ids, END), "eos") if k % 2 else Generation(ids, "truncated")
+
+
+def odd_ones(
+    prompts: Sequence[Prompt], completions: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> list[Judgement | None]:
+    """Reward 1 for those that ended."""
+    assert len(prompts) == len(completions) == len(token_ids)
+    return [Judgement(float(ids[-1] == END), "ended") for ids in token_ids]
+
+
+def decode(ids: Sequence[int]) -> str:
+    return bytes(token for token in ids if token < END).decode(errors="replace")
+
+
+def start_rollout(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """`spo rollout` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "spo_ext.cli", "rollout", "--quiet", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def rows(store: TrajectoryStore) -> list[tuple[Any, ...]]:
+    """All trajectories, but for ids, times and log-probabilities, in an order of their own."""
+    return sorted(
+        (t.prompt_id, t.token_ids, t.reward, t.finish, t.origin.policy_version or 0)
+        for t in store.trajectories()
+    )

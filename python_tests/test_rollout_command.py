@@ -1,0 +1,336 @@
+"""`spo rollout` from end to end: tests in the sandbox, kills, published policies, servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rollout_cases import END, rows, save_policy, start_rollout
+from store_cases import ROOT
+from test_rollout_server import asked, url  # noqa: F401
+
+from spo_ext.cli import main
+from spo_ext.data.tests import call_tests, stdin_tests
+from spo_ext.store import Origin, Prompt, TrajectoryStore
+
+REWARD = """
+import os, time
+
+def ends(prompts, completions, completion_ids):
+    time.sleep(float(os.environ.get("SLOWLY", "0")))
+    return [float(ids[-1] == 256) - len(text) / 8 for ids, text in zip(completion_ids, completions)]
+"""
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("policy"), end_weight=1.0)
+
+
+@pytest.fixture
+def reward_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(REWARD)
+    return path
+
+
+def new_store(path: Path, prompts: list[Prompt]) -> Path:
+    with TrajectoryStore(path) as store:
+        store.add_prompts(prompts)
+    return path
+
+
+def plain_prompts(count: int) -> list[Prompt]:
+    chat: Any = [[{"role": "user", "content": f"chat {i}"}] for i in range(count // 2)]
+    return [Prompt(x) for x in (*chat, *(f"text {i}" for i in range(count - count // 2)))]
+
+
+def rollout(*arguments: object) -> int:
+    return main(["rollout", "--quiet", *map(str, arguments)])
+
+
+def test_programs_are_drawn_judged_and_valued(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A completion of a comment is a program that does what stands before it.
+    ready = "def f(x):\n    return x + 1\n#"
+    path = new_store(
+        tmp_path / "store.db",
+        [
+            Prompt("right", tests=call_tests("f", [[1], [2]], [2, 3], prefix=ready)),
+            Prompt("wrong", tests=call_tests("f", [[1], [2]], [2, 4], prefix=ready)),
+            Prompt("script", tests=stdin_tests(["1\n"], ["2\n"])),
+            Prompt("no tests"),
+            Prompt("of another split", tests=stdin_tests(["1\n"], ["2\n"]), split="test"),
+        ],
+    )
+    options = ("--store", path, "--model", policy, "--run", "ref", "--n", 4)
+    options += ("--max-new-tokens", 3, "--temperature", 0.8, "--seed", 5)
+    options += ("--reward-passed", 0, "--reward-failed", -1, "--sandbox-workers", 2)
+    assert rollout(*options, "--q0-beta", 0.5) == 0
+    said = capsys.readouterr().out
+    assert "of 4 prompts" in said and "4 without a reward" in said
+    assert "Q_0 of 3 prompts for beta 0.5" in said
+    with TrajectoryStore(path) as store:
+        ids = {str(prompt.content): prompt.id for prompt in store.prompts()}
+        drawn = {name: list(store.trajectories(prompt_id=key)) for name, key in ids.items()}
+        assert {t.reward for t in drawn["right"]} == {0.0}
+        assert {(t.reward, t.reason) for t in drawn["wrong"]} == {(-1.0, "call 1: wrong output")}
+        assert {t.reward for t in drawn["script"]} == {-1.0}
+        assert all(t.reason for t in drawn["script"])
+        assert drawn["no tests"] == drawn["of another split"] == []
+        for each in (*drawn["right"], *drawn["script"]):
+            assert each.origin == Origin("policy", run="ref", policy_version=0)
+            assert (each.temperature, each.top_p) == (0.8, 1.0)
+            assert each.behaviour_logprobs is not None
+            assert len(each.behaviour_logprobs) == len(each.token_ids) <= 3
+            assert (each.finish == "eos") == (each.token_ids[-1] == END)
+        key = {"beta": 0.5, "temperature": 0.8}
+        q0 = store.q0([ids["right"], ids["wrong"], ids["no tests"]], **key)
+        assert q0[0] is not None and q0[1] is not None and q0[2] is None
+        assert q0[0].n == q0[1].n == 4 and -0.5 < q0[0].value < 0 and -1 < q0[1].value < -0.5
+    # What is there already is left out; a new prompt is not.
+    new_store(path, [Prompt("later", tests=stdin_tests(["1\n"], ["2\n"]))])
+    assert rollout(*options, "--min-trajectories", 4) == 0
+    assert "of 2 prompts" in (said := capsys.readouterr().out) and "3 prompts had enough" in said
+
+
+def total(store: TrajectoryStore) -> int:
+    """Completions drawn; the same one drawn twice is stored once, and counted."""
+    counters = store.counters()
+    return counters["trajectories"] + counters["duplicates"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_killed_rollout_goes_on_where_it_was(
+    policy: Path, tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, n = plain_prompts(14), 3
+    path = new_store(tmp_path / "killed.db", prompts)
+    common = ("--model", policy, "--run", "r", "--policy-version", 2, "--n", n, "--batch-size", 2)
+    common += ("--max-new-tokens", 6, "--reward", f"{reward_file}:ends", "--min-trajectories", n)
+    monkeypatch.setenv("SLOWLY", "0.3")
+    process = start_rollout("--store", path, *common)
+    with TrajectoryStore(path) as store:
+        wait_for(lambda: total(store) >= 2 * n * 2 or process.poll() is not None)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
+        before = list(store.trajectories())
+        drawn = total(store)
+        assert 0 < drawn < len(prompts) * n and drawn % (2 * n) == 0  # whole batches
+        monkeypatch.delenv("SLOWLY")
+        assert rollout("--store", path, *common) == 0
+        after = list(store.trajectories())
+        assert [t.id for t in after[: len(before)]] == [t.id for t in before]
+        assert total(store) == len(prompts) * n
+        # And what was drawn is what would have been drawn without the kill.
+        whole = new_store(tmp_path / "whole.db", prompts)
+        assert rollout("--store", whole, *common) == 0
+        with TrajectoryStore(whole) as other:
+            assert rows(store) == rows(other)
+            assert [t.duplicates for t in after] == [t.duplicates for t in other.trajectories()]
+        assert {t.reward for t in after} != {0.0}
+        assert rollout("--store", path, *common) == 0
+        assert total(store) == len(prompts) * n
+
+
+def publish(directory: Path, version: int) -> None:
+    """As a trainer does: the folder first, then the pointer, both by renaming."""
+    folder = directory / "new"
+    save_policy(folder, seed=version, end_weight=1.0)
+    folder.rename(directory / f"version-{version:07d}")
+    (directory / "pointer").write_text(f"version-{version:07d}\n")
+    (directory / "pointer").rename(directory / "latest")
+
+
+def follow(
+    path: Path, directory: Path, reward_file: Path, meanwhile: Callable[[TrajectoryStore], None]
+) -> int:
+    """`spo rollout --follow` here, and a trainer in a thread."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with TrajectoryStore(path) as store:
+                meanwhile(store)
+        except BaseException as error:
+            failures.append(error)
+            (directory / "finished").touch()
+
+    trainer = threading.Thread(target=work)
+    trainer.start()
+    options = ("--store", path, "--follow", directory, "--run", "live", "--n", 2)
+    options += ("--max-new-tokens", 4, "--reward", f"{reward_file}:ends", "--batch-size", 3)
+    status = rollout(*options, "--prompts-per-version", 6)
+    trainer.join()
+    assert not failures, failures
+    return status
+
+
+def versions(store: TrajectoryStore) -> dict[int, int]:
+    """Completions drawn of each."""
+    found: Counter[int] = Counter()
+    for each in store.trajectories(run="live"):
+        found[each.origin.policy_version or 0] += 1 + each.duplicates
+    return dict(found)
+
+
+def test_published_policies_are_followed(tmp_path: Path, reward_file: Path) -> None:
+    directory = tmp_path / "policies"
+    directory.mkdir()
+    path = new_store(tmp_path / "store.db", plain_prompts(8))
+
+    def train(store: TrajectoryStore) -> None:
+        time.sleep(0.1)  # nothing is published yet
+        publish(directory, 0)
+        wait_for(lambda: versions(store) == {0: 12})
+        publish(directory, 1)
+        publish(directory, 2)  # 1 may be left out
+        wait_for(lambda: versions(store).get(2) == 12)
+        publish(directory, 3)
+        (directory / "finished").touch()
+
+    assert follow(path, directory, reward_file, train) == 0
+    with TrajectoryStore(path) as store:
+        counts = versions(store)
+        assert {v: n for v, n in counts.items() if v != 1} == {0: 12, 2: 12, 3: 12}
+        of_version = {
+            version: {
+                t.prompt_id for t in store.trajectories() if t.origin.policy_version == version
+            }
+            for version in counts
+        }
+        # Versions 2 and 3 have items 12 to 23 of the stream, of which 16 to 23 are all prompts.
+        assert len(of_version[0]) == 6 and len(of_version[2] | of_version[3]) == 8
+        # Each version is another policy.
+        drawn = [
+            {t.token_ids for t in store.trajectories() if t.origin.policy_version == v}
+            for v in (0, 2)
+        ]
+        assert drawn[0] != drawn[1]
+        # Started again it adds nothing to what the latest version has.
+        assert follow(path, directory, reward_file, lambda _: None) == 0
+        assert versions(store) == counts
+
+
+def test_sigterm_ends_it_after_the_batch_at_hand(
+    tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "policies"
+    directory.mkdir()
+    publish(directory, 0)
+    path = new_store(tmp_path / "store.db", plain_prompts(8))
+    monkeypatch.setenv("SLOWLY", "0.2")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def train(store: TrajectoryStore) -> None:
+        wait_for(lambda: versions(store) == {0: 12})
+        os.kill(os.getpid(), signal.SIGTERM)  # while it waits for the next policy
+
+    assert follow(path, directory, reward_file, train) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    def stop_early(store: TrajectoryStore) -> None:
+        wait_for(lambda: store.counters()["trajectories"] > 0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    many = new_store(tmp_path / "many.db", plain_prompts(30))
+    watcher = threading.Thread(target=lambda: stop_early(TrajectoryStore(many)))
+    watcher.start()
+    options = ("--store", many, "--model", directory / "version-0000000", "--run", "r", "--n", 1)
+    options += ("--max-new-tokens", 2, "--reward", f"{reward_file}:ends", "--batch-size", 1)
+    assert rollout(*options) == 130
+    watcher.join()
+    with TrajectoryStore(many) as store:
+        assert 1 <= len(rows(store)) <= 10
+
+
+def test_a_server_of_another_model(
+    policy: Path,
+    tmp_path: Path,
+    reward_file: Path,
+    url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = new_store(tmp_path / "store.db", plain_prompts(2))
+    monkeypatch.setenv("MY_KEY", "k")
+    options = ("--store", path, "--server", url, "--tokenizer", policy, "--run", "r", "--n", 2)
+    options += ("--reward", f"{reward_file}:ends")
+    options += ("--origin-model", "teacher", "--server-logprobs", "--api-key-from", "MY_KEY")
+    assert rollout(*options, "--served-model", "from-command") == 0
+    entries, _ = asked(url, "from-command")
+    assert {entry["key"] for entry in entries} == {"Bearer k"}
+    with TrajectoryStore(path) as store:
+        found = list(store.trajectories())
+        assert {t.origin for t in found} == {Origin("model", run="r", model="teacher")}
+        # The server says the length of the prompt first: the chat template was applied here.
+        assert {t.token_ids[0] for t in found} == {len(entry["prompt"]) for entry in entries}
+        for each in found:
+            assert each.behaviour_logprobs is not None
+            assert each.behaviour_logprobs.tolist()[:2] == [-0.5, -1.0]
+    assert rollout(*options, "--served-model", "missing") == 1
+    assert "status 404: The model `missing` does not exist." in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = new_store(tmp_path / "store.db", [])
+    usual = {"--store": path, "--run": "r", "--model": policy, "--reward": "answer"}
+    for changes, match in [
+        ({"--store": tmp_path / "none.db"}, "there is no store"),
+        ({"--model": tmp_path}, "no tokenizer can be read in"),
+        ({"--model": tmp_path, "--tokenizer": policy}, "no model can be read in"),
+        ({"--reward": "no.such.function"}, "cannot be loaded: No module named 'no'"),
+        ({}, "the store must have prompts of split train, got none"),
+    ]:
+        arguments = [str(x) for pair in {**usual, **changes}.items() for x in pair]
+        assert rollout(*arguments) == 1
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / "none.db").exists()
+    for extra, match in [
+        (["--n", "0"], "Sampling: n must be an integer >= 1, got 0"),
+        (["--follow", "x"], "not allowed with argument --model"),
+        (["--q0-beta", "0"], "--q0-beta must be > 0, got 0.0"),
+        (["--q0-beta", "1", "--origin-model", "m"], "--q0-beta must not be given with"),
+        (["--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+        (["--policy-version", "-1"], "--policy-version must be >= 0, got -1"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            rollout(*(str(x) for pair in usual.items() for x in pair), *extra)
+        assert match in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        rollout("--store", path, "--run", "r", "--server", "http://localhost/v1")
+    assert "--served-model must be given with --server" in capsys.readouterr().err
+
+
+def test_without_sqlalchemy_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None\n"
+        "from spo_ext.cli import main\n"
+        "sys.exit(main(['rollout', '--store', 's', '--run', 'r', '--model', 'm']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and "pip install 'spo_ext[store]'" in done.stderr, done.stderr

@@ -1,0 +1,267 @@
+"""Rewards by name: tests in the sandbox, answers, functions of TRL's form."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_cases import ADD, SUBTRACT
+from sandbox_cases import FAST
+
+from spo_ext.data.tests import call_tests, stdin_tests
+from spo_ext.rollout import Judgement, load_reward
+from spo_ext.rollout.answers import normalised
+from spo_ext.rollout.programs import TestsReward, program_of
+from spo_ext.sandbox import SandboxError, Submission, Verdict
+from spo_ext.store import Prompt
+
+STDIN = Prompt("add", tests=stdin_tests(["1 2\n", "5 5\n"], ["3\n", "10\n"]))
+CALLS = Prompt("double", tests=call_tests("double", [[2], ["ab"]], [4, "abab"]))
+
+
+def judge(reward: Any, *pairs: tuple[Prompt, str]) -> list[Judgement | None]:
+    prompts, completions = [prompt for prompt, _ in pairs], [text for _, text in pairs]
+    found: list[Judgement | None] = reward(prompts, completions, [[1]] * len(pairs))
+    return found
+
+
+def make_tests_reward(**options: Any) -> TestsReward:
+    reward = load_reward(
+        "tests", **{"workers": 2, "limits": FAST, "allow_unsandboxed": True, **options}
+    )
+    assert isinstance(reward, TestsReward)
+    return reward
+
+
+def test_programs_are_judged_by_the_tests_of_their_prompt() -> None:
+    reward = make_tests_reward(passed=0.0, failed=-1.0)
+    double = "def double(x):\n    return x + x\n"
+    try:
+        found = judge(
+            reward,
+            (STDIN, ADD),
+            (STDIN, SUBTRACT),
+            (STDIN, f"Here it is:\n```python\nwrong\n```\nor\n```python\n{ADD}```\nDone."),
+            (CALLS, double),
+            (CALLS, "def double(x):\n    return 2 * x + 0\n"),
+            (CALLS, "def double(x): while"),
+            (Prompt("no tests"), double),
+        )
+        assert [each and each.reward for each in found] == [0.0, -1.0, 0.0, 0.0, -1.0, -1.0, None]
+        reasons = [each.reason for each in found if each is not None]
+        assert reasons[0] == "" and reasons[1] == "call 0: wrong output"
+        assert "TypeError" in reasons[4] and "SyntaxError" in reasons[5]
+        # ADD stands there twice, and is run once; so are all when they come again.
+        assert reward.executed == 5
+        assert judge(reward, (CALLS, double), (STDIN, ADD)) == [Judgement(0.0), Judgement(0.0)]
+        assert reward.executed == 5
+        # The same program on other tests is another question.
+        other = Prompt("add", tests=stdin_tests(["1 2\n"], ["4\n"]))
+        assert judge(reward, (other, ADD)) == [Judgement(-1.0, "call 0: wrong output")]
+        assert reward.executed == 6
+    finally:
+        reward.close()
+
+
+@pytest.mark.parametrize(
+    ("completion", "program"),
+    [
+        ("x = 1\n", "x = 1\n"),
+        ("```python\na\n```\n```python\nb\n```", "b\n"),
+        ("```py\na\n```", "a\n"),
+        ("```Python3\na\n```", "a\n"),
+        ("```python\na\n```\n```text\nb\n```\n", "a\n"),
+        ("```\na\n```", "```\na\n```"),
+        ("text\n```python\nunfinished\nb", "unfinished\nb"),
+        ("```python\na\n```\nagain\n```python\nunfinished", "a\n"),
+        ('```python\nx = "```python"\n```', 'x = "```python"\n'),
+        ("", ""),
+    ],
+)
+def test_the_program_is_the_last_block_of_python(completion: str, program: str) -> None:
+    assert program_of(completion) == program
+
+
+def test_a_failing_sandbox_is_tried_again_and_never_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [1]
+    calls = []
+
+    def judged(sandbox: object, submissions: Sequence[Submission]) -> list[Verdict]:
+        calls.append(sandbox)
+        if failures:
+            failures.pop()
+            raise SandboxError("no worker starts")
+        return [Verdict(1, 1, True, "") for _ in submissions]
+
+    monkeypatch.setattr("spo_ext.rollout.programs.judge", judged)
+    reward = make_tests_reward()
+    assert judge(reward, (STDIN, ADD)) == [Judgement(1.0)]
+    assert len(calls) == 2 and calls[0] is not calls[1]  # a new sandbox
+    failures += [1, 1]
+    with pytest.raises(SandboxError, match="no worker starts"):
+        judge(reward, (STDIN, SUBTRACT))
+    # Nothing was remembered of it.
+    assert judge(reward, (STDIN, SUBTRACT)) == [Judgement(1.0)]
+    reward.close()
+
+
+def test_tests_of_an_unknown_form_are_refused() -> None:
+    with pytest.raises(ValueError, match="tests have an unknown form|kind must be"):
+        judge(make_tests_reward(), (Prompt("a", tests={"kind": "other", "expected": []}), "x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("72", "72"),
+        ("so 6 * 12.\n#### 72", "72"),
+        ("#### 5\nno:\n####  1,072.50 \nthat is it", "1072.5"),
+        (r"it is \boxed{7}, no, \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
+        (r"#### 4 \boxed{5}", "5"),
+        (r"unclosed \boxed{5", r"unclosed \boxed{5"),
+        ("$1,000,000", "1000000"),
+        ("1,2", "1,2"),
+        ("+3.0", "3"),
+        ("-0.50", "-0.5"),
+        ("1e3", "1000"),
+        ("  New\n York. ", "new york"),
+        ("\uff14\uff12", "42"),
+        ("nan", "nan"),
+        ("1e999999", "1e999999"),
+    ],
+)
+def test_answers_are_normalised(text: str, answer: str) -> None:
+    assert normalised(text) == answer
+
+
+def test_answers_are_compared() -> None:
+    reward = load_reward("answer", failed=-2.0)
+    gsm, number, truth = (Prompt("a", answer=x) for x in ("6 * 12\n#### 72", 72, True))
+    found = judge(
+        reward,
+        (gsm, r"\boxed{72}"),
+        (gsm, "71"),
+        (number, "It is\n#### 72.0"),
+        (truth, "True"),
+        (Prompt("none"), "72"),
+    )
+    expected = Judgement(-2.0, "answer '71', not '72'")
+    assert found == [Judgement(1.0), expected, Judgement(1.0), Judgement(1.0), None]
+
+
+FUNCTIONS = """
+import asyncio
+
+def length(completions, **kwargs):
+    assert sorted(kwargs) == ["answer", "completion_ids", "prompts", "tests"]
+    return [float(len(x)) for x in completions]
+
+async def right(prompts, completions, answer):
+    await asyncio.sleep(0)
+    return [None if a is None else float(a in str(c)) for c, a in zip(completions, answer)]
+
+def seen(prompts, completions, completion_ids, tests, answer, scale=1.0):
+    global last
+    last = (prompts, completions, completion_ids, tests, answer)
+    return [float("nan"), -float("inf"), scale]
+
+def graded(completions, ground_truth): return []
+def short(completions): return [1.0]
+def words(completions): return ["good"] * len(completions)
+def number(completions): return 1.0
+def best(completions): return [float("inf")] * len(completions)
+def fails(completions): raise KeyError("mine")
+constant = 3
+class Judges:
+    @staticmethod
+    def one(completions): return [1.0 for _ in completions]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """FUNCTIONS as a module of a package and as a file."""
+    (tmp_path / "judging_package").mkdir()
+    (tmp_path / "judging_package" / "mine.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("judging_package")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "judging_package" / "mine.py"
+
+
+def test_functions_of_trls_form(functions: Path) -> None:
+    a, b = Prompt("1 + 1", answer="2"), Prompt([{"role": "user", "content": "2 + 2"}])
+    pairs = (a, "is 2"), (a, "is 3"), (b, "4")
+    ones = [Judgement(1.0)] * 3
+    assert judge(load_reward("judging_package.mine:Judges.one"), *pairs) == ones
+    lengths = judge(load_reward("judging_package.mine.length"), *pairs)
+    assert [each and each.reward for each in lengths] == [4.0, 4.0, 1.0]  # of messages, the number
+    found = judge(load_reward(f"{functions}:right"), *pairs)
+    assert found == [Judgement(1.0), Judgement(0.0), None]
+    found = judge(load_reward("judging_package.mine:seen"), *pairs)
+    assert found == [None, Judgement(-math.inf), Judgement(1.0)]
+    last = sys.modules["judging_package.mine"].last
+    assert last == (
+        ["1 + 1", "1 + 1", [{"role": "user", "content": "2 + 2"}]],
+        ["is 2", "is 3", [{"role": "assistant", "content": "4"}]],
+        [[1], [1], [1]],
+        [None, None, None],
+        ["2", "2", None],
+    )
+
+
+def test_an_async_function_runs_where_a_loop_runs_already(functions: Path) -> None:
+    import asyncio
+
+    reward = load_reward("judging_package.mine:right")
+
+    async def notebook() -> list[Judgement | None]:
+        return judge(reward, (Prompt("a", answer="2"), "2"))
+
+    assert asyncio.run(notebook()) == [Judgement(1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("graded", "arguments must be among prompts, .*, got ground_truth"),
+        ("short", "must return 2 rewards, got 1"),
+        ("words", "must be finite numbers, -inf or None, got 'good'"),
+        ("number", "must return a list, got 1.0"),
+        ("best", "must be finite numbers, -inf or None, got inf"),
+        ("constant", "must be a function, got int"),
+        ("missing", "cannot be loaded: module .* has no attribute 'missing'"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused(functions: Path, name: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        pairs = [(Prompt("a"), "x")] * 2
+        judge(load_reward(f"judging_package.mine:{name}"), *pairs)
+
+
+def test_what_a_function_raises_comes_through(functions: Path) -> None:
+    with pytest.raises(KeyError, match="mine"):
+        judge(load_reward(f"{functions}:fails"), (Prompt("a"), "x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("test", {}, "reward must be tests, answer, package.module:function or"),
+        ("no_such_package.mine:f", {}, "cannot be loaded: No module named 'no_such_package'"),
+        ("/no/such/file.py:f", {}, "cannot be loaded: there is no file /no/such/file.py"),
+        ("tests", {"partial": True}, "options of tests: .*partial"),
+        ("math:sqrt", {"passed": 0.0}, "options must be none for the function math:sqrt"),
+        ("answer", {"passed": 0.0}, "failed must be below passed, got 0.0 and 0.0"),
+        ("tests", {"failed": math.nan}, "TestsReward: failed must be a finite number"),
+    ],
+)
+def test_names_and_options_that_there_are_not(
+    name: str, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        load_reward(name, **options)

@@ -1,0 +1,179 @@
+"""ServerGenerator against a server process that speaks vLLM's dialect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from rollout_cases import END, words
+
+from spo_ext.rollout import Sampling, ServerError, ServerGenerator
+from spo_ext.store import Prompt
+
+pytest.importorskip("httpx")
+SAMPLING = Sampling(n=3, temperature=0.5, top_p=0.9, max_new_tokens=7, seed=3)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "fake_vllm.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def asked(url: str, model: str) -> tuple[list[dict[str, Any]], int]:
+    with urlopen(f"{url}/log") as response:
+        seen = json.load(response)
+    return [entry for entry in seen["log"] if entry["model"] == model], seen["most_busy"]
+
+
+def generator(url: str, model: str, **options: Any) -> ServerGenerator:
+    return ServerGenerator(url, model, **{"timeout_s": 10.0, "retries": 3, **options})
+
+
+def test_token_ids_go_in_and_come_out(url: str) -> None:
+    prompts = [Prompt(f"{size}", token_ids=range(size)) for size in (2, 5, 3)]
+    with generator(url, "plain", api_key="secret", extra={"stop": ["x"]}) as server:
+        groups = server.generate(prompts, SAMPLING)
+        again = server.generate(prompts[::-1], SAMPLING)
+    assert again[::-1] == groups  # seeds belong to prompts
+    seen, _ = asked(url, "plain")
+    assert len(seen) == 6
+    for prompt, group in zip(prompts, groups, strict=True):
+        [first, _] = [entry for entry in seen if entry["prompt"] == list(prompt.token_ids or ())]
+        seed = first["seed"]
+        assert [each.token_ids for each in group] == [
+            (*(len(prompt.token_ids or ()), seed % 251, index), *([END] if index % 2 == 0 else []))
+            for index in range(3)
+        ]
+        assert [each.finish for each in group] == ["eos", "truncated", "eos"]
+        assert [each.logprobs for each in group] == [None] * 3
+        assert first["path"] == "/v1/completions" and first["key"] == "Bearer secret"
+        settings = ("n", "temperature", "top_p", "max_tokens", "stop", "min_p")
+        assert [first[name] for name in settings] == [3, 0.5, 0.9, 7, ["x"], 0.0]
+        assert "logprobs" not in first and 0 <= seed < 2**31
+    assert len({entry["seed"] for entry in seen}) == 3
+
+
+def test_logprobs_are_stored_when_asked_for(url: str) -> None:
+    with generator(url, "logprobs", logprobs=True) as server:
+        [group] = server.generate(words(1), SAMPLING)
+    assert group[0].logprobs == (-0.5, -1.0, -1.5, -2.0)
+    assert group[1].logprobs == (-0.5, -1.0, -1.5)
+    assert asked(url, "logprobs")[0][0]["logprobs"] == 0
+    with (
+        generator(url, "short", logprobs=True) as server,
+        pytest.raises(ServerError, match="must have a log-probability for each of 4 tokens"),
+    ):
+        server.generate(words(1), SAMPLING)
+
+
+def test_an_end_that_the_server_leaves_out_is_added(url: str) -> None:
+    with generator(url, "no-end", logprobs=True, end_ids=[END, 7]) as server:
+        [group] = server.generate(words(1), SAMPLING)
+    assert [each.token_ids[-1] for each in group] == [END, 1, END]
+    assert [each.finish for each in group] == ["eos", "truncated", "eos"]
+    # There is no log-probability for a token that the server did not show.
+    assert [each.logprobs is None for each in group] == [True, False, True]
+
+
+def test_requests_run_at_once_but_not_too_many(url: str) -> None:
+    with generator(url, "slow", concurrency=4) as server:
+        start = time.monotonic()
+        groups = server.generate(words(12), Sampling(n=1))
+        seconds = time.monotonic() - start
+    assert len(groups) == 12 and 0.6 <= seconds < 2.0
+    assert asked(url, "slow")[1] == 4
+
+
+def test_a_busy_server_is_asked_again(url: str) -> None:
+    with generator(url, "flaky") as server:
+        [group] = server.generate(words(1), SAMPLING)
+    assert len(group) == 3
+    assert len(asked(url, "flaky")[0]) == 3  # 429, 503, then the completions
+
+
+def test_a_server_that_fails_on_is_named_with_its_words(url: str) -> None:
+    match = r"127.0.0.1:\d+/v1/completions: status 500: no room for broken \(after 2 attempts\)"
+    with (
+        generator(url, "broken", retries=1) as server,
+        pytest.raises(ServerError, match=match),
+    ):
+        server.generate(words(1), SAMPLING)
+    assert len(asked(url, "broken")[0]) == 2
+
+
+def test_what_would_not_help_is_not_tried_again(url: str) -> None:
+    for model, match in [
+        ("missing", "status 404: The model `missing` does not exist."),
+        ("page", "the reply must be JSON, got '<html>not an API"),
+        ("old", "has no token_ids; the dialect vllm needs a server"),
+        ("aborted", "finish_reason must be stop or length, got 'abort'"),
+    ]:
+        with generator(url, model) as server, pytest.raises(ServerError, match=match):
+            server.generate(words(1), SAMPLING)
+        assert len(asked(url, model)[0]) == 1
+
+
+def test_a_hang_ends_at_the_timeout(url: str) -> None:
+    start = time.monotonic()
+    with (
+        generator(url, "hang", timeout_s=0.5, concurrency=1) as server,
+        pytest.raises(ServerError, match="no answer within timeout_s=0.5"),
+    ):
+        server.generate(words(4), SAMPLING)
+    assert time.monotonic() - start < 3.0
+    assert len(asked(url, "hang")[0]) <= 2  # the rest was cancelled, at most one had begun
+
+
+def test_a_broken_connection_is_tried_again_and_then_named(url: str) -> None:
+    with (
+        generator(url, "dropped", retries=1) as server,
+        pytest.raises(ServerError, match=r"RemoteProtocolError.*\(after 2 attempts\)"),
+    ):
+        server.generate(words(1), SAMPLING)
+    assert len(asked(url, "dropped")[0]) == 2
+    with (
+        ServerGenerator("http://127.0.0.1:1/v1", "m", retries=0) as server,
+        pytest.raises(ServerError, match=r"http://127.0.0.1:1/v1/completions: ConnectError"),
+    ):
+        server.generate(words(1), SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"url": "localhost:8000"}, "url must be a URL of http or https"),
+        ({"dialect": "other"}, "dialect must be one of vllm, transformers, openai"),
+        ({"dialect": "openai"}, "tokenizer must be given for dialect openai"),
+        ({"chat": True}, "chat must be None or False for dialect vllm"),
+        ({"retries": -1}, "retries must be an integer >= 0"),
+        ({"timeout_s": 0}, "timeout_s must be a number > 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ServerGenerator(**{"url": "http://localhost/v1", "model": "m", **options})
+
+
+def test_a_prompt_without_token_ids_is_refused(url: str) -> None:
+    with (
+        generator(url, "plain") as server,
+        pytest.raises(ValueError, match=r"prompts\[0\].token_ids must be at least one token id"),
+    ):
+        server.generate([Prompt("text")], SAMPLING)
