@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from spo_ext.commands import fail
 from spo_ext.data.commands import add_export, add_import
+from spo_ext.evaluation.commands import add_eval
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ def _run_quickstart(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_quickstart, add_import, add_export)
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    _add_quickstart,
+    add_import,
+    add_export,
+    add_eval,
+)
 
 if __name__ == "__main__":
     sys.exit(main())
