@@ -100,6 +100,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> Plan:
     """Raises ValueError."""
     from spo_ext.evaluation.producers import describe_model
+    from spo_ext.evaluation.redact import hide_passwords
     from spo_ext.evaluation.stored import Plan
     from spo_ext.rollout.generation import Sampling
 
@@ -110,7 +111,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     elif options.tokenizer is None:
         raise ValueError("eval: --tokenizer must be given with --server, got None")
     else:
-        policy = {"server": options.server, "model": options.served_model}
+        policy = {"server": hide_passwords(options.server), "model": options.served_model}
     sampling = Sampling(
         options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
     )

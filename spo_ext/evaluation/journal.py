@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spo_ext.evaluation.files import read_json, read_json_lines, write_json
 from spo_ext.evaluation.records import Sample
 from spo_ext.rollout.generation import Generation, Judgement
 from spo_ext.store.records import StoredPrompt
@@ -58,34 +59,6 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of samples.jsonl; one that a killed process did not finish ends them.
-
-    Raises ValueError for any other that is no JSON object.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:80]!r}")
-            yield row
-
-
-def write_json(path: Path, value: object) -> None:
-    """The file appears when it is complete."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
 def _lock(file: int, out: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +74,7 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{out}: samples.jsonl must lie beside its settings.json, got none")
         write_json(path, wanted)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
         got = ", ".join(f"{name} {wanted.get(name)!r}" for name in names)
@@ -125,7 +98,7 @@ def _line(prompt: StoredPrompt, sample: Sample) -> dict[str, Any]:
 
 def _read(path: Path, n: int) -> tuple[list[tuple[Sample, ...]], int]:
     """The samples of prompts that have all n, and how many bytes they take."""
-    rows: list[Sample] = [_sample(row) for row in read_samples(path)]
+    rows: list[Sample] = [_sample(row) for row in read_json_lines(path)]
     rows = rows[: len(rows) - len(rows) % n]
     with path.open("rb") as file:
         end = sum(len(file.readline()) for _ in rows)

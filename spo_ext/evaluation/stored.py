@@ -13,7 +13,8 @@ from typing import Any
 from spo_ext.data.loading import Ready, load
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.evaluation.evaluate import evaluate
-from spo_ext.evaluation.journal import Journal, write_json
+from spo_ext.evaluation.files import write_json
+from spo_ext.evaluation.journal import Journal
 from spo_ext.evaluation.records import Evaluation, Sample
 from spo_ext.evaluation.summary import summary
 from spo_ext.rollout.generation import Generator, Reward, Sampling
