@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from spo_ext.commands import fail
 from spo_ext.data.commands import add_export, add_import
-from spo_ext.evaluation.commands import add_eval
+from spo_ext.evaluation.commands import add_eval, add_report
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_import,
     add_export,
     add_eval,
+    add_report,
 )
 
 if __name__ == "__main__":

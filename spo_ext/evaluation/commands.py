@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,6 +129,55 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
+def add_report(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="curves, evaluations and samples of a run as one HTML file",
+        description="Reads the folder that a Trainer wrote: trainer_state.json or those of its "
+        "checkpoints, metrics.jsonl, spo_config.json and evaluation*/. Curves are also written as "
+        "PNG files beside the page.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="RUN_DIR", help="output_dir of the run")
+    add("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    add("--store", metavar="WHERE", help=f"show its newest trajectories of the run; {_STORE}")
+    add("--run", dest="run_name", metavar="NAME", help="of the run in the store")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="default: of the last checkpoint")
+    parser.set_defaults(run=_report, error=parser.error)
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        # Imported here: they need packages that the other commands do not.
+        from spo_ext.evaluation.report import newest_trajectories, write_report
+        from spo_ext.evaluation.runs import read_run
+    except ImportError as error:
+        return fail(f"spo report needs matplotlib ({error}): pip install matplotlib")
+    out = options.out or options.folder / "report.html"
+    try:
+        run = read_run(options.folder)
+        stored = []
+        if options.store is not None:
+            require_store(options.store)
+            decode = _decoder(options.tokenizer or run.checkpoint, options.tokenizer is not None)
+            stored = newest_trajectories(options.store, options.run_name or run.name, decode)
+        curves = write_report(run, out, stored)
+    except _failures() as error:
+        return fail(error)
+    print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
+    return 0
+
+
+def _decoder(folder: Path | None, required: bool) -> Callable[[Sequence[int]], str] | None:
+    """None if a checkpoint has no tokenizer. Raises ValueError if a required folder has none."""
+    from spo_ext.data.tokens import Tokenizer
+
+    if folder is None or not (required or (folder / "tokenizer_config.json").is_file()):
+        return None
+    tokenizer = Tokenizer(folder)
+    return lambda ids: str(tokenizer.completion("", tuple(ids)))
+
+
 def require_store(where: str) -> None:
     """Raises FileNotFoundError: to read, a new store must not be made."""
     if "://" not in where and not Path(where).is_file():
@@ -151,6 +200,9 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def _failures() -> tuple[type[BaseException], ...]:
     """What stores, models, servers and files may raise through no fault of the program."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)
+    usual = (OSError, ValueError, ImportError, RuntimeError)
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return usual
+    return (*usual, SQLAlchemyError)

@@ -23,12 +23,12 @@ p.lead { color: var(--soft); margin: 0 0 1.75rem; max-width: 46rem; }
 figure { margin: 1.5rem 0 0; padding: .75rem; } figure img { width: 100%; display: block; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
   gap: 1rem; } .figures figure { margin: 0; max-width: 640px; }
+.figures.alone { margin-top: 1rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .5rem .9rem; border-bottom: 1px solid var(--line);
   vertical-align: top; } tr:last-child td { border-bottom: 0; }
 th { font-size: .8rem; color: var(--soft); font-weight: 600; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: #2563eb; height: .6rem; border-radius: 4px; min-width: 2px; }
 article { padding: 1rem 1.2rem; margin-bottom: 1rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; }
