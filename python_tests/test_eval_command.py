@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def place(tmp_path: Path) -> Workplace:
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted((GOOD, BAD, LOST))
-    monkeypatch.setattr(producers, "model_generator", lambda *_: scripted)
-    monkeypatch.setattr(producers, "load_reward", lambda name: judge)
+    monkeypatch.setattr(producers, "make_generator", lambda *_: scripted)
+    monkeypatch.setattr(producers, "make_reward", lambda _: judge)
     return scripted
 
 
@@ -106,7 +107,7 @@ def test_a_torn_file_continues_and_ends_the_same(
     assert (place.out / "samples.jsonl").read_bytes() == whole
     assert place.evaluation() == before
     finished = kept.count(b"\n") // 4
-    assert len(generator.calls) == 3 - finished // 2  # two prompts in a call
+    assert len(generator.calls) == math.ceil((5 - finished) / 2)  # two prompts in a call
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_a_torn_file_continues_and_ends_the_same(
         (["--temperature", "0.5"], "temperature"),
         (["--prompts", "3"], "prompts"),
         (["--reward", "other"], "reward"),
+        (["--test-seconds", "2"], "test_seconds"),
     ],
 )
 def test_other_settings_are_refused(
@@ -185,6 +187,28 @@ def test_arguments_that_cannot_work_end_with_status_2(
     assert not generator.calls and not place.out.exists()
 
 
+def test_servers_need_a_name_a_tokenizer_and_their_key(
+    place: Workplace, generator: Scripted, capsys: Any
+) -> None:
+    url = "http://me:secret@localhost:1/v1"
+    command = ["eval", "--store", str(place.db), "--out", str(place.out), "--server", url]
+    tokenizer = ["--tokenizer", str(place.model)]
+    for more, message in (
+        (tokenizer, "--served-model must be given with --server"),
+        (["--served-model", "m"], "--tokenizer must be given with --server"),
+        (
+            [*tokenizer, "--served-model", "m", "--api-key-from", "NO_SUCH_KEY"],
+            "--api-key-from must name a variable of the environment, got 'NO_SUCH_KEY'",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, *more])
+        assert message in capsys.readouterr().err
+    assert main([*command, *tokenizer, "--served-model", "m"]) == 0
+    settings = (place.out / "settings.json").read_text()
+    assert "secret" not in settings and '"model": "m"' in settings
+
+
 def test_an_empty_split_and_a_missing_store_fail(
     place: Workplace, generator: Scripted, capsys: Any
 ) -> None:
@@ -201,8 +225,8 @@ import evaluation_cases as cases
 from spo_ext.evaluation import producers
 from spo_ext.cli import main
 seconds = float(sys.argv[1])
-producers.model_generator = lambda *_: cases.Scripted((1, 0), seconds)
-producers.load_reward = lambda name: cases.judge
+producers.make_generator = lambda *_: cases.Scripted((1, 0), seconds)
+producers.make_reward = lambda _: cases.judge
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -230,7 +254,7 @@ def test_a_killed_evaluation_continues(place: Workplace, generator: Scripted, ca
     left = lines(place.out / "samples.jsonl")
     assert 16 <= len(left) < 160 and not (place.out / "evaluation.json").exists()
     assert main(place.arguments(*kept)) == 0
-    assert len(generator.calls) == 20 - len(left) // 4 // 2
+    assert sum(len(ids) for ids, _ in generator.calls) == 40 - len(left) // 4
     continued = lines(place.out / "samples.jsonl")
     assert continued[: len(left)] == left
     first, stored = place.evaluation(), contents(place.store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,26 +120,18 @@ def test_a_large_table_is_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert parts.high == pytest.approx(whole.high, abs=0.02)
 
 
-def test_calls_have_seeds_of_their_own_and_repeat() -> None:
-    def draws(seed: int) -> tuple[Any, list[int]]:
-        generator = Scripted()
-        result = evaluate(
-            PROMPTS,
-            generator,
-            judge,
-            sampling=Sampling(n=3, seed=seed),
-            ks=[1],
-            decode=decode,
-            prompts_per_call=3,
-        )
-        assert [len(ids) for ids, _ in generator.calls] == [3, 3, 1]
-        assert {replace(sampling, seed=0) for _, sampling in generator.calls} == {Sampling(n=3)}
-        return result, [sampling.seed for _, sampling in generator.calls]
+def test_calls_repeat_and_do_not_depend_on_their_size() -> None:
+    def draws(seed: int, size: int) -> Any:
+        generator, sampling = Scripted(), Sampling(n=3, seed=seed)
+        more: Any = {"sampling": sampling, "ks": [1], "decode": decode, "prompts_per_call": size}
+        result = evaluate(PROMPTS, generator, judge, **more)
+        sizes = [len(ids) for ids, _ in generator.calls]
+        assert sizes == [size] * (7 // size) + [7 % size] * (7 % size > 0)
+        assert {asked for _, asked in generator.calls} == {sampling}
+        return result
 
-    first, seeds = draws(0)
-    assert draws(0) == (first, seeds)
-    other, more = draws(1)
-    assert len({*seeds, *more}) == 6 and other != first
+    assert draws(0, 3) == draws(0, 3) == draws(0, 7) == draws(0, 1)
+    assert draws(1, 3) != draws(0, 3)
 
 
 @pytest.mark.parametrize("done", range(8))

@@ -17,8 +17,10 @@ pytest.importorskip("sqlalchemy")
 transformers = pytest.importorskip("transformers")
 
 from data_cases import save_tokenizer  # noqa: E402
+from evaluation_cases import BAD, GOOD, Scripted, fill, judge  # noqa: E402
 
 from spo_ext.cli import main  # noqa: E402
+from spo_ext.evaluation import producers  # noqa: E402
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore  # noqa: E402
 
 EVIL = "</pre><script src=\"http://x/y.js\">alert(1)</script><img src=x onerror='a()'>"
@@ -109,6 +111,25 @@ def test_the_page_says_what_was_found(run: Path) -> None:
         assert f"{name}, {passed} of 3 passed; the first: reward 1" in text
         assert word in text
     assert "beta0.03" in text
+
+
+def test_what_spo_eval_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TrajectoryStore(tmp_path / "s.db") as store:
+        fill(store, 3)
+    model = save_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(producers, "make_generator", lambda *_: Scripted((GOOD, BAD)))
+    monkeypatch.setattr(producers, "make_reward", lambda _: judge)
+    out = tmp_path / "run" / "evaluation"
+    command = ["eval", "--store", str(tmp_path / "s.db"), "--model", str(model), "--n", "4"]
+    assert main([*command, "--k", "1,2", "--out", str(out)]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    text = Page((tmp_path / "run" / "report.html").read_text()).text
+    result = json.loads((out / "evaluation.json").read_text())
+    for name in ("pass@1", "pass@2", "reward", "num_tokens"):
+        assert f"{result['values'][name]['mean']:.3f}" in text
+    for i, row in enumerate(result["per_prompt"]):
+        assert f"test {i} <&>evaluation, {row['c']} of 4 passed; the first: reward" in text
+    assert (tmp_path / "run" / "report_curves" / "pass_at_k.png").exists()
 
 
 def test_a_poor_run_has_a_page_too(tmp_path: Path) -> None:

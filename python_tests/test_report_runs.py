@@ -119,6 +119,9 @@ def test_panels_take_what_they_name() -> None:
     assert len({line.colour for line in by_name["reward"]}) == 3
     assert [line.label for line in by_name["pass_rate"]] == ["pass@10"]
     assert by_name["loss"] == []
+    assert [line.label for line in lines_of(PANELS[3], {"spo/log_ratio": one})] == [
+        "log-ratio of a completion, mean"
+    ]
     assert unplaced(series) == ["mine", "rewards/a/std"]
     assert len({panel.name for panel in PANELS}) == len(PANELS)
 

@@ -34,6 +34,12 @@ class Tokenizer:
         except Exception as error:  # transformers has no class of its own for a bad folder
             raise ValueError(f"no tokenizer can be read in {os.fspath(path)!r}: {error}") from error
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """The end token; None if the tokenizer has none."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
     def prompt_ids(self, content: Content) -> list[int]:
         """With the special tokens and the generation prompt that the tokenizer adds."""
         if isinstance(content, str):

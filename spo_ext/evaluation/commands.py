@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from spo_ext.commands import fail
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
     from spo_ext.evaluation.stored import Plan
-    from spo_ext.rollout.generation import Generator
 
+_T = TypeVar("_T")
 _SPLITS = ("train", "dev", "test")
+_DIALECTS = ("vllm", "transformers", "openai")
 _STORE = "a file, or postgresql://user@host/database"
 
 
@@ -34,6 +35,9 @@ def add_eval(subparsers: Subparsers) -> None:
     policy.add_argument("--model", type=Path, metavar="FOLDER", help="of transformers, run here")
     policy.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server")
     add("--served-model", metavar="NAME", help="what the server calls the model")
+    add("--dialect", choices=_DIALECTS, default="vllm", help="of the server (default: vllm)")
+    add("--api-key-from", metavar="VARIABLE", help="of the environment, with the server's key")
+    add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default: 16)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="of transformers (default: --model)")
     add("--n", type=int, default=20, help="completions of each prompt (default: 20)")
     add("--k", type=_integers, default=(1, 10), metavar="K,K", help="of pass@k (default: 1,10)")
@@ -42,7 +46,15 @@ def add_eval(subparsers: Subparsers) -> None:
     add("--max-new-tokens", type=int, default=1024, help="then truncated (default: 1024)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--batch-size", type=int, default=64, help="completions drawn at once (default: 64)")
-    add("--reward", required=True, metavar="NAME", help="what judges, as in spo rollout")
+    add(
+        "--reward",
+        default="tests",
+        metavar="NAME",
+        help="tests, answer, or a function of TRL's form as package.module:function or "
+        "file.py:function (default: tests)",
+    )
+    add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
+    add("--test-seconds", type=float, metavar="S", help="of tests: time for one of them")
     add("--success", type=float, default=1.0, help="a reward that has passed (default: 1)")
     add("--run", dest="run_name", metavar="NAME", help="store samples too, as run NAME/eval")
     add("--policy-version", type=int, metavar="N", help="of the run, needed with --run")
@@ -67,31 +79,30 @@ def _eval(options: argparse.Namespace) -> int:
         from spo_ext.store import TrajectoryStore
     except ImportError as error:
         return fail(error)
-    try:
-        plan = _plan(options)
-        folder = options.tokenizer or options.model
-        tokenizer = Tokenizer(folder)
-        reward = producers.load_reward(options.reward)
-        require_store(options.store)
-    except ValueError as error:
-        options.error(str(error))  # exits with status 2
-    except (ImportError, OSError) as error:
-        return fail(error)
-
-    def generator() -> Generator:
-        if options.server is not None:
-            return producers.server_generator(options.server, options.served_model)
-        return producers.model_generator(options.model, folder, options.batch_size)
-
-    try:
-        with TrajectoryStore(options.store) as store, _progress() as progress:
+    with ExitStack() as stack:
+        try:
+            plan = _plan(options)
+            tokenizer = Tokenizer(options.tokenizer or options.model)
+            reward = _closed_by(stack, producers.make_reward(options))
+        except ValueError as error:
+            options.error(str(error))  # exits with status 2
+        except _failures() as error:
+            return fail(error)
+        try:
+            require_store(options.store)
             result = evaluate_stored(
-                store, plan, options.out, tokenizer, generator, reward, progress
+                stack.enter_context(TrajectoryStore(options.store)),
+                plan,
+                options.out,
+                tokenizer,
+                lambda: _closed_by(stack, producers.make_generator(options, tokenizer)),
+                reward,
+                stack.enter_context(_progress()),
             )
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command continues", status=130)
-    except _failures() as error:
-        return fail(error)
+        except KeyboardInterrupt:
+            return fail("interrupted; the same command continues", status=130)
+        except _failures() as error:
+            return fail(error)
     print(table(result))
     print(f"\nresults: {options.out / 'evaluation.json'}")
     return 0
@@ -99,19 +110,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """Raises ValueError."""
-    from spo_ext.evaluation.producers import describe_model
-    from spo_ext.evaluation.redact import hide_passwords
+    from spo_ext.evaluation.producers import describe_policy
     from spo_ext.evaluation.stored import Plan
     from spo_ext.rollout.generation import Sampling
 
-    if (options.server is None) != (options.served_model is None):
-        raise ValueError("eval: --served-model must be given with --server, and only with it")
-    if options.server is None:
-        policy = describe_model(options.model)
-    elif options.tokenizer is None:
-        raise ValueError("eval: --tokenizer must be given with --server, got None")
-    else:
-        policy = {"server": hide_passwords(options.server), "model": options.served_model}
     sampling = Sampling(
         options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
     )
@@ -120,13 +122,19 @@ def _plan(options: argparse.Namespace) -> Plan:
         sampling=sampling,
         ks=options.k,
         success=options.success,
-        reward=options.reward,
-        policy={**policy, "tokenizer": str(options.tokenizer or options.model)},
+        reward={"reward": options.reward, "test_seconds": options.test_seconds},
+        policy=describe_policy(options),
         limit=options.prompts,
         batch_size=options.batch_size,
         run=options.run_name,
         policy_version=options.policy_version,
     )
+
+
+def _closed_by(stack: ExitStack, thing: _T) -> _T:
+    """Rewards and generators may hold processes and connections."""
+    stack.callback(getattr(thing, "close", lambda: None))
+    return thing
 
 
 def add_report(subparsers: Subparsers) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,9 +31,9 @@ def evaluate(
         ks: of pass@k, each at most sampling.n.
         decode: token ids to the text that is judged, without special tokens.
         success: a completion passed if its reward is at least this.
-        prompts_per_call: how many go to the generator at once. Each call has a seed of its own.
-        finished: samples of the first prompts, from an evaluation that was interrupted. What is
-            left is drawn in the calls and with the seeds that it would have had there.
+        prompts_per_call: how many go to the generator at once. Every call has the same seed, so a
+            generator should mix the prompt into it, as those of `spo_ext.rollout` do.
+        finished: samples of the first prompts, from an evaluation that was interrupted.
         on_samples: called with the index of a prompt and its samples when they are judged.
 
     A completion that cannot be judged is counted and left out of what needs a reward.
@@ -46,13 +44,9 @@ def evaluate(
     """
     _check(prompts, sampling, ks, success, prompts_per_call, finished)
     done = [tuple(row) for row in finished]
-    for start in range(0, len(prompts), prompts_per_call):
+    for start in range(len(done), len(prompts), prompts_per_call):
         group = prompts[start : start + prompts_per_call]
-        if start + len(group) <= len(done):
-            continue
-        seeded = dataclasses.replace(sampling, seed=_call_seed(sampling.seed, start))
-        drawn = _judge(group, _draw(group, generator, seeded), reward, decode)
-        for row in drawn[len(done) - start :]:
+        for row in _judge(group, _draw(group, generator, sampling), reward, decode):
             done.append(row)
             if on_samples is not None:
                 on_samples(len(done) - 1, row)
@@ -87,15 +81,6 @@ def _check(
     for index, row in enumerate(finished):
         if len(row) != sampling.n:
             refuse(owner, f"finished[{index}]", f"sampling.n = {sampling.n} samples", len(row))
-
-
-def _call_seed(seed: int, start: int) -> int:
-    """With one seed for all calls the noise of the first prompt of each would be the same.
-
-    31 bits, which every server takes.
-    """
-    digest = hashlib.blake2b(f"{seed} {start}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _draw(

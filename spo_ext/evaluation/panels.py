@@ -153,7 +153,7 @@ def lines_of(panel: Panel, series: Mapping[str, Series]) -> list[Line]:
     found: list[Line] = []
     for curve in panel.curves:
         for name in series:
-            if fnmatchcase(name, curve.pattern):
+            if _fits(name, curve.pattern):
                 used = {line.colour for line in found}
                 free = [colour for colour in (curve.colour, *PALETTE) if colour not in used]
                 colour = free[0] if free else curve.colour
@@ -164,4 +164,9 @@ def lines_of(panel: Panel, series: Mapping[str, Series]) -> list[Line]:
 def unplaced(series: Mapping[str, Series]) -> list[str]:
     """Names of metrics that no panel shows."""
     patterns = [curve.pattern for panel in PANELS for curve in panel.curves]
-    return [name for name in series if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in series if not any(_fits(name, pattern) for pattern in patterns)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """In trainers of others the metrics of the loss lie under spo/."""
+    return fnmatchcase(name.removeprefix("spo/"), pattern)

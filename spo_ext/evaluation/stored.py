@@ -29,7 +29,7 @@ class Plan:
     """What is evaluated, and how.
 
     Args:
-        policy: what tells one policy from another, as JSON: a model's folder, a server's address.
+        policy, reward: what tells one from another, as JSON.
         limit: the first so many prompts of the split; None for all.
         batch_size: completions drawn in one call of the generator, at least one prompt's.
         run, policy_version: samples go to the store too, as those of the run "RUN/eval".
@@ -41,7 +41,7 @@ class Plan:
     sampling: Sampling
     ks: tuple[int, ...]
     success: float
-    reward: str
+    reward: dict[str, Any]
     policy: dict[str, Any]
     limit: int | None = None
     batch_size: int = 64
@@ -73,7 +73,7 @@ class Plan:
     def settings(self, prompts: Sequence[StoredPrompt]) -> dict[str, Any]:
         """What must be equal for samples of two processes to belong together.
 
-        Not k and success: they only read the samples, and may change.
+        Not k and success, which only read the samples, and not the size of a batch.
         """
         state = hashlib.blake2b(digest_size=16)
         for prompt in prompts:
@@ -84,8 +84,7 @@ class Plan:
             "prompts": len(prompts),
             "prompts_hash": state.hexdigest(),
             **dataclasses.asdict(self.sampling),
-            "batch_size": self.batch_size,
-            "reward": self.reward,
+            **self.reward,
             "run": self.run,
             "policy_version": self.policy_version,
         }
