@@ -198,7 +198,7 @@ def test_servers_need_a_name_a_tokenizer_and_their_key(
         (["--served-model", "m"], "--tokenizer must be given with --server"),
         (
             [*tokenizer, "--served-model", "m", "--api-key-from", "NO_SUCH_KEY"],
-            "--api-key-from must name a variable of the environment, got 'NO_SUCH_KEY'",
+            "--api-key-from must name a variable of the environment, got NO_SUCH_KEY",
         ),
     ):
         with pytest.raises(SystemExit, match="2"):
