@@ -18,8 +18,8 @@ pytest.importorskip("tqdm")
 
 import spo_ext  # noqa: E402
 from spo_ext.cli import main  # noqa: E402
+from spo_ext.evaluation.plot import trailing_mean  # noqa: E402
 from spo_ext.quickstart import QuickstartConfig, run  # noqa: E402
-from spo_ext.quickstart.chart import trailing_mean  # noqa: E402
 from spo_ext.quickstart.judging import Grade, Grader, is_python  # noqa: E402
 from spo_ext.quickstart.policy import (  # noqa: E402
     IGNORED,

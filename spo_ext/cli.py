@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from spo_ext.commands import fail
 from spo_ext.data.commands import add_export, add_import
+from spo_ext.evaluation.commands import add_eval, add_report
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 from spo_ext.rollout.commands import add_rollout
 
@@ -111,6 +112,8 @@ _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_quickstart,
     add_import,
     add_rollout,
+    add_eval,
+    add_report,
     add_export,
 )
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from spo_ext.evaluation.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    new_figure,
+    plain,
+    png_bytes,
+    trailing_mean,
+)
 
 from .config import QuickstartConfig
 from .runlog import RunLog
 
-BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#059669", "#94a3b8"
 _SMOOTHING_STEPS = 10
 
 
 def draw_learning_curve(config: QuickstartConfig, log: RunLog) -> bytes:
     """The figure as PNG bytes: held-out pass@k, pass rate of the rollouts, KL and entropy."""
-    # A Figure with its own canvas leaves pyplot's global state and backend alone.
-    figure = Figure(figsize=(12, 3.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 3.9, dpi=130)
     held_out, rollouts, divergence = figure.subplots(1, 3)
     _draw_held_out(held_out, config, log)
     _draw_rollouts(rollouts, config, log)
@@ -28,12 +31,8 @@ def draw_learning_curve(config: QuickstartConfig, log: RunLog) -> bytes:
     for axes in (held_out, rollouts, divergence):
         axes.set_xlabel("SPO step")
         axes.set_xlim(0, max(1, config.steps))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    # Without the version in its metadata the same run gives the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        plain(axes)
+    return png_bytes(figure)
 
 
 def _draw_held_out(axes: Axes, config: QuickstartConfig, log: RunLog) -> None:
@@ -87,9 +86,3 @@ def _draw_divergence(axes: Axes, log: RunLog) -> None:
     axes.set_ylabel("nats per program")
     axes.set_title("what the gain cost")
     axes.legend(loc="best", frameon=False)
-
-
-def trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last `width` values (fewer at the start) at every index."""
-    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]

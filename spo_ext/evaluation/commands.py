@@ -1,0 +1,216 @@
+"""`spo eval` and `spo report`: their arguments, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from spo_ext.commands import fail
+
+if TYPE_CHECKING:
+    from spo_ext.commands import Subparsers
+    from spo_ext.evaluation.stored import Plan
+
+_T = TypeVar("_T")
+_SPLITS = ("train", "dev", "test")
+_DIALECTS = ("vllm", "transformers", "openai")
+_STORE = "a file, or postgresql://user@host/database"
+
+
+def add_eval(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="pass@k of a model or a server on prompts of a store",
+        description="Draws completions of each prompt, judges them and writes evaluation.json and "
+        "samples.jsonl. Started again with the same settings it continues.",
+    )
+    add = parser.add_argument
+    add("--store", required=True, metavar="WHERE", help=_STORE)
+    add("--split", choices=_SPLITS, default="test", help="whose prompts (default: test)")
+    add("--prompts", type=int, metavar="LIMIT", help="only the first so many of them")
+    policy = parser.add_mutually_exclusive_group(required=True)
+    policy.add_argument("--model", type=Path, metavar="FOLDER", help="of transformers, run here")
+    policy.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server")
+    add("--served-model", metavar="NAME", help="what the server calls the model")
+    add("--dialect", choices=_DIALECTS, default="vllm", help="of the server (default: vllm)")
+    add("--api-key-from", metavar="VARIABLE", help="of the environment, with the server's key")
+    add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default: 16)")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="of transformers (default: --model)")
+    add("--n", type=int, default=20, help="completions of each prompt (default: 20)")
+    add("--k", type=_integers, default=(1, 10), metavar="K,K", help="of pass@k (default: 1,10)")
+    add("--temperature", type=float, default=1.0, help="of the sampling (default: 1)")
+    add("--top-p", type=float, default=1.0, help="of the sampling (default: 1)")
+    add("--max-new-tokens", type=int, default=1024, help="then truncated (default: 1024)")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--batch-size", type=int, default=64, help="completions drawn at once (default: 64)")
+    add(
+        "--reward",
+        default="tests",
+        metavar="NAME",
+        help="tests, answer, or a function of TRL's form as package.module:function or "
+        "file.py:function (default: tests)",
+    )
+    add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
+    add("--test-seconds", type=float, metavar="S", help="of tests: time for one of them")
+    add("--success", type=float, default=1.0, help="a reward that has passed (default: 1)")
+    add("--run", dest="run_name", metavar="NAME", help="store samples too, as run NAME/eval")
+    add("--policy-version", type=int, metavar="N", help="of the run, needed with --run")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="for the results")
+    parser.set_defaults(run=_eval, error=parser.error)
+
+
+def _integers(words: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers like 1,10, got {words!r}") from None
+
+
+def _eval(options: argparse.Namespace) -> int:
+    try:
+        # Imported here: they need packages that the other commands do not.
+        from spo_ext.data.tokens import Tokenizer
+        from spo_ext.evaluation import producers
+        from spo_ext.evaluation.stored import evaluate_stored
+        from spo_ext.evaluation.summary import table
+        from spo_ext.store import TrajectoryStore
+    except ImportError as error:
+        return fail(error)
+    with ExitStack() as stack:
+        try:
+            plan = _plan(options)
+            tokenizer = Tokenizer(options.tokenizer or options.model)
+            reward = _closed_by(stack, producers.make_reward(options))
+        except ValueError as error:
+            options.error(str(error))  # exits with status 2
+        except _failures() as error:
+            return fail(error)
+        try:
+            require_store(options.store)
+            result = evaluate_stored(
+                stack.enter_context(TrajectoryStore(options.store)),
+                plan,
+                options.out,
+                tokenizer,
+                lambda: _closed_by(stack, producers.make_generator(options, tokenizer)),
+                reward,
+                stack.enter_context(_progress()),
+            )
+        except KeyboardInterrupt:
+            return fail("interrupted; the same command continues", status=130)
+        except _failures() as error:
+            return fail(error)
+    print(table(result))
+    print(f"\nresults: {options.out / 'evaluation.json'}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Raises ValueError."""
+    from spo_ext.evaluation.producers import describe_policy
+    from spo_ext.evaluation.stored import Plan
+    from spo_ext.rollout.generation import Sampling
+
+    sampling = Sampling(
+        options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
+    )
+    return Plan(
+        split=options.split,
+        sampling=sampling,
+        ks=options.k,
+        success=options.success,
+        reward={"reward": options.reward, "test_seconds": options.test_seconds},
+        policy=describe_policy(options),
+        limit=options.prompts,
+        batch_size=options.batch_size,
+        run=options.run_name,
+        policy_version=options.policy_version,
+    )
+
+
+def _closed_by(stack: ExitStack, thing: _T) -> _T:
+    """Rewards and generators may hold processes and connections."""
+    stack.callback(getattr(thing, "close", lambda: None))
+    return thing
+
+
+def add_report(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="curves, evaluations and samples of a run as one HTML file",
+        description="Reads the folder that a Trainer wrote: trainer_state.json or those of its "
+        "checkpoints, metrics.jsonl, spo_config.json and evaluation*/. Curves are also written as "
+        "PNG files beside the page.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="RUN_DIR", help="output_dir of the run")
+    add("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    add("--store", metavar="WHERE", help=f"show its newest trajectories of the run; {_STORE}")
+    add("--run", dest="run_name", metavar="NAME", help="of the run in the store")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="default: of the last checkpoint")
+    parser.set_defaults(run=_report, error=parser.error)
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        # Imported here: they need packages that the other commands do not.
+        from spo_ext.evaluation.report import newest_trajectories, write_report
+        from spo_ext.evaluation.runs import read_run
+    except ImportError as error:
+        return fail(f"spo report needs matplotlib ({error}): pip install matplotlib")
+    out = options.out or options.folder / "report.html"
+    try:
+        run = read_run(options.folder)
+        stored = []
+        if options.store is not None:
+            require_store(options.store)
+            decode = _decoder(options.tokenizer or run.checkpoint, options.tokenizer is not None)
+            stored = newest_trajectories(options.store, options.run_name or run.name, decode)
+        curves = write_report(run, out, stored)
+    except _failures() as error:
+        return fail(error)
+    print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
+    return 0
+
+
+def _decoder(folder: Path | None, required: bool) -> Callable[[Sequence[int]], str] | None:
+    """None if a checkpoint has no tokenizer. Raises ValueError if a required folder has none."""
+    from spo_ext.data.tokens import Tokenizer
+
+    if folder is None or not (required or (folder / "tokenizer_config.json").is_file()):
+        return None
+    tokenizer = Tokenizer(folder)
+    return lambda ids: str(tokenizer.completion("", tuple(ids)))
+
+
+def require_store(where: str) -> None:
+    """Raises FileNotFoundError: to read, a new store must not be made."""
+    if "://" not in where and not Path(where).is_file():
+        raise FileNotFoundError(f"there is no store {where}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="prompt", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What stores, models, servers and files may raise through no fault of the program."""
+    usual = (OSError, ValueError, ImportError, RuntimeError)
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return usual
+    return (*usual, SQLAlchemyError)

@@ -1,0 +1,102 @@
+"""What `spo eval` draws from and judges with, by its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.evaluation.redact import hide_passwords
+from spo_ext.rollout.generation import Generator, Reward
+
+
+def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:
+    """A model in this process, on the GPU if there is one, or one behind a server.
+
+    Raises ImportError without transformers, ValueError if there is no model.
+    """
+    if options.server is None:
+        from spo_ext.rollout.embedded import ModelGenerator
+        from spo_ext.rollout.loading import load_model
+
+        model = load_model(options.model)
+        embedded: Generator = ModelGenerator(model, tokenizer, batch_size=options.batch_size)
+        return embedded
+    from spo_ext.rollout.server import ServerGenerator
+
+    end = tokenizer.eos_token_id
+    served: Generator = ServerGenerator(
+        options.server,
+        options.served_model,
+        dialect=options.dialect,
+        tokenizer=tokenizer,
+        api_key=_api_key(options),
+        concurrency=options.concurrency,
+        end_ids=() if end is None else (end,),
+    )
+    return served
+
+
+def make_reward(options: argparse.Namespace) -> Reward:
+    """The reward of this name, a function of the user in the current folder too.
+
+    Raises ValueError if there is none.
+    """
+    from spo_ext.rollout.rewards import load_reward
+
+    sys.path.insert(0, os.getcwd())
+    given: dict[str, Any] = {}
+    if options.reward == "tests":
+        given["workers"] = options.sandbox_workers
+        if options.test_seconds is not None:
+            from spo_ext.sandbox import Limits
+
+            seconds = options.test_seconds
+            if not seconds > 0:
+                raise ValueError(f"eval: --test-seconds must be > 0, got {seconds}")
+            # Twice the time on the clock: the machine may be busy with other programs.
+            given["limits"] = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+    reward: Reward = load_reward(options.reward, **given)
+    return reward
+
+
+def describe_policy(options: argparse.Namespace) -> dict[str, Any]:
+    """What tells this policy from another, as JSON.
+
+    Of a model the folder, and a hash of names, sizes and times of its files: a checkpoint that was
+    written over is another policy. Raises ValueError if arguments lack.
+    """
+    if (options.server is None) != (options.served_model is None):
+        raise ValueError("eval: --served-model must be given with --server, and only with it")
+    tokenizer = {"tokenizer": os.fspath(options.tokenizer or options.model or "")}
+    if options.server is not None:
+        if options.tokenizer is None:
+            raise ValueError("eval: --tokenizer must be given with --server, got None")
+        _api_key(options)
+        where = hide_passwords(options.server)
+        return {"server": where, "model": options.served_model} | tokenizer
+    folder: Path = options.model
+    if not folder.is_dir():
+        raise ValueError(f"eval: --model must be an existing folder, got {os.fspath(folder)!r}")
+    state = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            about = path.stat()
+            state.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return {"model": os.fspath(folder), "model_files": state.hexdigest()} | tokenizer
+
+
+def _api_key(options: argparse.Namespace) -> str | None:
+    name = options.api_key_from
+    if name is None:
+        return None
+    if name not in os.environ:
+        raise ValueError(
+            f"eval: --api-key-from must name a variable of the environment, got {name}"
+        )
+    return os.environ[name]

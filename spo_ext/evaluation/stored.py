@@ -1,0 +1,175 @@
+"""An evaluation on prompts of a store, which continues where a killed one stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from spo_ext.data.loading import Ready, load
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.evaluation.files import write_json
+from spo_ext.evaluation.journal import Journal
+from spo_ext.evaluation.records import Evaluation, Sample
+from spo_ext.evaluation.summary import summary
+from spo_ext.rollout.generation import Generator, Reward, Sampling
+from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
+from spo_ext.store.checks import check_integer, refuse
+from spo_ext.store.records import Split
+from spo_ext.store.rows import prompt_row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, and how.
+
+    Args:
+        policy, reward: what tells one from another, as JSON.
+        limit: the first so many prompts of the split; None for all.
+        batch_size: completions drawn in one call of the generator, at least one prompt's.
+        run, policy_version: samples go to the store too, as those of the run "RUN/eval".
+
+    Raises ValueError if they do not fit together.
+    """
+
+    split: Split
+    sampling: Sampling
+    ks: tuple[int, ...]
+    success: float
+    reward: dict[str, Any]
+    policy: dict[str, Any]
+    limit: int | None = None
+    batch_size: int = 64
+    run: str | None = None
+    policy_version: int | None = None
+
+    def __post_init__(self) -> None:
+        owner = "eval"
+        for k in self.ks:
+            check_integer(owner, "--k", k, 1)
+            if k > self.sampling.n:
+                refuse(owner, "--k", f"at most --n = {self.sampling.n}", k)
+        check_integer(owner, "--batch-size", self.batch_size, 1)
+        if self.limit is not None:
+            check_integer(owner, "--prompts", self.limit, 1)
+        if (self.run is None) != (self.policy_version is None):
+            missing = "--run" if self.run is None else "--policy-version"
+            refuse(owner, missing, "given, as the other of --run and --policy-version is", None)
+        if self.run is not None and self.split == "train":
+            refuse(owner, "--split", "dev or test with --run: samplers draw from train", "train")
+        _ = self.origin  # which checks the run and its version
+
+    @property
+    def origin(self) -> Origin | None:
+        if self.run is None:
+            return None
+        return Origin("policy", run=f"{self.run}/eval", policy_version=self.policy_version)
+
+    def settings(self, prompts: Sequence[StoredPrompt]) -> dict[str, Any]:
+        """What must be equal for samples of two processes to belong together.
+
+        Not k and success, which only read the samples, and not the size of a batch.
+        """
+        state = hashlib.blake2b(digest_size=16)
+        for prompt in prompts:
+            state.update(prompt_row(prompt)["hash"])
+        return {
+            **self.policy,
+            "split": self.split,
+            "prompts": len(prompts),
+            "prompts_hash": state.hexdigest(),
+            **dataclasses.asdict(self.sampling),
+            **self.reward,
+            "run": self.run,
+            "policy_version": self.policy_version,
+        }
+
+
+def evaluate_stored(
+    store: TrajectoryStore,
+    plan: Plan,
+    out: Path,
+    tokenizer: Tokenizer,
+    make_generator: Callable[[], Generator],
+    reward: Reward,
+    on_prompt: Callable[[int, int], None],
+) -> Evaluation:
+    """Writes settings.json, samples.jsonl and evaluation.json into `out`.
+
+    The generator is made if something is left to draw. on_prompt hears how many prompts are done,
+    and of how many.
+
+    Raises ValueError if the split is empty or `out` holds another evaluation, OSError if it cannot
+    be written, and whatever generator and reward raise.
+    """
+    stored = list(islice(store.prompts(plan.split), plan.limit))
+    if not stored:
+        raise ValueError(f"the store has no prompts of split {plan.split}")
+    prompts = [_tokenised(prompt, tokenizer) for prompt in stored]
+    settings = plan.settings(prompts)
+    with Journal(out, settings, plan.sampling.n) as journal:
+        for prompt, samples in zip(stored, journal.finished, strict=False):
+            _keep(store, plan, prompt, samples)  # the last one may lack in the store
+        on_prompt(len(journal.finished), len(stored))
+
+        def keep(index: int, samples: Sequence[Sample]) -> None:
+            journal.write(stored[index], samples)
+            _keep(store, plan, stored[index], samples)
+            on_prompt(index + 1, len(stored))
+
+        left = len(journal.finished) < len(prompts)
+        result = evaluate(
+            prompts,
+            make_generator() if left else _Nothing(),
+            reward,
+            sampling=plan.sampling,
+            ks=plan.ks,
+            decode=lambda ids: str(tokenizer.completion("", tuple(ids))),
+            success=plan.success,
+            prompts_per_call=max(1, plan.batch_size // plan.sampling.n),
+            finished=journal.finished,
+            on_samples=keep,
+        )
+        write_json(out / "evaluation.json", summary(result, settings, stored))
+    return result
+
+
+class _Nothing:
+    def generate(self, *_arguments: object) -> Any:
+        raise AssertionError("all prompts are finished")
+
+
+def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
+    if prompt.token_ids is not None:
+        return prompt
+    return dataclasses.replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
+
+
+def _keep(
+    store: TrajectoryStore, plan: Plan, prompt: StoredPrompt, samples: Sequence[Sample]
+) -> None:
+    """Into the store; what is there already stays as it is and counts no duplicate."""
+    if plan.origin is None:
+        return
+    sampling = plan.sampling
+    trajectories = [
+        Trajectory(
+            prompt.id,
+            sample.generation.token_ids,
+            sample.judgement.reward,
+            plan.origin,
+            sample.generation.finish,
+            sample.judgement.reason,
+            sample.generation.logprobs,
+            sampling.temperature,
+            sampling.top_p,
+        )
+        for sample in samples
+        if sample.judgement is not None and sample.generation.token_ids
+    ]
+    load(store, [Ready.of(prompt, trajectories)])
