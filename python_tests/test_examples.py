@@ -77,9 +77,7 @@ def test_transformers_trainer_accumulates_exactly(tmp_path):
     assert losses[0] == pytest.approx(squared_losses(start, start).mean().item(), rel=1e-5)
     assert losses[1] < 0.9 * losses[0]
     # 3 + 3 + 2 sequences: a mean of means would give the last two more weight.
-    parts, in_parts = train(
-        tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=3
-    )
+    parts, in_parts = train(tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=3)
     assert in_parts == pytest.approx(losses, rel=1e-5)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -34,13 +34,15 @@ def eager_logprobs(
 ) -> Tensor:
     """float64 [B, T - 1] of the tokens from the second one on: log_softmax of all logits."""
     double = copy.deepcopy(model).double().eval()
+    for module in double.modules():
+        vars(module).pop("forward", None)  # TRL's patch, even in a copy, calls the first model
     logits = double(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
     logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(2, input_ids[:, 1:, None]).squeeze(2)
 
 
 def run_on_two_ranks(check: Callable[..., None], *arguments: Any) -> None:
-    """check(rank, *arguments) in two forked processes of one gloo group, as torchrun starts them."""
+    """check(rank, *arguments) in two forked processes of one gloo group, as under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(2):
@@ -59,7 +61,9 @@ def _rank(check: Callable[..., None], rank: int, folder: str, arguments: Any) ->
 
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent process was
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # read, but not used
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
         )
