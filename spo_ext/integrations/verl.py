@@ -135,10 +135,13 @@ def _mean_old_minus_new(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) ->
 def _kl_coef(config: Any) -> float:
     control = getattr(config, "kl_ctrl", None)
     beta = getattr(control, "kl_coef", None)
+    rejection = getattr(getattr(config, "rollout_correction", None), "rollout_rs", None)
     checks = (
         ("use_kl_in_reward", getattr(config, "use_kl_in_reward", None), (True,)),
         ("kl_penalty", getattr(config, "kl_penalty", None), ("kl", "k1")),
         ("kl_ctrl.type", getattr(control, "type", None), ("fixed",)),
+        # It takes tokens out of the mask, whose penalty is in the rewards already.
+        ("rollout_correction.rollout_rs", rejection, (None,)),
     )
     for name, value, allowed in checks:
         if value not in allowed:
