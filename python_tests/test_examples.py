@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainer_cases import EXAMPLES, eager_logprobs, example
+from trainer_cases import EXAMPLES, eager_logprobs, example, run_on_two_ranks
 
 from spo_ext import reference
 
@@ -84,6 +84,19 @@ def test_transformers_trainer_accumulates_exactly(tmp_path):
     want = squared_losses(whole.model, start).mean().item()
     rows = example("tiny").rows(start_with_logprobs())
     assert whole.evaluate(rows)["eval_loss"] == pytest.approx(want, rel=1e-4)
+
+
+def _trainer_rank(rank, folder, want):
+    trainer, _ = train(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert trainer.accelerator.num_processes == 2
+    for got, expected in zip(trainer.model.parameters(), want, strict=True):
+        torch.testing.assert_close(got.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_transformers_trainer_on_two_ranks(tmp_path):
+    whole, _ = train(tmp_path, per_device_train_batch_size=8)
+    want = [parameter.detach() for parameter in whole.model.parameters()]
+    run_on_two_ranks(_trainer_rank, tmp_path, want)
 
 
 def start_with_logprobs():

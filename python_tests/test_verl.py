@@ -88,8 +88,9 @@ def case(rows=6, length=5):
     """log-probs of policy, old policy and reference, mask, rewards and q0, in float64."""
     policy, old, ref = (-torch.rand(3, rows, length, dtype=torch.float64)).unbind()
     mask = torch.arange(length) < torch.tensor([5, 3, 4, 1, 5, 2])[:rows, None]
-    mask[4, 1:3] = False  # an answer of a tool, in the middle
-    mask[0, 4] = False  # and one at the end, where the score is
+    mask[4, 1:3] = False  # answers of tools: in the middle,
+    mask[0, 4] = False  # at the end, where the score is
+    mask[2, 0] = False  # and at the start
     ends = torch.tensor([4, 2, 3, 0, 4, 1])[:rows]
     rewards, q0 = torch.rand(2, rows, dtype=torch.float64)
     scores = torch.zeros(rows, length, dtype=torch.float64)
