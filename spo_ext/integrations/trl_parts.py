@@ -1,0 +1,135 @@
+"""The parts of the TRL mixin that need no TRL: prompt values of groups, masks and checks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+import spo_ext
+from spo_ext.stats import LossStats
+
+Objective = Literal["squared", "cross_entropy"]
+PromptValue = Literal["leave_one_out", "group", "importance", "column"]
+
+# What TRL makes of images, which the model wants back.
+MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+# Attributes of GRPOTrainer with the only value under which the SPO loss does what they say.
+_SETTINGS: dict[str, tuple[object, str]] = {
+    "top_entropy_quantile": (1.0, "top_entropy_quantile=1.0"),
+    "off_policy_mask_threshold": (None, "off_policy_mask_threshold=None"),
+    "_entropy_bonus_enabled": (False, "entropy_coef=0.0 and use_adaptive_entropy=False"),
+    "aux_loss_enabled": (False, "router_aux_loss_coef=0.0"),
+    "multi_objective_aggregation": (
+        "sum_then_normalize",
+        "multi_objective_aggregation='sum_then_normalize'",
+    ),
+}
+
+
+def check_choices(objective: str, prompt_value: str) -> None:
+    """Raises ValueError."""
+    for name, value, allowed in (
+        ("objective", objective, get_args(Objective)),
+        ("prompt_value", prompt_value, get_args(PromptValue)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"SPOMixin: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    if objective == "cross_entropy" and prompt_value in ("leave_one_out", "group"):
+        raise ValueError(
+            "SPOMixin: prompt_value must be column or importance for objective cross_entropy, "
+            f"where Q_T / beta is a log-probability, got {prompt_value!r}, a baseline"
+        )
+
+
+def check_settings(trainer: Any) -> None:
+    """Refuses what the SPO loss would ignore. Raises ValueError."""
+    if not trainer.beta > 0:
+        raise ValueError(
+            "SPOMixin: beta of GRPOConfig must be > 0: it is the softness, and without it TRL has "
+            f"no reference log-probabilities; got {trainer.beta}"
+        )
+    for name, (value, words) in _SETTINGS.items():
+        got = getattr(trainer, name, value)
+        if got != value:
+            raise ValueError(
+                f"SPOMixin: GRPOConfig must have {words}, which the SPO loss has no place for; "
+                f"got {got}"
+            )
+
+
+def loss_mask(batch: dict[str, Any]) -> Tensor:
+    """bool [B, T]: tokens of the policy, so neither padding nor the answers of tools."""
+    mask: Tensor = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+
+def q0_column(rows: list[dict[str, Any]]) -> Tensor:
+    """float32 [B], the column `q0`. Raises ValueError."""
+    values = [row.get("q0") for row in rows]
+    if None in values:
+        raise ValueError(
+            "SPOMixin: the dataset must have a number in column 'q0' in every row for "
+            f"prompt_value='column', got columns {sorted(rows[values.index(None)])}"
+        )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def group_q0(
+    rewards: Tensor, log_ratios: Tensor, groups: Tensor, beta: float, prompt_value: PromptValue
+) -> Tensor:
+    """Q_0 for every completion [M] from those of its prompt; see `SPOMixin`.
+
+    Args:
+        rewards, log_ratios: [M]. groups: int64 [M], prompts numbered without a gap.
+    """
+    if len(rewards) == 0:
+        return rewards
+    if prompt_value == "leave_one_out":
+        return spo_ext.prompt_value(
+            rewards, beta=beta, groups=groups, estimator="leave_one_out", log_ratios=log_ratios
+        )
+    if prompt_value == "group":
+        value = spo_ext.prompt_value(
+            rewards, beta=beta, groups=groups, estimator="group", log_ratios=log_ratios
+        )
+        return value[groups]
+    # exp(gain / beta) = exp(r / beta) pi_ref / pi: importance weights make it the reference's mean.
+    gain = rewards.double() - beta * log_ratios.double()
+    top = float(gain.max())
+    # The range serves overflow alone here: a gain has no worst value to warn of.
+    value = spo_ext.prompt_value(gain, beta=beta, groups=groups, reward_range=(top, top))
+    return value[groups]
+
+
+def sums_of(
+    stats: LossStats, mask: Tensor, per_token: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per metric the sum over this rank's sequences, or tokens in `mask`, and their number."""
+    assert stats.residual is not None
+    series = {
+        "terminal_q": stats.terminal_q,
+        "q0": stats.q0,
+        "log_ratio": stats.log_ratio,
+        "residual": stats.residual,
+        "residual_abs": stats.residual.abs(),
+        "clipped": (stats.terminal_q > 0).double(),
+    }
+    live = stats.num_tokens > 0
+    sums = {f"spo/{name}": (values[live].sum(), live.sum()) for name, values in series.items()}
+    for name, values in per_token.items():
+        sums[name] = (values.detach()[mask].sum(), mask.sum())
+    return sums
