@@ -16,7 +16,12 @@ from trainer_cases import VOCABULARY, make_model, with_adapters
 
 import spo_ext
 from spo_ext.trainer.batches import Layout, Tokens, collate
-from spo_ext.trainer.model import HeadSettings, answer_logprobs, supports_packing
+from spo_ext.trainer.model import (
+    HeadSettings,
+    answer_logprobs,
+    completion_logprobs,
+    supports_packing,
+)
 
 LAYOUTS: tuple[Layout, ...] = ("row", "rows", "padded")
 # Lengths that leave room in rows, fill them, and differ.
@@ -39,7 +44,7 @@ def by_logits(model: Any, tokens: Tokens, temperature: float) -> Tensor:
 
 def answer(model: Any, layout: Layout) -> Tensor:
     batch = collate(sequences(), layout)
-    return model(**batch.model_inputs, completions=(batch.index, batch.targets))[0]
+    return completion_logprobs(model, batch)[0]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2", "cohere", "granite"])
@@ -72,7 +77,7 @@ def loss_and_gradients(layout: Layout) -> tuple[Tensor, list[Tensor]]:
     model = make_model().double()
     answer_logprobs(model, HeadSettings())
     batch = collate(sequences(), layout)
-    logprobs = model(**batch.model_inputs, completions=(batch.index, batch.targets))[0]
+    logprobs, _ = completion_logprobs(model, batch)
     loss = spo_ext.loss(
         logprobs,
         torch.full_like(logprobs, -2.0).detach(),
@@ -130,7 +135,7 @@ def test_a_head_with_an_adapter_is_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="model's head must be an nn.Linear without an adapter"):
+    with pytest.raises(TypeError, match="head must be a linear layer without an adapter"):
         answer_logprobs(model, HeadSettings())
 
 

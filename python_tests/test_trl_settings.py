@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from test_trl import OPTIONS, losses, run
 from integration_cases import eager_logprobs, example, run_on_two_ranks
+from test_trl import OPTIONS, losses, run
 
 pytest.importorskip("trl")
 trl_parts = pytest.importorskip("spo_ext.integrations.trl_parts")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer_cases import make_model, make_tokenizer, with_adapters
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401, imported once
 
@@ -85,6 +86,8 @@ def die_after(owner: type, name: str, calls: int) -> None:
 def train(options: dict[str, Any]) -> dict[str, Any]:
     kind, out = options.pop("model", "plain"), options.pop("out", None)
     resume, kill = options.pop("resume", False), options.pop("kill", {})
+    if options.get("fsdp"):
+        allow_fsdp_on_cpu()
     model = make_model(options.pop("weights", 0), **options.pop("shape", {}))
     if kind == "adapters":
         model = with_adapters(model)

@@ -36,6 +36,9 @@ def add_token_logprobs(
     t + 1, 0 where it does not count; with `logprob_entropy=True`, a pair with the entropies of the
     same shape, nats. Logit scale and softcap are those of the model's config.
 
+    With `logprob_index` too, both are int64 [N]: targets[i] is the token after the one at index[i],
+    counted over the flattened batch, as for sequences that are packed. The result is [N].
+
     Args:
         model: a causal language model of Transformers, or a PEFT model around one.
         temperature: > 0, that of the sampler; divides the logits.
@@ -65,6 +68,7 @@ def add_token_logprobs(
         self: PreTrainedModel,
         *args: Any,
         logprob_targets: Tensor | None = None,
+        logprob_index: Tensor | None = None,
         logprob_entropy: bool = False,
         **inputs: Any,
     ) -> Any:
@@ -74,7 +78,10 @@ def add_token_logprobs(
         given = {name: value for name, value in inputs.items() if value is not None}
         states = self.base_model(*args, **{**given, "use_cache": False}).last_hidden_state
         head = _linear_head(self)
-        hidden, targets = states[:, :-1], logprob_targets[:, 1:]
+        if logprob_index is not None:
+            hidden, targets = states.flatten(0, 1)[logprob_index], logprob_targets
+        else:
+            hidden, targets = states[:, :-1], logprob_targets[:, 1:]
         device = head.weight.device  # with device_map the states may be on another one
         hidden, targets, weight = hidden.to(device), targets.to(device), _whole(head.weight)
         call: HeadOptions = {

@@ -52,11 +52,13 @@ class Meter:
         return _derived(means)
 
 
-def add_tokens(meter: Meter, logprobs: Tensor, ref_logprobs: Tensor, entropy: Tensor) -> None:
+def add_tokens(
+    meter: Meter, logprobs: Tensor, ref_logprobs: Tensor, entropy: Tensor | None
+) -> None:
     """Per token [N]: TRL's estimate of the KL divergence to the reference, and the entropy."""
     ratio = ref_logprobs - logprobs.detach()
     meter.add("kl", ratio.exp() - ratio - 1)
-    if entropy.numel():
+    if entropy is not None:
         meter.add("entropy", entropy)
 
 

@@ -1,17 +1,11 @@
-"""The policy's forward pass from token ids to log-probabilities of completions, without logits.
+"""The policy as the trainer calls it: from token ids to log-probabilities of completions.
 
-`answer_logprobs` makes a causal language model of transformers answer one more kind of call:
-
-    model(input_ids=..., position_ids=..., completions=(index, targets)) -> (logprobs, entropy)
-
-The call goes through the model's own `forward`, so that DDP, FSDP2, autocast and PEFT, which all
-wrap that, work as they do for any other loss.
+`spo_ext.integrations.huggingface` puts them into the model's own forward pass; here is what is
+tried out before a run relies on them.
 """
 
 from __future__ import annotations
 
-import functools
-import types
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,74 +13,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import spo_ext
-from spo_ext.store.checks import refuse
+from spo_ext.integrations.huggingface import add_token_logprobs
+from spo_ext.trainer.batches import TokenBatch
 
-Completions = tuple[Tensor, Tensor]
 _PROBE_LENGTHS = (6, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSettings:
-    """What every log-probability of a run has in common.
-
-    entropy: also return the entropy of each token's softmax, for the log. See
-    `spo_ext.token_logprobs` for the rest.
-    """
+    """What every log-probability of a run has in common; see `spo_ext.token_logprobs`."""
 
     temperature: float = 1.0
     max_dropped_mass: float = 0.0
     workspace_mib: int = 64
-    entropy: bool = True
 
 
-def answer_logprobs(model: nn.Module, settings: HeadSettings) -> None:
-    """Changes `forward` of this model, or of the model inside PEFT's, in place.
+def answer_logprobs(model: Any, settings: HeadSettings) -> None:
+    """Lets the model answer `completion_logprobs`, and compares the answer with its logits.
 
-    With `completions=(index [N], targets [N])`, both int64, it returns log-probabilities in nats,
-    float32 [N], of targets after the tokens at index, counted over the flattened batch, and their
-    entropies ([0] without `settings.entropy`). Any other call does what it did before.
-
-    Raises ValueError for a model without a decoder and a plain linear head, and for one whose own
-    logits say something else than the head does.
+    Raises TypeError for a model without a plain linear head, ValueError for one whose own logits
+    say something else than the head does.
     """
-    causal_lm = base_model(model)
-    _check_head(causal_lm)
-    original = causal_lm.forward
-    if hasattr(original, "spo_original"):  # a second trainer in one process
-        original = original.spo_original
-    scales = _scales(causal_lm)
+    add_token_logprobs(
+        model,
+        temperature=settings.temperature,
+        max_dropped_mass=settings.max_dropped_mass,
+        workspace_mib=settings.workspace_mib,
+    )
+    _check_logits(model, settings.temperature)
 
-    @functools.wraps(original)
-    def forward(
-        self: Any, *args: Any, completions: Completions | None = None, **kwargs: Any
-    ) -> Any:
-        if completions is None:
-            return original(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        index, targets = completions
-        hidden = self.get_decoder()(**given, use_cache=False).last_hidden_state
-        chosen = hidden.flatten(0, 1)[index]
-        head = self.get_output_embeddings()
-        result: Any = spo_ext.token_logprobs(
-            chosen,
-            _whole(head.weight),
-            targets,
-            bias=None if head.bias is None else _whole(head.bias),
-            temperature=settings.temperature,
-            max_dropped_mass=settings.max_dropped_mass,
-            workspace_mib=settings.workspace_mib,
-            return_entropy=settings.entropy,
-            **scales,
-        )
-        if settings.entropy:
-            logprobs, entropy = result
-            return logprobs, entropy.detach()
-        return result, result.new_zeros(0)
 
-    forward.spo_original = original  # type: ignore[attr-defined]
-    causal_lm.forward = types.MethodType(forward, causal_lm)
-    _check_logits(model, causal_lm, settings.temperature)
+def completion_logprobs(
+    model: nn.Module, batch: TokenBatch, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the completions, float32 [N] in nats, and their entropies if asked for.
+
+    In one call of the model, so that DDP, FSDP2, autocast and PEFT do what they do around it.
+    """
+    device = next(base_model(model).parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.model_inputs.items()}
+    where = {"logprob_index": batch.index.to(device), "logprob_targets": batch.targets.to(device)}
+    found: Any = model(**inputs, **where, logprob_entropy=entropy)
+    return (found[0], found[1].detach()) if entropy else (found, None)
 
 
 def base_model(model: nn.Module) -> Any:
@@ -108,79 +76,50 @@ def has_adapters(model: nn.Module) -> bool:
 @torch.no_grad()
 def supports_packing(model: nn.Module) -> bool:
     """Whether sequences in one row, told apart by their position_ids, leave each other alone."""
-    device = next(model.parameters()).device
-    rows = [_probe_ids(base_model(model), length, device) for length in _PROBE_LENGTHS]
-    packed = torch.cat(rows, dim=1)
-    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows])
+    rows = [_probe_ids(model, length) for length in _PROBE_LENGTHS]
     with _evaluating(model):
         try:
-            together = _probe(model, packed, positions[None])
+            together = _probe(model, rows)
         except (TypeError, ValueError, NotImplementedError, RuntimeError):
             return False
-        alone = [
-            _probe(model, row, torch.arange(row.shape[1], device=device)[None]) for row in rows
-        ]
-    cut = _PROBE_LENGTHS[0]
-    # The last state of the first row predicts the first token of the second only when packed.
-    parts = (together[: cut - 1], together[cut:])
-    worst = max(float((a - b).abs().max()) for a, b in zip(parts, alone, strict=True))
-    return worst < _tolerance(model)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Gathers a head that FSDP2 or tensor parallelism left in parts."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
-
-
-def _check_head(causal_lm: Any) -> None:
-    for name in ("get_decoder", "get_output_embeddings"):
-        if not callable(getattr(causal_lm, name, None)):
-            refuse("SPO", "model", f"a causal language model with {name}()", type(causal_lm))
-    head = causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        refuse("SPO", "model's head", "an nn.Linear without an adapter of its own", type(head))
-
-
-def _scales(causal_lm: Any) -> dict[str, Any]:
-    """How the model makes logits of products, by the names that configs have for it."""
-    config = causal_lm.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+        alone = torch.cat([_probe(model, [row]) for row in rows])
+    return float((together - alone).abs().max()) < _tolerance(model)
 
 
 @torch.no_grad()
-def _check_logits(model: nn.Module, causal_lm: Any, temperature: float) -> None:
+def _check_logits(model: nn.Module, temperature: float) -> None:
     """A model may do to its logits what no config says: compare with what it says itself."""
-    device = next(model.parameters()).device
-    if device.type == "meta":
+    if next(model.parameters()).device.type == "meta":
         return
-    ids = _probe_ids(causal_lm, _PROBE_LENGTHS[0], device)
+    ids = _probe_ids(model, _PROBE_LENGTHS[0])
     with _evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
-        ours = _probe(model, ids, torch.arange(ids.shape[1], device=device)[None])
-    theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        output: Any = model(input_ids=ids[None], use_cache=False)
+        ours = _probe(model, [ids])
+    logits = output.logits[0, :-1].float() / temperature
+    theirs = logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
     error = float((ours - theirs).abs().max())
     if not error < _tolerance(model):
         raise ValueError(
-            f"SPO: log-probabilities from the head of {type(causal_lm).__name__} must be those of "
-            f"its logits, got a difference of {error:.3g}: it changes its logits in a way that "
-            "spo_ext does not know"
+            f"SPO: log-probabilities from the head of {type(base_model(model)).__name__} must be "
+            f"those of its logits, got a difference of {error:.3g}: it changes its logits in a way "
+            "that spo_ext does not know"
         )
 
 
-def _probe_ids(causal_lm: Any, length: int, device: torch.device) -> Tensor:
-    size = causal_lm.get_input_embeddings().weight.shape[0]
-    return (torch.arange(1, length + 1, device=device) * 7919 % size)[None]
+def _probe_ids(model: nn.Module, length: int) -> Tensor:
+    table = base_model(model).get_input_embeddings().weight
+    return torch.arange(1, length + 1, device=table.device) * 7919 % len(table)
 
 
-def _probe(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
-    index = torch.arange(ids.shape[1] - 1, device=ids.device)
-    found: tuple[Tensor, Tensor] = model(
-        input_ids=ids, position_ids=positions, completions=(index, ids[0, 1:])
-    )
-    return found[0]
+def _probe(model: nn.Module, rows: list[Tensor]) -> Tensor:
+    """Log-probabilities of all tokens of each row but its first, with the rows packed into one."""
+    starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0).tolist()
+    index = [torch.arange(a, a + len(row) - 1) for a, row in zip(starts, rows, strict=False)]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    inputs = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
+    targets = torch.cat([row[1:] for row in rows])
+    ends = torch.tensor([0, len(targets)])
+    return completion_logprobs(model, TokenBatch(inputs, torch.cat(index), targets, ends))[0]
 
 
 def _tolerance(model: nn.Module) -> float:

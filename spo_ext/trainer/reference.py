@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
 from spo_ext.trainer.batches import Layout, Tokens, collate
-from spo_ext.trainer.model import adapters_off, base_model
+from spo_ext.trainer.model import adapters_off, completion_logprobs
 
 Prompts = Mapping[int, Sequence[int]]
 
@@ -104,16 +104,14 @@ class Reference:
 def score_tokens(model: nn.Module, tokens: Sequence[Tokens], layout: Layout) -> list[Tensor]:
     """Log-probabilities of completions, float32 [T] each, on the CPU, without dropout."""
     batch = collate(tokens, layout)
-    device = next(base_model(model).parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.model_inputs.items()}
     training = model.training
     model.eval()
     try:
-        found = model(**inputs, completions=(batch.index.to(device), batch.targets.to(device)))
+        found, _ = completion_logprobs(model, batch)
     finally:
         model.train(training)
     sizes: list[int] = batch.cu_seqlens.diff().tolist()
-    return list(found[0].float().cpu().split(sizes))
+    return list(torch.split(found.float().cpu(), sizes))
 
 
 def _parts(

@@ -51,12 +51,7 @@ class Parts:
         assert model is not None
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store))
-        settings = HeadSettings(
-            config.temperature,
-            config.max_dropped_mass,
-            config.workspace_mib,
-            entropy=config.log_entropy,
-        )
+        settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
         reference_model = _reference_model(config, model, ref_model)
         answer_logprobs(model, settings)
         if reference_model is not None and reference_model is not model:

@@ -18,6 +18,7 @@ from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 from spo_ext.trainer.metrics import Meter, add_loss, add_tokens
+from spo_ext.trainer.model import completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
 
@@ -104,7 +105,10 @@ class SPOTrainer(Trainer):
         batch, micro_batches = self._parts.next_step(step)
         self.meter.put(batch.metrics())
         self.meter.put({"time/batch": time.perf_counter() - started})
-        return [{"micro_batch": one, **one.tokens.model_inputs} for one in micro_batches], None
+        # input_ids are there for the Trainer, which counts them.
+        ids = [one.tokens.model_inputs["input_ids"] for one in micro_batches]
+        pairs = zip(micro_batches, ids, strict=True)
+        return [{"micro_batch": one, "input_ids": read} for one, read in pairs], None
 
     def compute_loss(
         self,
@@ -116,13 +120,11 @@ class SPOTrainer(Trainer):
         """The SPO loss of a micro-batch, as its part of the mean over the step's sequences."""
         if return_outputs:
             raise ValueError("SPOTrainer: return_outputs must be False: there are no logits")
-        batch: MicroBatch = inputs.pop("micro_batch")
-        device = next(iter(inputs.values())).device
-        tokens = batch.tokens
-        completions = (tokens.index.to(device), tokens.targets.to(device))
-        logprobs, entropy = model(**inputs, completions=completions)
+        batch: MicroBatch = inputs["micro_batch"]
+        logprobs, entropy = completion_logprobs(model, batch.tokens, self.args.log_entropy)
+        device = logprobs.device
         rewards, q0 = batch.rewards.to(device), batch.q0
-        ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), tokens.cu_seqlens.to(device)
+        ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
         loss, stats = spo_ext.loss(
