@@ -22,6 +22,9 @@ from evaluation_cases import BAD, GOOD, LOST, Scripted, fill, judge, lines  # no
 
 from spo_ext.cli import main  # noqa: E402
 from spo_ext.evaluation import producers  # noqa: E402
+from spo_ext.evaluation.journal import Journal  # noqa: E402
+from spo_ext.evaluation.records import Sample  # noqa: E402
+from spo_ext.rollout import Sampling  # noqa: E402
 from spo_ext.store import TrajectoryStore  # noqa: E402
 
 
@@ -160,6 +163,33 @@ def test_samples_go_to_the_store_once(place: Workplace, generator: Scripted) -> 
     assert main(command) == 0
     assert contents(place.store) == before
     assert place.store.counters()["duplicates"] == 0
+
+
+def test_what_a_killed_process_had_not_stored_yet_is_stored(
+    place: Workplace, generator: Scripted
+) -> None:
+    command = place.arguments("--run", "first", "--policy-version", "7")
+    assert main(command) == 0
+    before, calls = contents(place.store), len(generator.calls)
+    place.store.close()
+    for path in place.folder.glob("store.db*"):
+        path.unlink()
+    place.store = TrajectoryStore(place.db)
+    fill(place.store, 5)
+    assert contents(place.store) != before
+    assert main(command) == 0
+    assert contents(place.store) == before and len(generator.calls) == calls
+
+
+def test_a_prompt_is_on_disk_when_it_was_written(place: Workplace) -> None:
+    prompts = list(place.store.prompts("test"))
+    (row,) = Scripted().generate(prompts[:1], Sampling(n=2))
+    with Journal(place.out, {"n": 2}, 2) as journal:
+        journal.write(prompts[0], [Sample(generation, "words", None) for generation in row])
+        written = lines(place.out / "samples.jsonl")
+        assert [json.loads(line)["token_ids"] for line in written] == [
+            list(generation.token_ids) for generation in row
+        ]
 
 
 @pytest.mark.parametrize(
