@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from data_cases import save_tokenizer
 
 from spo_ext.rollout import Generation, Judgement, Sampling
 from spo_ext.store import Prompt, TrajectoryStore
@@ -73,3 +77,21 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
         "OMP_NUM_THREADS": "1",
     }
+
+
+class Workplace:
+    """A store of 5 test prompts, a folder that stands for a model, and the command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.db = folder, folder / "out", folder / "store.db"
+        self.model = save_tokenizer(folder / "model")
+        self.store = TrajectoryStore(self.db)
+        fill(self.store, 5)
+
+    def arguments(self, *more: str) -> list[str]:
+        paths = {"--store": self.db, "--model": self.model, "--out": self.out, "--reward": "judge"}
+        given = [str(part) for pair in paths.items() for part in pair]
+        return ["eval", *given, "--n", "4", "--k", "1,2", "--batch-size", "8", *more]
+
+    def evaluation(self) -> Any:
+        return json.loads((self.out / "evaluation.json").read_text())

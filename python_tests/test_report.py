@@ -51,7 +51,7 @@ def write_evaluation(folder: Path, passed: int, completion: str = "print(1)") ->
     folder.mkdir(parents=True)
     rows = [
         {"prompt_id": i, "prompt": f"prompt {i} {EVIL}", "completion": f"{completion} {i}.{j}"}
-        | {"reward": 1.0 if j < passed else None if j == 3 else 0.0, "reason": EVIL if j else None}
+        | {"reward": 1.0 if j < passed else None if j == 3 else 0.0, "reason": EVIL}
         for i in range(12)
         for j in range(4)
     ]
