@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from data_cases import save_tokenizer
 from store_cases import ROOT
 
+from spo_ext.cli import main
 from spo_ext.rollout import Generation, Judgement, Sampling
 from spo_ext.store import Prompt, TrajectoryStore
 
@@ -100,3 +102,47 @@ def rows(store: TrajectoryStore) -> list[tuple[Any, ...]]:
         (t.prompt_id, t.token_ids, t.reward, t.finish, t.origin.policy_version or 0)
         for t in store.trajectories()
     )
+
+
+REWARD = """
+import os, time
+
+def ends(prompts, completions, completion_ids):
+    time.sleep(float(os.environ.get("SLOWLY", "0")))
+    return [float(ids[-1] == 256) - len(text) / 8 for ids, text in zip(completion_ids, completions)]
+"""
+
+
+def save_reward(folder: Path) -> str:
+    """A file with a reward function; the name to load it by."""
+    path = folder / "my_rewards.py"
+    path.write_text(REWARD)
+    return f"{path}:ends"
+
+
+def new_store(path: Path, prompts: list[Prompt]) -> Path:
+    with TrajectoryStore(path) as store:
+        store.add_prompts(prompts)
+    return path
+
+
+def plain_prompts(count: int) -> list[Prompt]:
+    chat: Any = [[{"role": "user", "content": f"chat {i}"}] for i in range(count // 2)]
+    return [Prompt(x) for x in (*chat, *(f"text {i}" for i in range(count - count // 2)))]
+
+
+def rollout(*arguments: object) -> int:
+    return main(["rollout", "--quiet", *map(str, arguments)])
+
+
+def total(store: TrajectoryStore) -> int:
+    """Completions drawn; the same one drawn twice is stored once, and counted."""
+    counters = store.counters()
+    return counters["trajectories"] + counters["duplicates"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

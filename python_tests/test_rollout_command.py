@@ -1,4 +1,4 @@
-"""`spo rollout` from end to end: tests in the sandbox, kills, published policies, servers."""
+"""`spo rollout` from end to end: tests in the sandbox, a kill, a server, wrong arguments."""
 
 from __future__ import annotations
 
@@ -6,56 +6,31 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rollout_cases import END, rows, save_policy, start_rollout
+from rollout_cases import (
+    END,
+    new_store,
+    plain_prompts,
+    rollout,
+    rows,
+    save_policy,
+    save_reward,
+    start_rollout,
+    total,
+    wait_for,
+)
 from store_cases import ROOT
 from test_rollout_server import asked, url  # noqa: F401
 
-from spo_ext.cli import main
 from spo_ext.data.tests import call_tests, stdin_tests
 from spo_ext.store import Origin, Prompt, TrajectoryStore
-
-REWARD = """
-import os, time
-
-def ends(prompts, completions, completion_ids):
-    time.sleep(float(os.environ.get("SLOWLY", "0")))
-    return [float(ids[-1] == 256) - len(text) / 8 for ids, text in zip(completion_ids, completions)]
-"""
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_policy(tmp_path_factory.mktemp("policy"), end_weight=1.0)
-
-
-@pytest.fixture
-def reward_file(tmp_path: Path) -> Path:
-    path = tmp_path / "my_rewards.py"
-    path.write_text(REWARD)
-    return path
-
-
-def new_store(path: Path, prompts: list[Prompt]) -> Path:
-    with TrajectoryStore(path) as store:
-        store.add_prompts(prompts)
-    return path
-
-
-def plain_prompts(count: int) -> list[Prompt]:
-    chat: Any = [[{"role": "user", "content": f"chat {i}"}] for i in range(count // 2)]
-    return [Prompt(x) for x in (*chat, *(f"text {i}" for i in range(count - count // 2)))]
-
-
-def rollout(*arguments: object) -> int:
-    return main(["rollout", "--quiet", *map(str, arguments)])
 
 
 def test_programs_are_drawn_judged_and_valued(
@@ -104,26 +79,13 @@ def test_programs_are_drawn_judged_and_valued(
     assert "of 2 prompts" in (said := capsys.readouterr().out) and "3 prompts had enough" in said
 
 
-def total(store: TrajectoryStore) -> int:
-    """Completions drawn; the same one drawn twice is stored once, and counted."""
-    counters = store.counters()
-    return counters["trajectories"] + counters["duplicates"]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def test_a_killed_rollout_goes_on_where_it_was(
-    policy: Path, tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, n = plain_prompts(14), 3
     path = new_store(tmp_path / "killed.db", prompts)
     common = ("--model", policy, "--run", "r", "--policy-version", 2, "--n", n, "--batch-size", 2)
-    common += ("--max-new-tokens", 6, "--reward", f"{reward_file}:ends", "--min-trajectories", n)
+    common += ("--max-new-tokens", 6, "--reward", save_reward(tmp_path), "--min-trajectories", n)
     monkeypatch.setenv("SLOWLY", "0.3")
     process = start_rollout("--store", path, *common)
     with TrajectoryStore(path) as store:
@@ -149,121 +111,9 @@ def test_a_killed_rollout_goes_on_where_it_was(
         assert total(store) == len(prompts) * n
 
 
-def publish(directory: Path, version: int) -> None:
-    """As a trainer does: the folder first, then the pointer, both by renaming."""
-    folder = directory / "new"
-    save_policy(folder, seed=version, end_weight=1.0)
-    folder.rename(directory / f"version-{version:07d}")
-    (directory / "pointer").write_text(f"version-{version:07d}\n")
-    (directory / "pointer").rename(directory / "latest")
-
-
-def follow(
-    path: Path, directory: Path, reward_file: Path, meanwhile: Callable[[TrajectoryStore], None]
-) -> int:
-    """`spo rollout --follow` here, and a trainer in a thread."""
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with TrajectoryStore(path) as store:
-                meanwhile(store)
-        except BaseException as error:
-            failures.append(error)
-            (directory / "finished").touch()
-
-    trainer = threading.Thread(target=work)
-    trainer.start()
-    options = ("--store", path, "--follow", directory, "--run", "live", "--n", 2)
-    options += ("--max-new-tokens", 4, "--reward", f"{reward_file}:ends", "--batch-size", 3)
-    status = rollout(*options, "--prompts-per-version", 6)
-    trainer.join()
-    assert not failures, failures
-    return status
-
-
-def versions(store: TrajectoryStore) -> dict[int, int]:
-    """Completions drawn of each."""
-    found: Counter[int] = Counter()
-    for each in store.trajectories(run="live"):
-        found[each.origin.policy_version or 0] += 1 + each.duplicates
-    return dict(found)
-
-
-def test_published_policies_are_followed(tmp_path: Path, reward_file: Path) -> None:
-    directory = tmp_path / "policies"
-    directory.mkdir()
-    path = new_store(tmp_path / "store.db", plain_prompts(8))
-
-    def train(store: TrajectoryStore) -> None:
-        time.sleep(0.1)  # nothing is published yet
-        publish(directory, 0)
-        wait_for(lambda: versions(store) == {0: 12})
-        publish(directory, 1)
-        publish(directory, 2)  # 1 may be left out
-        wait_for(lambda: versions(store).get(2) == 12)
-        publish(directory, 3)
-        (directory / "finished").touch()
-
-    assert follow(path, directory, reward_file, train) == 0
-    with TrajectoryStore(path) as store:
-        counts = versions(store)
-        assert {v: n for v, n in counts.items() if v != 1} == {0: 12, 2: 12, 3: 12}
-        of_version = {
-            version: {
-                t.prompt_id for t in store.trajectories() if t.origin.policy_version == version
-            }
-            for version in counts
-        }
-        # Versions 2 and 3 have items 12 to 23 of the stream, of which 16 to 23 are all prompts.
-        assert len(of_version[0]) == 6 and len(of_version[2] | of_version[3]) == 8
-        # Each version is another policy.
-        drawn = [
-            {t.token_ids for t in store.trajectories() if t.origin.policy_version == v}
-            for v in (0, 2)
-        ]
-        assert drawn[0] != drawn[1]
-        # Started again it adds nothing to what the latest version has.
-        assert follow(path, directory, reward_file, lambda _: None) == 0
-        assert versions(store) == counts
-
-
-def test_sigterm_ends_it_after_the_batch_at_hand(
-    tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tmp_path / "policies"
-    directory.mkdir()
-    publish(directory, 0)
-    path = new_store(tmp_path / "store.db", plain_prompts(8))
-    monkeypatch.setenv("SLOWLY", "0.2")
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    def train(store: TrajectoryStore) -> None:
-        wait_for(lambda: versions(store) == {0: 12})
-        os.kill(os.getpid(), signal.SIGTERM)  # while it waits for the next policy
-
-    assert follow(path, directory, reward_file, train) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-    def stop_early(store: TrajectoryStore) -> None:
-        wait_for(lambda: store.counters()["trajectories"] > 0)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    many = new_store(tmp_path / "many.db", plain_prompts(30))
-    watcher = threading.Thread(target=lambda: stop_early(TrajectoryStore(many)))
-    watcher.start()
-    options = ("--store", many, "--model", directory / "version-0000000", "--run", "r", "--n", 1)
-    options += ("--max-new-tokens", 2, "--reward", f"{reward_file}:ends", "--batch-size", 1)
-    assert rollout(*options) == 130
-    watcher.join()
-    with TrajectoryStore(many) as store:
-        assert 1 <= len(rows(store)) <= 10
-
-
 def test_a_server_of_another_model(
     policy: Path,
     tmp_path: Path,
-    reward_file: Path,
     url: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -271,7 +121,7 @@ def test_a_server_of_another_model(
     path = new_store(tmp_path / "store.db", plain_prompts(2))
     monkeypatch.setenv("MY_KEY", "k")
     options = ("--store", path, "--server", url, "--tokenizer", policy, "--run", "r", "--n", 2)
-    options += ("--reward", f"{reward_file}:ends")
+    options += ("--reward", save_reward(tmp_path))
     options += ("--origin-model", "teacher", "--server-logprobs", "--api-key-from", "MY_KEY")
     assert rollout(*options, "--served-model", "from-command") == 0
     entries, _ = asked(url, "from-command")

@@ -29,7 +29,7 @@ def logprobs_of(model: Any, prompt: Prompt, generation: Generation, temperature:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_logprobs_are_those_of_the_policy_at_the_temperature(top_p: float) -> None:
-    model = tiny_model(end_weight=1.0)
+    model = tiny_model()
     sampling = Sampling(n=4, temperature=0.7, top_p=top_p, max_new_tokens=12, seed=4)
     prompts = [Prompt(str(i), token_ids=range(1, 2 + 5 * i)) for i in range(4)]  # 1 to 16 tokens
     groups = ModelGenerator(model, batch_size=6).generate(prompts, sampling)

@@ -94,7 +94,7 @@ def test_it_draws(server: tuple[str, Path]) -> None:
         again = source.generate(prompts, Sampling(n=4, max_new_tokens=8))
         other = source.generate(prompts, Sampling(n=4, max_new_tokens=8, seed=1))
     assert again == groups != other  # one request at a time, so that the seed decides
-    assert [len(set(group)) for group in groups] == [4, 4, 4]
+    assert all(len(set(group)) > 1 for group in groups)
     every = [each for group in groups for each in group]
     assert {each.finish for each in every} == {"eos", "truncated"}
     for each in every:
