@@ -1,8 +1,7 @@
 """Lets Accelerate shard a model over processes on the CPU, as it does over GPUs.
 
-AcceleratorState of accelerate 1.15 takes its FSDP plugin only where the processes have
-accelerators; on CPUs it drops it without a word and the run is DDP. PyTorch's FSDP2 itself works
-over gloo.
+AcceleratorState of accelerate 1.15 takes its FSDP plugin only where processes have accelerators; on
+CPUs it drops it without a word and the run is DDP. PyTorch's FSDP2 itself works over gloo.
 """
 
 from typing import Any

@@ -60,6 +60,9 @@ def test_file_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    assert parse(tmp_path, "fsdp: true\n").fsdp is True
+    assert parse(tmp_path, "", "--fsdp").fsdp is True
+    assert not parse(tmp_path, "fsdp: true\n", "--fsdp", "false").fsdp
     config = parse(
         tmp_path,
         "learning_rate: 1e-3\nmixture: {online: 1.0}\nprogress: true\nbeta: 3\ntop: 2\n",

@@ -94,8 +94,10 @@ class _Parser(argparse.ArgumentParser):
                 group = self.add_argument_group(owner.__name__) if own else self
                 for name in own:
                     if name not in self.hints:
-                        self.hints[name] = hints[name]
-                        _add_flags(group, fields[name], hints[name])
+                        # HfArgumentParser's word for: the flag alone means true (fsdp).
+                        alone = fields[name].metadata.get("const") is True
+                        self.hints[name] = bool | hints[name] if alone else hints[name]
+                        _add_flags(group, fields[name], self.hints[name])
 
     def value(self, source: str, name: str, value: object) -> Any:
         try:
@@ -131,7 +133,7 @@ def _add_flags(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         [aliases] if isinstance(aliases, str) else list(aliases)
     )
     settings: dict[str, Any] = {"dest": field.name, "metavar": type_name(hint)}
-    if is_boolean(hint):
+    if is_boolean(hint) or options.get("const") is True:
         settings |= {"nargs": "?", "const": True}
     elif is_list(hint):
         settings["nargs"] = "+"
