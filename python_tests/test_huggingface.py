@@ -44,8 +44,9 @@ def tokens(vocabulary=300):
     input_ids = torch.randint(2, vocabulary, (3, 7))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, 5:] = 0
+    attention_mask[2, :2] = 0  # on the left, where causal attention would see it
     targets = input_ids.masked_fill(attention_mask == 0, -100)
-    targets[:, :2] = -100
+    targets[:, :3] = -100
     return input_ids, attention_mask, targets
 
 
