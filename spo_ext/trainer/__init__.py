@@ -5,16 +5,27 @@ trainer = SPOTrainer(model, SPOConfig(output_dir="runs/first", store="trajectori
 trainer.train()
 """
 
-try:
-    import accelerate as _accelerate  # noqa: F401
-    import transformers as _transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"spo_ext.trainer needs transformers and accelerate ({error}): "
-        "pip install 'spo_ext[trainer]'"
-    ) from error
+from __future__ import annotations
 
-from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.trainer import SPOTrainer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spo_ext.trainer.config import SPOConfig as SPOConfig
+    from spo_ext.trainer.trainer import SPOTrainer as SPOTrainer
 
 __all__ = ["SPOConfig", "SPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because the command line reads this package and may not need transformers.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from spo_ext.trainer.config import SPOConfig
+        from spo_ext.trainer.trainer import SPOTrainer
+    except ImportError as error:
+        raise ImportError(
+            f"spo_ext.trainer needs transformers and accelerate ({error}): "
+            "pip install 'spo_ext[trainer]'"
+        ) from error
+    return {"SPOConfig": SPOConfig, "SPOTrainer": SPOTrainer}[name]

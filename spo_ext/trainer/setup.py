@@ -249,7 +249,9 @@ def _publishers(config: SPOConfig) -> list[Publisher]:
     if config.publish_url is not None:
         if config.publish_to is None:
             refuse("SPOConfig", "publish_to", "a folder that the server of publish_url reads", None)
-        found.append(ServerPublisher(config.publish_url, config.publish_to))
+        found.append(
+            ServerPublisher(config.publish_url, config.publish_to, keep=config.publish_keep)
+        )
     elif config.publish_to is not None:
         found.append(DirectoryPublisher(config.publish_to, config.publish_keep))
     return found

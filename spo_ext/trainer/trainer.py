@@ -179,13 +179,15 @@ class SPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Marks the checkpoint when all of it is on the disk, and only then drops older ones."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = self._output / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.begin(folder)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = self._output / f"checkpoint-{self.state.global_step}"
             state = {"global_step": self.state.global_step, "run": self.args.run}
             checkpoints.mark_complete(folder, state)
             best = self.state.best_model_checkpoint

@@ -1,0 +1,52 @@
+"""Scores all trajectories of a store by a reference, once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from spo_ext.store import StoredTrajectory, TrajectoryStore
+from spo_ext.trainer.feed import prompt_tokens
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, supports_packing
+from spo_ext.trainer.reference import Reference
+
+_ROWS = 256  # held in memory at once
+
+
+def score_store(
+    store: TrajectoryStore,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    temperature: float,
+    batch_tokens: int = 16384,
+    quiet: bool = False,
+) -> tuple[str, int]:
+    """The reference's fingerprint, and how many trajectories were scored now.
+
+    A trajectory that is appended meanwhile may be left out. Prompts without token ids are refused.
+
+    Raises ValueError for a model without a plain head, and for such prompts.
+    """
+    answer_logprobs(model, HeadSettings(temperature))
+    layout = "rows" if supports_packing(model) else "padded"
+    reference = Reference.of_model(
+        store, model, tokenizer, temperature, layout=layout, batch_tokens=batch_tokens
+    )
+    count = 0
+    missing = store.trajectories(without_reference=reference.fingerprint)
+    with tqdm(desc="scoring", unit=" trajectories", disable=quiet) as bar:
+        for rows in _batches(missing):
+            reference.score(rows, prompt_tokens(store, {row.prompt_id for row in rows}))
+            count += len(rows)
+            bar.update(len(rows))
+    return reference.fingerprint, count
+
+
+def _batches(rows: Iterator[StoredTrajectory]) -> Iterator[list[StoredTrajectory]]:
+    while batch := list(itertools.islice(rows, _ROWS)):
+        yield batch
