@@ -12,9 +12,12 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from data_cases import save_tokenizer
 from rollout_cases import END, words
 
+from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout import Sampling, ServerError, ServerGenerator
+from spo_ext.rollout.dialects import ReplyError, from_text
 from spo_ext.store import Prompt
 
 pytest.importorskip("httpx")
@@ -177,3 +180,14 @@ def test_a_prompt_without_token_ids_is_refused(url: str) -> None:
         pytest.raises(ValueError, match=r"prompts\[0\].token_ids must be at least one token id"),
     ):
         server.generate([Prompt("text")], SAMPLING)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "tool_calls"])
+def test_a_message_that_the_server_took_apart_is_refused(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer(save_tokenizer(tmp_path))
+    prompt = Prompt([{"role": "user", "content": "a"}])
+    whole = {"finish_reason": "stop", "message": {"content": "b", name: None}}
+    assert from_text(whole, prompt, tokenizer, chat=True).token_ids[-1] == END
+    parts = {"finish_reason": "stop", "message": {"content": "b", name: "so"}}
+    with pytest.raises(ReplyError, match=f"the server cuts {name} out of the message"):
+        from_text(parts, prompt, tokenizer, chat=True)
