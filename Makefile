@@ -38,7 +38,8 @@ $(VENV)/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark safetensors ruff mypy \
-		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow
+		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
+		accelerate peft trl datasets lightning-fabric tensorboard trackio fastapi uvicorn openai
 	touch $@
 
 build: $(VENV)/.ready
