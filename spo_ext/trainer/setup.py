@@ -13,7 +13,7 @@ from torch import nn
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.rewards import judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
@@ -117,9 +117,11 @@ class Parts:
     def evaluate(self) -> dict[str, float]:
         """pass@k and the rest of `spo_ext.evaluation`, by every rank alike."""
         config = self._config
-        prompts = list(itertools.islice(self.store.prompts(config.eval_split), config.eval_prompts))
+        known = judged_by(self.reward, self.store.prompts(config.eval_split))
+        prompts = list(itertools.islice(known, config.eval_prompts))
         if not prompts:
-            refuse("SPO", "eval_split", "a split with prompts in the store", config.eval_split)
+            expected = "a split with prompts in the store that the reward can judge"
+            refuse("SPO", "eval_split", expected, config.eval_split)
         sampling = Sampling(
             config.eval_samples,
             config.temperature,
