@@ -43,7 +43,7 @@ def attempts(prompts: list[dict[str, str]]) -> list[dict[str, object]]:
     """Completions of the train prompts, as people and other models leave them."""
     rows: list[dict[str, object]] = []
     for row in (row for row in prompts if row["split"] == "train"):
-        for text, reward in ((row["answer"], 1.0), (f"{row['answer']}0", 0.5), ("no", 0.0)):
+        for text, reward in ((row["answer"], 1.0), (row["prompt"], 0.3), ("?", 0.0), ("no", 0.0)):
             rows.append({**row, "completion": text, "reward": reward, "model": "older"})
     return rows
 
