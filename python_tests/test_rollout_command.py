@@ -53,7 +53,7 @@ def test_programs_are_drawn_judged_and_valued(
     options += ("--reward-passed", 0, "--reward-failed", -1, "--sandbox-workers", 2)
     assert rollout(*options, "--q0-beta", 0.5) == 0
     said = capsys.readouterr().out
-    assert "of 4 prompts" in said and "4 without a reward" in said
+    assert "of 3 prompts" in said and "0 without a reward" in said
     assert "Q_0 of 3 prompts for beta 0.5" in said
     with TrajectoryStore(path) as store:
         ids = {str(prompt.content): prompt.id for prompt in store.prompts()}
@@ -76,7 +76,7 @@ def test_programs_are_drawn_judged_and_valued(
     # What is there already is left out; a new prompt is not.
     new_store(path, [Prompt("later", tests=stdin_tests(["1\n"], ["2\n"]))])
     assert rollout(*options, "--min-trajectories", 4) == 0
-    assert "of 2 prompts" in (said := capsys.readouterr().out) and "3 prompts had enough" in said
+    assert "of 1 prompts" in (said := capsys.readouterr().out) and "3 prompts had enough" in said
 
 
 def test_a_killed_rollout_goes_on_where_it_was(
@@ -141,14 +141,15 @@ def test_a_server_of_another_model(
 def test_what_is_wrong_is_said(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = new_store(tmp_path / "store.db", [])
+    path = new_store(tmp_path / "store.db", [Prompt("one", answer="1")])
     usual = {"--store": path, "--run": "r", "--model": policy, "--reward": "answer"}
     for changes, match in [
         ({"--store": tmp_path / "none.db"}, "there is no store"),
         ({"--model": tmp_path}, "no tokenizer can be read in"),
         ({"--model": tmp_path, "--tokenizer": policy}, "no model can be read in"),
         ({"--reward": "no.such.function"}, "cannot be loaded: No module named 'no'"),
-        ({}, "the store must have prompts of split train, got none"),
+        ({"--split": "dev"}, "the store must have prompts of split dev with answer, got none"),
+        ({"--reward": "tests"}, "the store must have prompts of split train with tests, got none"),
     ]:
         arguments = [str(x) for pair in {**usual, **changes}.items() for x in pair]
         assert rollout(*arguments) == 1

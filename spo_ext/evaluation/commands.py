@@ -51,7 +51,7 @@ def add_eval(subparsers: Subparsers) -> None:
         default="tests",
         metavar="NAME",
         help="tests, answer, or a function of TRL's form as package.module:function or "
-        "file.py:function (default: tests)",
+        "file.py:function (default: tests); tests and answer leave out prompts without them",
     )
     add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
     add("--test-seconds", type=float, metavar="S", help="of tests: time for one of them")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from spo_ext.rollout.generation import Judgement
+from spo_ext.rollout.generation import Judgement, Needs
 from spo_ext.store.checks import number
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Prompt
@@ -24,6 +24,8 @@ class AnswerReward:
     else behind its last "####" at the start of a line, else all of it. A prompt without an answer
     has no judgement.
     """
+
+    needs: Needs = "answer"
 
     def __init__(self, *, passed: float = 1.0, failed: float = 0.0) -> None:
         self._passed = number("AnswerReward", "passed", passed)

@@ -81,7 +81,7 @@ def _add_reward(parser: argparse.ArgumentParser) -> None:
         default="tests",
         metavar="NAME",
         help="tests, answer, or a function of TRL's form as package.module:function or "
-        "file.py:function (default: tests)",
+        "file.py:function (default: tests); tests and answer leave out prompts without them",
     )
     group.add_argument("--reward-passed", type=float, default=1.0, metavar="R", help="default: 1")
     group.add_argument("--reward-failed", type=float, default=0.0, metavar="R", help="default: 0")

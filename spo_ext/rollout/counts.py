@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
+from spo_ext.rollout.generation import Needs
 from spo_ext.store import TrajectoryStore, schema
+from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Origin, Split
 from spo_ext.store.rows import chunks
 
 
-def ids_of_split(store: TrajectoryStore, split: Split) -> list[int]:
-    """Ids of its prompts in order, without reading the prompts."""
+def ids_of_split(store: TrajectoryStore, split: Split, needs: Needs = None) -> list[int]:
+    """Ids of its prompts that have what a reward needs, in order, without reading the prompts."""
     table = schema.prompts.c
     query = sa.select(table.id).where(table.split == split).order_by(table.id)
+    if needs is not None:
+        query = query.where(table[needs] != encode_json(None))
     with store.database.read() as connection:
         return list(connection.execute(query).scalars())
 

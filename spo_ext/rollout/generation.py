@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from spo_ext.store.checks import check_integer, number
 from spo_ext.store.records import Finish, Prompt
@@ -65,8 +65,15 @@ class Judgement:
     reason: str = ""
 
 
+Needs = Literal["tests", "answer"] | None
+
+
 class Reward(Protocol):
-    """Judges completions."""
+    """Judges completions.
+
+    One that can judge only prompts with tests, or with an answer, says so by an attribute `needs`
+    of type Needs; no completions of other prompts are drawn for it. See `judged_by`.
+    """
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
-from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.rewards import load_reward, needs_of
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.server import ServerGenerator
 from spo_ext.rollout.stopping import Stopping, progress_bar
@@ -76,7 +76,7 @@ class _Producer:
         """Of --model or --server."""
         options = self._options
         version = options.policy_version
-        ids = ids_of_split(self._store, options.split)[: options.prompts]
+        ids = self._prompt_ids()
         tokenizer = self._tokenizer_of(options.model)
         if options.model is not None:
             model = self._load(options.model)
@@ -101,12 +101,19 @@ class _Producer:
                 if newer is not None and newer[0] > version:
                     continue  # its folder was removed while it was read
                 raise
-            split = ids_of_split(self._store, options.split)[: options.prompts]
-            if not split:
-                raise ValueError(f"the store must have prompts of split {options.split}, got none")
-            ids = prompt_stream(split, self._sampling.seed, version * per_version, per_version)
+            ids = self._prompt_ids()
+            ids = prompt_stream(ids, self._sampling.seed, version * per_version, per_version)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
             del model  # before the next one is loaded
+
+    def _prompt_ids(self) -> list[int]:
+        """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
+        options, needs = self._options, needs_of(self._reward)
+        ids = ids_of_split(self._store, options.split, needs)[: options.prompts]
+        if not ids:
+            which = f"{options.split}{f' with {needs}' if needs else ''}"
+            raise ValueError(f"the store must have prompts of split {which}, got none")
+        return ids
 
     def _collect(
         self, ids: Sequence[int], version: int, generator: Generator, tokenizer: Tokenizer
@@ -122,8 +129,6 @@ class _Producer:
             prompts_per_batch=options.batch_size,
             origin_model=options.origin_model,
         )
-        if not ids:
-            raise ValueError(f"the store must have prompts of split {options.split}, got none")
         prompts = self._store.get_prompts(ids)
         if options.min_trajectories:
             drawn = rollouts.drawn(prompts, version)

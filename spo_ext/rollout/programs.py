@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from spo_ext.data.tests import submission
-from spo_ext.rollout.generation import Judgement
+from spo_ext.rollout.generation import Judgement, Needs
 from spo_ext.sandbox import Limits, Sandbox, SandboxError, Submission, Verdict, judge
 from spo_ext.store.checks import number
 from spo_ext.store.codec import encode_json
@@ -41,6 +41,7 @@ class TestsReward:
     SandboxError if the sandbox failed twice: that says nothing about a program.
     """
 
+    needs: Needs = "tests"
     __test__ = False  # no test of pytest, whatever its name
 
     def __init__(

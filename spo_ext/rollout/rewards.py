@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from spo_ext.rollout.answers import AnswerReward
 from spo_ext.rollout.functions import FunctionReward, load_function
-from spo_ext.rollout.generation import Reward
+from spo_ext.rollout.generation import Needs, Reward
 from spo_ext.rollout.programs import TestsReward
+from spo_ext.store.records import Prompt
+
+_P = TypeVar("_P", bound=Prompt)
 
 
 def load_reward(name: str, **options: Any) -> Reward:
@@ -31,3 +35,15 @@ def load_reward(name: str, **options: Any) -> Reward:
             f"load_reward: options must be none for the function {name}, got {sorted(options)}"
         )
     return FunctionReward(load_function(name), name)
+
+
+def needs_of(reward: Reward) -> Needs:
+    """What a prompt must have for this reward to judge its completions; None: nothing."""
+    needs: Needs = getattr(reward, "needs", None)
+    return needs
+
+
+def judged_by(reward: Reward, prompts: Iterable[_P]) -> Iterator[_P]:
+    """The prompts that have what the reward needs."""
+    needs = needs_of(reward)
+    return (prompt for prompt in prompts if needs is None or getattr(prompt, needs) is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,14 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class SampleShortfall(RuntimeError):
-    """The store has too few trajectories for the mixture that was asked for."""
+    """The store has too few trajectories for the mixture that was asked for.
+
+    pools: those of the mixture that lack some.
+    """
+
+    def __init__(self, message: str, pools: Sequence[str]) -> None:
+        super().__init__(message)
+        self.pools = tuple(pools)
 
 
 @dataclass(slots=True)
@@ -57,11 +65,11 @@ class _Draw:
                 self.shortfall[names[pool]] = (count * size, got * size)
         missing = sum(wanted) - len(self.picked)
         if missing and self.config.on_shortfall == "raise":
-            raise SampleShortfall(self._explain(names))
+            raise self._too_little(names)
         for pool in range(len(names)):
             missing -= self._draw_pool(pool, missing)
         if missing:
-            raise SampleShortfall(self._explain(names))
+            raise self._too_little(names)
         first = self.columns.key[torch.stack([unit[0] for unit in self.picked])]
         order = _mix(first ^ self._salt("order", self.step)).argsort()
         rows = torch.cat([self.picked[i] for i in order.tolist()])
@@ -153,15 +161,16 @@ class _Draw:
     def _salt(self, what: str, number: int) -> int:
         return shuffle_key(content_hash(encode_json([self.config.seed, what, number])))
 
-    def _explain(self, names: list[str]) -> str:
+    def _too_little(self, names: list[str]) -> SampleShortfall:
         stored = {name: int((self.pool == pool).sum()) for pool, name in enumerate(names)}
         config = self.config
-        return (
+        message = (
             f"Sampler: the store must hold enough for a batch of {config.batch_size} at step "
             f"{self.step}, got too little (wanted, got): {self.shortfall}. Stored: {stored}; "
             f"policy_version {self.policy_version}, max_age {config.max_age}, max_uses "
             f"{config.max_uses}, group_size {config.group_size}, split {config.split}"
         )
+        return SampleShortfall(message, [name for name in names if name in self.shortfall])
 
 
 def _counts(config: SamplerConfig, step: int) -> list[int]:

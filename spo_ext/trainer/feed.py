@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.reference import Reference
 from spo_ext.trainer.values import PromptValues
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 
@@ -95,7 +98,7 @@ class Feed:
         if self._produce is not None:
             return self._draw_producing(policy_version)
         seconds = self._config.wait_seconds if self._config.rollouts == "external" else 0.0
-        deadline = time.monotonic() + seconds
+        deadline, waiting = time.monotonic() + seconds, False
         while True:
             try:
                 return self._next(policy_version)
@@ -104,7 +107,10 @@ class Feed:
                     waited = (
                         f"; waited {seconds:g} s for spo rollout to add some" if seconds else ""
                     )
-                    raise SampleShortfall(f"{shortfall}{waited}") from None
+                    raise SampleShortfall(f"{shortfall}{waited}", shortfall.pools) from None
+                if not waiting and self._config.process_index == 0:
+                    logger.warning("waiting up to %g s for trajectories: %s", seconds, shortfall)
+                waiting = True
             time.sleep(_POLL_SECONDS)
 
     def _draw_producing(self, policy_version: int) -> Batch:
@@ -112,19 +118,24 @@ class Feed:
         assert self._produce is not None
         while True:
             drawn: Batch | None = None
-            words = [""]
+            words: str
+            lacking: tuple[str, ...]
+            words, lacking = "", ()
             if self._config.process_index == 0:
                 try:
                     drawn = self._next(policy_version)
                 except SampleShortfall as shortfall:
-                    words = [str(shortfall)]
-            broadcast_object_list(words)
-            if not words[0]:
+                    words, lacking = str(shortfall), shortfall.pools
+            words, lacking = broadcast_object_list([words, lacking])
+            if not words:
                 return drawn if drawn is not None else self._next(policy_version)
+            if lacking != ("online",):
+                raise SampleShortfall(f"{words}; rollouts add to online alone", lacking)
             if not self._produce(policy_version):
                 raise SampleShortfall(
-                    f"{words[0]}; rolling out more prompts gave too few new completions: a policy "
-                    "that always writes the same needs a smaller group_size or a larger max_age"
+                    f"{words}; rolling out more prompts gave too few new completions: a policy "
+                    "that always writes the same needs a smaller group_size or a larger max_age",
+                    lacking,
                 )
 
     def _next(self, policy_version: int) -> Batch:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from spo_ext.integrations.huggingface import add_token_logprobs
-from spo_ext.trainer.batches import TokenBatch
+from spo_ext.store.checks import refuse
+from spo_ext.trainer.batches import Layout, TokenBatch
 
 _PROBE_LENGTHS = (6, 4)
+_FLASH = ("flash_attention_2", "flash_attention_3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,23 @@ def supports_packing(model: nn.Module) -> bool:
             return False
         alone = torch.cat([_probe(model, [row]) for row in rows])
     return float((together - alone).abs().max()) < _tolerance(model)
+
+
+def choose_layout(packing: str, model: nn.Module) -> Layout:
+    """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
+
+    packing: padded, packed, or auto for packed where the model allows it.
+
+    Raises ValueError if packing is asked for and the model mixes up what is packed.
+    """
+    if packing == "padded":
+        return "padded"
+    if supports_packing(model):
+        attention = getattr(base_model(model).config, "_attn_implementation", "")
+        return "row" if attention in _FLASH else "rows"
+    if packing == "packed":
+        refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
+    return "padded"
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from spo_ext.rollout import Generator, Reward, Sampling
 from spo_ext.rollout.draws import derived_seed
+from spo_ext.rollout.rewards import judged_by, needs_of
 from spo_ext.rollout.rollouts import Decode, Rollouts
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.trainer.config import SPOConfig
@@ -41,9 +42,11 @@ class Producer:
     ) -> None:
         self._config, self._generator = config, generator
         self._accelerator, self._replicated = accelerator, replicated
-        self._prompts = list(store.prompts("train"))
+        self._prompts = list(judged_by(reward, store.prompts("train")))
         if not self._prompts:
-            raise ValueError("SPO: the store must have prompts of split train, got none")
+            needs = needs_of(reward)
+            which = f"train{f' with {needs}' if needs else ''}"
+            raise ValueError(f"SPO: the store must have prompts of split {which}, got none")
         sampling = Sampling(
             n=config.samples_per_prompt,
             temperature=config.temperature,

@@ -13,21 +13,19 @@ from torch import nn
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.rewards import judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     adapters_off,
     answer_logprobs,
-    base_model,
+    choose_layout,
     has_adapters,
-    supports_packing,
 )
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish import DirectoryPublisher, Publisher
@@ -37,8 +35,6 @@ from spo_ext.trainer.values import PromptValues
 
 if TYPE_CHECKING:
     from spo_ext.trainer.trainer import SPOTrainer
-
-_FLASH = ("flash_attention_2", "flash_attention_3")
 
 
 class Parts:
@@ -57,7 +53,7 @@ class Parts:
         if reference_model is not None and reference_model is not model:
             answer_logprobs(reference_model, settings)
             reference_model.to(config.device)
-        self.layout = choose_layout(config, model)
+        self.layout = choose_layout(config.packing, model)
         self.reference = self._reference(reference_model)
         self._generator = ModelGenerator(
             model,
@@ -117,9 +113,11 @@ class Parts:
     def evaluate(self) -> dict[str, float]:
         """pass@k and the rest of `spo_ext.evaluation`, by every rank alike."""
         config = self._config
-        prompts = list(itertools.islice(self.store.prompts(config.eval_split), config.eval_prompts))
+        known = judged_by(self.reward, self.store.prompts(config.eval_split))
+        prompts = list(itertools.islice(known, config.eval_prompts))
         if not prompts:
-            refuse("SPO", "eval_split", "a split with prompts in the store", config.eval_split)
+            expected = "a split with prompts in the store that the reward can judge"
+            refuse("SPO", "eval_split", expected, config.eval_split)
         sampling = Sampling(
             config.eval_samples,
             config.temperature,
@@ -209,21 +207,6 @@ class Parts:
             reward_range=(config.reward_range[0], config.reward_range[1]),
             reference=self.reference.fingerprint,
         )
-
-
-def choose_layout(config: SPOConfig, model: nn.Module) -> Layout:
-    """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
-
-    Raises ValueError if packing is asked for and the model mixes up what is packed.
-    """
-    if config.packing == "padded":
-        return "padded"
-    if supports_packing(model):
-        attention = getattr(base_model(model).config, "_attn_implementation", "")
-        return "row" if attention in _FLASH else "rows"
-    if config.packing == "packed":
-        refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
-    return "padded"
 
 
 def _reference_model(
