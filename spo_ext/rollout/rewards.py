@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from spo_ext.rollout.answers import AnswerReward
 from spo_ext.rollout.functions import FunctionReward, load_function
 from spo_ext.rollout.generation import Reward
 from spo_ext.rollout.programs import TestsReward
+from spo_ext.sandbox import Limits
 
 
 def load_reward(name: str, **options: Any) -> Reward:
@@ -31,3 +33,14 @@ def load_reward(name: str, **options: Any) -> Reward:
             f"load_reward: options must be none for the function {name}, got {sorted(options)}"
         )
     return FunctionReward(load_function(name), name)
+
+
+def test_options(workers: int | None, seconds: float | None) -> dict[str, Any]:
+    """Options of "tests" from --sandbox-workers and --test-seconds. Raises ValueError."""
+    if seconds is None:
+        return {"workers": workers}
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--test-seconds must be a number > 0, got {seconds}")
+    # Twice the time on the clock: the machine may be busy with other programs.
+    limits = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+    return {"workers": workers, "limits": limits}

@@ -61,7 +61,11 @@ class SPOConfig(TrainingArguments):
     )
     wait_seconds: float = _field(3600.0, "external rollouts: how long to wait for trajectories")
 
-    reference: str = _field("auto", "model, adapter, cached, or auto: adapter if there is one")
+    reference: str = _field(
+        "auto",
+        "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
+        "without its adapters, trained before or not), cached, or auto: adapter if there is one",
+    )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"
     )

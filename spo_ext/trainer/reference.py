@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ class Reference:
     """A reference whose log-probabilities the store keeps.
 
     Args:
-        model: answers log-probabilities (see `answer_logprobs`); the policy itself if it has
-            adapters, which are switched off while it scores. None: there is only what the store
-            has, and no reference is in memory.
+        model: answers log-probabilities (see `answer_logprobs`). None: there is only what the
+            store has, and no reference is in memory.
         fingerprint: of the reference, under which the store keeps its log-probabilities.
+        base_only: the model is the policy itself, with adapters that are switched off while it is
+            the reference. Else adapters that it has are a part of the reference.
         batch_tokens: how many tokens are scored at once.
     """
 
@@ -33,9 +35,11 @@ class Reference:
         model: nn.Module | None,
         *,
         layout: Layout,
+        base_only: bool = False,
         batch_tokens: int = 16384,
     ) -> None:
         self.store, self.fingerprint, self.model = store, fingerprint, model
+        self._base_only = base_only
         self._layout: Layout = layout
         self._batch_tokens = batch_tokens
 
@@ -46,12 +50,14 @@ class Reference:
         model: nn.Module,
         tokenizer: Any,
         temperature: float,
+        *,
+        base_only: bool = False,
         **how: Any,
     ) -> Reference:
         """A frozen model, or the policy with its adapters off."""
-        with adapters_off(model):
+        with adapters_off(model) if base_only else nullcontext():
             fingerprint = reference_fingerprint(model, tokenizer, temperature)
-        return cls(store, fingerprint, model, **how)
+        return cls(store, fingerprint, model, base_only=base_only, **how)
 
     @classmethod
     def cached(cls, store: TrajectoryStore, fingerprint: str | None, **how: Any) -> Reference:
@@ -69,6 +75,12 @@ class Reference:
                 f"got {fingerprint!r}"
             )
         return cls(store, fingerprint, None, **how)
+
+    def active(self) -> AbstractContextManager[object]:
+        """A context in which the model is the reference."""
+        if self.model is None or not self._base_only:
+            return nullcontext()
+        return adapters_off(self.model)
 
     def logprobs(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> list[Tensor]:
         """float32 [T] for each, from the store, or scored and then stored.
@@ -94,7 +106,7 @@ class Reference:
         assert self.model is not None
         for part in _parts(rows, prompts, self._batch_tokens):
             tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
-            with adapters_off(self.model):
+            with self.active():
                 scored = score_tokens(self.model, tokens, self._layout)
             pairs = zip(part, scored, strict=True)
             self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})

@@ -23,7 +23,6 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
-    adapters_off,
     answer_logprobs,
     base_model,
     has_adapters,
@@ -159,7 +158,12 @@ class Parts:
             return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
         tokenizer = self._trainer.processing_class
         return Reference.of_model(
-            self.store, model, tokenizer, config.temperature, layout=self.layout
+            self.store,
+            model,
+            tokenizer,
+            config.temperature,
+            layout=self.layout,
+            base_only=model is self._trainer.model,
         )
 
     def _make_producer(self) -> Producer:
@@ -197,7 +201,7 @@ class Parts:
         rollouts = Rollouts(
             self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
         )
-        with adapters_off(model):
+        with self.reference.active():
             rollouts.collect(prompts, 0)
         estimate_q0(
             self.store,
