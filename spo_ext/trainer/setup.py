@@ -18,26 +18,22 @@ from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
-    base_model,
+    choose_layout,
     has_adapters,
-    supports_packing,
 )
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish import DirectoryPublisher, Publisher
-from spo_ext.trainer.publish_server import ServerPublisher
+from spo_ext.trainer.publish_server import publishers
 from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
 
 if TYPE_CHECKING:
     from spo_ext.trainer.trainer import SPOTrainer
-
-_FLASH = ("flash_attention_2", "flash_attention_3")
 
 
 class Parts:
@@ -56,7 +52,7 @@ class Parts:
         if reference_model is not None and reference_model is not model:
             answer_logprobs(reference_model, settings)
             reference_model.to(config.device)
-        self.layout = choose_layout(config, model)
+        self.layout = choose_layout(config.packing, model)
         self.reference = self._reference(reference_model)
         self._generator = ModelGenerator(
             model,
@@ -67,8 +63,10 @@ class Parts:
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None
+        if config.eval_strategy != "no":
+            self._eval_prompts()  # now, not after the first steps
         self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
-        self._publishers = _publishers(config)
+        self._publishers = publishers(config.publish_url, config.publish_to, config.publish_keep)
 
     def start(self, step: int, resume: bool) -> None:
         """Before training from this step on; see `Feed.start`."""
@@ -101,8 +99,7 @@ class Parts:
         if not self._publishers:
             return
         accelerator = self._trainer.accelerator
-        sharded = self._trainer.is_fsdp_enabled
-        weights = accelerator.get_state_dict(model) if sharded else None
+        weights = accelerator.get_state_dict(model) if self._sharded else None
         if accelerator.is_main_process:
             for publisher in self._publishers:
                 publisher.publish(
@@ -116,9 +113,6 @@ class Parts:
     def evaluate(self) -> dict[str, float]:
         """pass@k and the rest of `spo_ext.evaluation`, by every rank alike."""
         config = self._config
-        prompts = list(itertools.islice(self.store.prompts(config.eval_split), config.eval_prompts))
-        if not prompts:
-            refuse("SPO", "eval_split", "a split with prompts in the store", config.eval_split)
         sampling = Sampling(
             config.eval_samples,
             config.temperature,
@@ -127,7 +121,7 @@ class Parts:
             config.seed,
         )
         found = evaluate(
-            prompts,
+            self._eval_prompts(),
             self._generator,
             self.reward,
             sampling=sampling,
@@ -136,6 +130,18 @@ class Parts:
             success=config.eval_success,
         )
         return {name: estimate.mean for name, estimate in found.values().items()}
+
+    def _eval_prompts(self) -> list[StoredPrompt]:
+        split = self._config.eval_split
+        prompts = list(itertools.islice(self.store.prompts(split), self._config.eval_prompts))
+        if not prompts:
+            refuse("SPO", "eval_split", "a split with prompts in the store", split)
+        return prompts
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a forward pass of the policy takes all ranks."""
+        return bool(self._trainer.is_fsdp_enabled)
 
     @property
     def reward(self) -> Reward:
@@ -157,13 +163,15 @@ class Parts:
         if model is None:
             return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
         tokenizer = self._trainer.processing_class
+        base_only = model is self._trainer.model
         return Reference.of_model(
             self.store,
             model,
             tokenizer,
             config.temperature,
             layout=self.layout,
-            base_only=model is self._trainer.model,
+            base_only=base_only,
+            accelerator=self._trainer.accelerator if base_only and self._sharded else None,
         )
 
     def _make_producer(self) -> Producer:
@@ -174,7 +182,7 @@ class Parts:
             self.reward,
             self.decode,
             self._trainer.accelerator,
-            replicated=self._trainer.is_fsdp_enabled,
+            replicated=self._sharded,
         )
 
     def _prompt_values(self) -> PromptValues:
@@ -190,7 +198,7 @@ class Parts:
         )
 
     def _sample_reference(self, prompts: Sequence[StoredPrompt]) -> None:
-        """Values of prompts that have none, from the reference's own completions."""
+        """Values of prompts that have none, from completions that the reference writes for them."""
         config, model = self._config, self.reference.model
         assert model is not None
         run = f"reference-{self.reference.fingerprint[:16]}"
@@ -201,8 +209,17 @@ class Parts:
         rollouts = Rollouts(
             self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
         )
+        accelerator = self._trainer.accelerator
+        replicated = self._sharded and model is self._trainer.model
+        shared = SharedRollouts(rollouts, generator, sampling.n, accelerator, replicated=replicated)
         with self.reference.active():
-            rollouts.collect(prompts, 0)
+            shared.collect(prompts, 0)
+        if accelerator.is_main_process:
+            self._estimate(prompts, run)
+        accelerator.wait_for_everyone()
+
+    def _estimate(self, prompts: Sequence[StoredPrompt], run: str) -> None:
+        config = self._config
         estimate_q0(
             self.store,
             prompts,
@@ -213,21 +230,6 @@ class Parts:
             reward_range=(config.reward_range[0], config.reward_range[1]),
             reference=self.reference.fingerprint,
         )
-
-
-def choose_layout(config: SPOConfig, model: nn.Module) -> Layout:
-    """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
-
-    Raises ValueError if packing is asked for and the model mixes up what is packed.
-    """
-    if config.packing == "padded":
-        return "padded"
-    if supports_packing(model):
-        attention = getattr(base_model(model).config, "_attn_implementation", "")
-        return "row" if attention in _FLASH else "rows"
-    if config.packing == "packed":
-        refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
-    return "padded"
 
 
 def _reference_model(
@@ -246,16 +248,3 @@ def _reference_model(
     if kind != "model" and has_adapters(model):
         return model
     return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-def _publishers(config: SPOConfig) -> list[Publisher]:
-    found: list[Publisher] = []
-    if config.publish_url is not None:
-        if config.publish_to is None:
-            refuse("SPOConfig", "publish_to", "a folder that the server of publish_url reads", None)
-        found.append(
-            ServerPublisher(config.publish_url, config.publish_to, keep=config.publish_keep)
-        )
-    elif config.publish_to is not None:
-        found.append(DirectoryPublisher(config.publish_to, config.publish_keep))
-    return found
