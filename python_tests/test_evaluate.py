@@ -189,7 +189,7 @@ def test_broken_protocols_are_named() -> None:
     with pytest.raises(ValueError, match=r"4 completions for each of 1 prompts, got \[3\]"):
         run(rows)
     full = [drawn(*[(GOOD, 1)] * 4)]
-    with pytest.raises(ValueError, match="reward must return 4 judgements, got 0"):
+    with pytest.raises(ValueError, match="reward must be one that returns 4 judgements, got 0"):
         run(full, judge=lambda *_: [])
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite numbers or -inf"):

@@ -234,3 +234,27 @@ def test_metrics_have_the_names_of_trl() -> None:
     tally.add_prompt([short], [-math.inf])
     assert tally.stats(1.0).mean_reward == -math.inf and tally.stats(1.0).reward_std == math.inf
     assert math.isnan(Tally().stats(0.0).mean_reward) and Tally().stats(0.0).tokens_per_second == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            [1.0] * 4,
+            r"one that returns Judgement or None \(FunctionReward takes numbers\), got 1.0",
+        ),
+        ([Judgement(math.nan)] * 4, "one that returns finite numbers or -inf, got nan"),
+        (
+            [None, None, None, Judgement(math.inf)],
+            "one that returns finite numbers or -inf, got inf",
+        ),
+        (None, "one that returns 4 judgements, got None"),
+    ],
+)
+def test_a_reward_that_returns_something_else(
+    store: TrajectoryStore, found: Any, words: str
+) -> None:
+    rollouts = make(store, Scripted(), lambda *_: found)
+    with pytest.raises(ValueError, match=f"collect: reward must be {words}"):
+        rollouts.collect(stored(store, 1), 0)
+    assert not list(store.trajectories())

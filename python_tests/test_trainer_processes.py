@@ -12,10 +12,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_cases import fill
+from trainer_cases import fill, make_model, make_tokenizer
 from trainer_process import settings, spawn
 
 from spo_ext.store import PromptValue, TrajectoryStore
+from spo_ext.trainer.model import HeadSettings, answer_logprobs
+from spo_ext.trainer.reference import Reference
 
 OFFLINE = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
 FSDP2 = {
@@ -114,3 +116,35 @@ def test_online(tmp_path: Path, sharding: dict[str, Any]) -> None:
     # 2 versions of 16 completions, each stored or a duplicate, none by both ranks.
     assert len(rows) + counters["duplicates"] == 32
     AutoModelForCausalLM.from_pretrained(tmp_path / "p" / "version-0000001")
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_adapters_with_ranks_that_need_unlike_work(
+    tmp_path: Path, sharding: dict[str, Any]
+) -> None:
+    """Half of the prompts are scored already, so that a rank may have nothing to score in a step;
+    and the values of prompts come from the base, which the ranks hold in parts."""
+    options = {**OFFLINE, "model": "adapters", "group_size": 4, "q0_samples": 2, "beta": 0.25}
+    ends = []
+    for processes, extra in ((1, {}), (2, {"per_device_train_batch_size": 4, **sharding})):
+        folder = make_folder(tmp_path / str(processes))
+        score_half(folder)
+        ends.append(run(folder, processes, **options, **extra))
+        with TrajectoryStore(folder / "store.db") as store:
+            prompts = [prompt.id for prompt in store.prompts("train")]
+            [reference] = store.reference_fingerprints()
+            found = store.q0(prompts, beta=0.25, temperature=1.0, reference=reference)
+            values = [value for value in found if value is not None]
+            assert len(values) == 8 and all(value.n == 2 for value in values)
+    check_same(ends[1], ends[0])
+
+
+def score_half(folder: Path) -> None:
+    """The first prompts' trajectories, by the base of the adapters."""
+    model = make_model()
+    with TrajectoryStore(folder / "store.db") as store:
+        answer_logprobs(model, HeadSettings())
+        reference = Reference.of_model(store, model, make_tokenizer(), 1.0, layout="padded")
+        prompts = {prompt.id: prompt.token_ids for prompt in store.prompts("train")}
+        rows = list(store.trajectories())
+        reference.score(rows[: len(rows) // 2], prompts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,3 +17,28 @@ def fail(error: object, status: int = 1) -> int:
     """Says what went wrong on the standard error; returns the exit status."""
     print(f"spo: error: {error}", file=sys.stderr)
     return status
+
+
+def require_store(where: str) -> None:
+    """Raises FileNotFoundError: where prompts are read, a new and empty store must not be made."""
+    if "://" not in where and not Path(where).is_file():
+        raise FileNotFoundError(f"there is no store {where}: spo import makes one")
+
+
+def import_from_here() -> None:
+    """Lets modules of the user, such as reward functions, lie in the current folder.
+
+    The path of a console script begins with the script's own folder instead.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What stores, models, servers, rewards and files may raise through no fault of the program."""
+    usual = (OSError, ValueError, ImportError, RuntimeError)
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return usual
+    return (*usual, SQLAlchemyError)

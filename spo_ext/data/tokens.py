@@ -10,6 +10,26 @@ from spo_ext.data.records import Content, RowError
 from spo_ext.store.records import Finish
 
 
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of transformers in a folder that save_pretrained wrote; nothing is downloaded.
+
+    Raises ValueError if there is no such folder or no tokenizer in it, ImportError without
+    transformers.
+    """
+    if not os.path.isdir(path):
+        raise ValueError(f"tokenizer must be an existing folder, got {os.fspath(path)!r}")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"a tokenizer needs transformers ({error}): pip install 'transformers>=5'"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers has no class of its own for a bad folder
+        raise ValueError(f"no tokenizer can be read in {os.fspath(path)!r}: {error}") from error
+
+
 class Tokenizer:
     """What generation would have read and written, as far as text tells.
 
@@ -21,18 +41,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not os.path.isdir(path):
-            raise ValueError(f"tokenizer must be an existing folder, got {os.fspath(path)!r}")
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ImportError(
-                f"a tokenizer needs transformers ({error}): pip install 'transformers>=5'"
-            ) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # transformers has no class of its own for a bad folder
-            raise ValueError(f"no tokenizer can be read in {os.fspath(path)!r}: {error}") from error
+        self._tokenizer = load_tokenizer(path)
 
     @property
     def eos_token_id(self) -> int | None:

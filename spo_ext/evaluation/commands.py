@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from spo_ext.commands import fail
+from spo_ext.commands import fail, failures, require_store
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -86,7 +86,7 @@ def _eval(options: argparse.Namespace) -> int:
             reward = _closed_by(stack, producers.make_reward(options))
         except ValueError as error:
             options.error(str(error))  # exits with status 2
-        except _failures() as error:
+        except failures() as error:
             return fail(error)
         try:
             require_store(options.store)
@@ -101,7 +101,7 @@ def _eval(options: argparse.Namespace) -> int:
             )
         except KeyboardInterrupt:
             return fail("interrupted; the same command continues", status=130)
-        except _failures() as error:
+        except failures() as error:
             return fail(error)
     print(table(result))
     print(f"\nresults: {options.out / 'evaluation.json'}")
@@ -170,7 +170,7 @@ def _report(options: argparse.Namespace) -> int:
             decode = _decoder(options.tokenizer or run.checkpoint, options.tokenizer is not None)
             stored = newest_trajectories(options.store, options.run_name or run.name, decode)
         curves = write_report(run, out, stored)
-    except _failures() as error:
+    except failures() as error:
         return fail(error)
     print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
     return 0
@@ -186,12 +186,6 @@ def _decoder(folder: Path | None, required: bool) -> Callable[[Sequence[int]], s
     return lambda ids: str(tokenizer.completion("", tuple(ids)))
 
 
-def require_store(where: str) -> None:
-    """Raises FileNotFoundError: to read, a new store must not be made."""
-    if "://" not in where and not Path(where).is_file():
-        raise FileNotFoundError(f"there is no store {where}")
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on the standard error, if that is a terminal."""
@@ -204,13 +198,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What stores, models, servers and files may raise through no fault of the program."""
-    usual = (OSError, ValueError, ImportError, RuntimeError)
-    try:
-        from sqlalchemy.exc import SQLAlchemyError
-    except ImportError:
-        return usual
-    return (*usual, SQLAlchemyError)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from spo_ext.evaluation.records import Evaluation, Sample
-from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling
+from spo_ext.rollout.generation import Generation, Generator, Reward, Sampling, check_judgements
 from spo_ext.store.checks import check_integer, refuse
 from spo_ext.store.records import Prompt
 
@@ -104,19 +104,7 @@ def _judge(
     generations = [generation for row in drawn for generation in row]
     token_ids = [generation.token_ids for generation in generations]
     texts = [decode(ids) for ids in token_ids]
-    judgements = reward(repeated, texts, token_ids)
-    if len(judgements) != len(texts):
-        got = len(judgements)
-        raise ValueError(f"evaluate: reward must return {len(texts)} judgements, got {got}")
-    _check_rewards(judgements)
+    judgements = check_judgements("evaluate", reward(repeated, texts, token_ids), len(texts))
     samples = [Sample(*parts) for parts in zip(generations, texts, judgements, strict=True)]
     n = len(drawn[0])
     return [tuple(samples[i : i + n]) for i in range(0, len(samples), n)]
-
-
-def _check_rewards(judgements: Sequence[Judgement | None]) -> None:
-    for judgement in judgements:
-        if judgement is not None and not judgement.reward < math.inf:
-            raise ValueError(
-                f"evaluate: reward must return finite numbers or -inf, got {judgement.reward!r}"
-            )

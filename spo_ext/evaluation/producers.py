@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from spo_ext.commands import import_from_here
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.rollout.generation import Generator, Reward
@@ -47,20 +46,11 @@ def make_reward(options: argparse.Namespace) -> Reward:
 
     Raises ValueError if there is none.
     """
-    from spo_ext.rollout.rewards import load_reward
+    from spo_ext.rollout.rewards import load_reward, test_options
 
-    sys.path.insert(0, os.getcwd())
-    given: dict[str, Any] = {}
-    if options.reward == "tests":
-        given["workers"] = options.sandbox_workers
-        if options.test_seconds is not None:
-            from spo_ext.sandbox import Limits
-
-            seconds = options.test_seconds
-            if not seconds > 0:
-                raise ValueError(f"eval: --test-seconds must be > 0, got {seconds}")
-            # Twice the time on the clock: the machine may be busy with other programs.
-            given["limits"] = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+    import_from_here()
+    tests = options.reward == "tests"
+    given = test_options(options.sandbox_workers, options.test_seconds) if tests else {}
     reward: Reward = load_reward(options.reward, **given)
     return reward
 

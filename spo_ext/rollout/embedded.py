@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from spo_ext.modes import evaluating
 from spo_ext.rollout.draws import Draw, completion_seeds
 from spo_ext.rollout.generation import Generation, Sampling
 from spo_ext.store.checks import check_integer, refuse
@@ -51,7 +52,8 @@ class ModelGenerator:
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         rows = [(index, k) for index in order for k in range(sampling.n)]
         done: dict[tuple[int, int], Generation] = {}
-        with _evaluating(self._model), _plain_generation(self._model) as own:
+        device = self._model.get_input_embeddings().weight.device
+        with _on(device), evaluating(self._model), _plain_generation(self._model) as own:
             ends = self._ends(own)
             for start in range(0, len(rows), self._batch_size):
                 part = rows[start : start + self._batch_size]
@@ -62,7 +64,7 @@ class ModelGenerator:
                     sampling.top_p,
                     sampling.max_new_tokens,
                 )
-                new = self._complete(part_ids, draw, sampling.max_new_tokens, ends)
+                new = self._complete(part_ids, draw, sampling.max_new_tokens, ends, device)
                 done.update(zip(part, _cut(new, draw.logprobs(), ends), strict=True))
         return [[done[index, k] for k in range(sampling.n)] for index in range(len(ids))]
 
@@ -75,7 +77,12 @@ class ModelGenerator:
         return [int(token) for token in (found if isinstance(found, list | tuple) else [found])]
 
     def _complete(
-        self, ids: list[tuple[int, ...]], draw: Draw, length: int, ends: list[int]
+        self,
+        ids: list[tuple[int, ...]],
+        draw: Draw,
+        length: int,
+        ends: list[int],
+        device: torch.device,
     ) -> Tensor:
         """New tokens [B, T] on the CPU, T <= length, what follows an end token included."""
         pad = ends[0] if ends else 0  # masked before a prompt, cut off behind an end
@@ -85,7 +92,6 @@ class ModelGenerator:
         for row, prompt in enumerate(ids):
             tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        device = self._model.get_input_embeddings().weight.device
         output = self._model.generate(
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
@@ -126,16 +132,10 @@ def _cut(tokens: Tensor, logprobs: Tensor, ends: list[int]) -> list[Generation]:
     return found
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and each module as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one of this thread: each begins with the first, whatever the others
+    set, and kernels are launched there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

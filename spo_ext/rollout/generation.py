@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from spo_ext.store.checks import check_integer, number
+from spo_ext.store.checks import check_integer, number, refuse
 from spo_ext.store.records import Finish, Prompt
 
 
@@ -66,6 +67,20 @@ class Judgement:
 
 
 Needs = Literal["tests", "answer"] | None
+
+
+def check_judgements(owner: str, found: object, count: int) -> list[Judgement | None]:
+    """What a reward returned. Raises ValueError unless it is as `Reward` says."""
+    if not isinstance(found, Sequence) or len(found) != count:
+        got = len(found) if isinstance(found, Sequence) else found
+        refuse(owner, "reward", f"one that returns {count} judgements", got)
+    for judgement in found:
+        if judgement is not None and not isinstance(judgement, Judgement):
+            expected = "one that returns Judgement or None (FunctionReward takes numbers)"
+            refuse(owner, "reward", expected, judgement)
+        if judgement is not None and not judgement.reward < math.inf:
+            refuse(owner, "reward", "one that returns finite numbers or -inf", judgement.reward)
+    return list(found)
 
 
 class Reward(Protocol):

@@ -11,12 +11,16 @@ import torch
 
 
 def load_model(
-    folder: str | Path, device: str = "auto", dtype: str = "auto", quiet: bool = False
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+    **options: Any,
 ) -> Any:
     """A causal language model, or one with a PEFT adapter, in eval mode.
 
     device "auto" is the GPU if there is one; dtype "auto" that of the files; quiet leaves out the
-    progress bar of transformers.
+    progress bar of transformers; options are those of from_pretrained.
 
     Raises ValueError if the folder holds none, ImportError without transformers or PEFT.
     """
@@ -31,7 +35,9 @@ def load_model(
         raise ImportError(f"a model needs {what} ({error}): pip install {what}") from error
     try:
         with _bars(quiet):
-            model = loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+            model = loader.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, **options
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"no model can be read in {str(folder)!r}: {error}") from error
     if device == "auto":

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spo_ext.commands import fail
+from spo_ext.commands import fail, failures, import_from_here, require_store
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.counts import ids_of_split
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
-from spo_ext.rollout.rewards import load_reward, needs_of
+from spo_ext.rollout.rewards import load_reward, needs_of, test_options
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.server import ServerGenerator
 from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
-from spo_ext.sandbox import Limits
 from spo_ext.store import StoredPrompt, TrajectoryStore
 
 
@@ -34,10 +32,8 @@ def produce(options: argparse.Namespace) -> int:
     except ValueError as error:
         options.error(str(error))  # exits with status 2
     try:
-        if "://" not in options.store and not Path(options.store).is_file():
-            raise FileNotFoundError(f"there is no store {options.store}")
-        # Functions of the user lie in the directory that the command was given in.
-        sys.path.insert(0, os.getcwd())
+        require_store(options.store)
+        import_from_here()
         reward = _reward(options)
         try:
             with TrajectoryStore(options.store) as store, Stopping() as stopping:
@@ -53,7 +49,7 @@ def produce(options: argparse.Namespace) -> int:
             getattr(reward, "close", lambda: None)()
     except KeyboardInterrupt:
         return fail("interrupted; what was stored stays", status=130)
-    except _failures() as error:
+    except failures() as error:
         return fail(error)
 
 
@@ -206,13 +202,7 @@ def _reward(options: argparse.Namespace) -> Reward:
         return load_reward(options.reward)
     given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
     if options.reward == "tests":
-        given["workers"] = options.sandbox_workers
-        if options.test_seconds is not None:
-            seconds = options.test_seconds
-            if not seconds > 0:
-                raise ValueError(f"--test-seconds must be > 0, got {seconds}")
-            # Twice the time on the clock: the machine may be busy with other programs.
-            given["limits"] = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+        given |= test_options(options.sandbox_workers, options.test_seconds)
     return load_reward(options.reward, **given)
 
 
@@ -241,10 +231,3 @@ def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
     if prompt.token_ids is not None:
         return prompt
     return replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What models, servers, rewards and stores may raise through no fault of the program."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (OSError, ValueError, ImportError, RuntimeError, SQLAlchemyError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from spo_ext.rollout.answers import AnswerReward
 from spo_ext.rollout.functions import FunctionReward, load_function
 from spo_ext.rollout.generation import Needs, Reward
 from spo_ext.rollout.programs import TestsReward
+from spo_ext.sandbox import Limits
 from spo_ext.store.records import Prompt
 
 _P = TypeVar("_P", bound=Prompt)
@@ -47,3 +49,14 @@ def judged_by(reward: Reward, prompts: Iterable[_P]) -> Iterator[_P]:
     """The prompts that have what the reward needs."""
     needs = needs_of(reward)
     return (prompt for prompt in prompts if needs is None or getattr(prompt, needs) is not None)
+
+
+def test_options(workers: int | None, seconds: float | None) -> dict[str, Any]:
+    """Options of "tests" from --sandbox-workers and --test-seconds. Raises ValueError."""
+    if seconds is None:
+        return {"workers": workers}
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--test-seconds must be a number > 0, got {seconds}")
+    # Twice the time on the clock: the machine may be busy with other programs.
+    limits = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+    return {"workers": workers, "limits": limits}

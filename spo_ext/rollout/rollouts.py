@@ -10,7 +10,14 @@ from itertools import groupby
 
 from spo_ext.rollout.counts import draws
 from spo_ext.rollout.draws import derived_seed
-from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling
+from spo_ext.rollout.generation import (
+    Generation,
+    Generator,
+    Judgement,
+    Reward,
+    Sampling,
+    check_judgements,
+)
 from spo_ext.rollout.stats import RolloutStats, Tally
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
 from spo_ext.store.checks import check_integer, check_name, refuse
@@ -170,9 +177,7 @@ class Rollouts:
         whole = [(prompt, each) for prompt, each in pairs if each.token_ids]
         texts = [self._decode(each.token_ids) for _, each in whole]
         found = self._reward([p for p, _ in whole], texts, [each.token_ids for _, each in whole])
-        if len(found) != len(whole):
-            refuse("collect", "reward", f"one that returns {len(whole)} judgements", len(found))
-        judged = iter(found)
+        judged = iter(check_judgements("collect", found, len(whole)))
         return [next(judged) if each.token_ids else None for _, each in pairs]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_ext.commands import fail
+from spo_ext.commands import fail, failures, import_from_here, require_store
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -62,19 +63,21 @@ def train(arguments: Sequence[str]) -> int:
         from spo_ext.trainer.yaml_config import parse, set_environment
 
         set_environment(arguments)
-        from spo_ext.sandbox import SandboxError
-        from spo_ext.store import SampleShortfall
         from spo_ext.trainer import SPOConfig
     except ImportError as error:
         return fail(f"{error}. Install its packages: pip install 'spo_ext[trainer]'")
     words = "Soft Policy Optimization on a trajectory store, with transformers.Trainer."
     config, model = parse([SPOConfig, ModelArguments], arguments, description=words)
     try:
+        require_store(config.store)
+        import_from_here()
         trainer = make_trainer(config, model)
-        trainer.train(resume_from_checkpoint=model.resume)
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or model.resume)
         trainer.save_model()
         trainer.save_state()
-    except (ImportError, OSError, ValueError, TypeError, SampleShortfall, SandboxError) as error:
+    except _foreseen() as error:
+        if type(error) is RuntimeError:
+            raise  # of PyTorch: where it happened says more than its words
         return fail(error)
     except KeyboardInterrupt:
         return fail("interrupted; --resume continues the last checkpoint", status=130)
@@ -83,31 +86,38 @@ def train(arguments: Sequence[str]) -> int:
 
 def make_trainer(config: Any, settings: ModelArguments) -> SPOTrainer:
     """The trainer with model, adapters, reference and tokenizer loaded."""
-    from transformers import AutoTokenizer
+    from transformers import set_seed
 
+    from spo_ext.data.tokens import load_tokenizer
     from spo_ext.trainer import SPOTrainer
 
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
     policy = _load(settings.model, settings)
+    # Before the adapters are drawn: they must be the same on every rank, and in every run.
+    set_seed(config.seed)
     if settings.lora_r is not None:
         policy = _with_adapters(policy, settings)
     reference = None if settings.ref_model is None else _load(settings.ref_model, settings)
-    tokenizer = AutoTokenizer.from_pretrained(
-        settings.tokenizer or settings.model, local_files_only=True
-    )
     return SPOTrainer(policy, config, tokenizer, ref_model=reference)
 
 
 def _load(folder: str, settings: ModelArguments) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.import_utils import is_flash_attn_2_available
 
+    from spo_ext.rollout.loading import load_model
+
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"train: model must be a folder with whole weights, got an adapter in {folder!r}: "
+            "merge it into its base first (PeftModel.merge_and_unload), or hand a PeftModel to "
+            "SPOTrainer"
+        )
     attention = settings.attn_implementation
     if attention is None and torch.cuda.is_available() and is_flash_attn_2_available():
         attention = "flash_attention_2"
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=settings.dtype, attn_implementation=attention, local_files_only=True
-    )
+    # The Trainer moves it to the device of its rank.
+    return load_model(folder, "cpu", settings.dtype, attn_implementation=attention)
 
 
 def _with_adapters(model: Any, settings: ModelArguments) -> Any:
@@ -124,6 +134,10 @@ def _with_adapters(model: Any, settings: ModelArguments) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, adapters)
+
+
+def _foreseen() -> tuple[type[BaseException], ...]:
+    return (*failures(), TypeError)  # of a model without a plain head
 
 
 def add_score(subparsers: Subparsers) -> None:
@@ -149,18 +163,16 @@ def add_score(subparsers: Subparsers) -> None:
 
 def _score(options: argparse.Namespace) -> int:
     try:
-        from sqlalchemy.exc import SQLAlchemyError
-        from transformers import AutoTokenizer
-
+        from spo_ext.data.tokens import load_tokenizer
         from spo_ext.rollout.loading import load_model
         from spo_ext.store import TrajectoryStore
         from spo_ext.trainer.score import score_store
     except ImportError as error:
         return fail(f"{error}. Install its packages: pip install 'spo_ext[trainer]'")
     try:
-        folder = options.tokenizer or options.model
+        require_store(options.store)
+        tokenizer = load_tokenizer(options.tokenizer or options.model)
         model = load_model(options.model, dtype=options.dtype, quiet=options.quiet)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with TrajectoryStore(options.store) as store:
             fingerprint, count = score_store(
                 store,
@@ -170,7 +182,7 @@ def _score(options: argparse.Namespace) -> int:
                 batch_tokens=options.batch_tokens,
                 quiet=options.quiet,
             )
-    except (OSError, ValueError, TypeError, SQLAlchemyError) as error:
+    except _foreseen() as error:
         return fail(error)
     except KeyboardInterrupt:
         return fail("interrupted; what was scored stays", status=130)

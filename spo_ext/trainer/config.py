@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.losses import Objective
 from spo_ext.store import SamplerConfig, Stratum
 from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
@@ -61,7 +62,11 @@ class SPOConfig(TrainingArguments):
     )
     wait_seconds: float = _field(3600.0, "external rollouts: how long to wait for trajectories")
 
-    reference: str = _field("auto", "model, adapter, cached, or auto: adapter if there is one")
+    reference: str = _field(
+        "auto",
+        "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
+        "without its adapters, trained before or not), cached, or auto: adapter if there is one",
+    )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"
     )
@@ -130,6 +135,8 @@ class SPOConfig(TrainingArguments):
         if online == (self.rollouts == "none"):
             expected = "embedded or external for" if online else "none for"
             refuse(owner, "rollouts", f"{expected} mixture {self.mixture!r}", self.rollouts)
+        if self.eval_strategy != "no" and max(self.eval_k, default=0) > self.eval_samples:
+            refuse(owner, "eval_k", f"at most eval_samples {self.eval_samples}", self.eval_k)
         if self.n_gpu > 1:
             refuse(
                 owner,
@@ -137,6 +144,11 @@ class SPOConfig(TrainingArguments):
                 "1 a process: start it with torchrun or accelerate launch",
                 self.n_gpu,
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For logs and trackers: without the password of a database."""
+        found: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return found | {"store": hide_passwords(str(self.store))}
 
     @property
     def needs_q0(self) -> bool:

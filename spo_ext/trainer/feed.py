@@ -85,6 +85,8 @@ class Feed:
         Raises SampleShortfall if the store stays too small.
         """
         batch = self._draw(policy_version)
+        if self._values is not None:
+            self._values.complete(batch.trajectories)
         config = self._config
         size = config.train_batch_size
         here = config.process_index * size * config.gradient_accumulation_steps

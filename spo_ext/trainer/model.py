@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from spo_ext.integrations.huggingface import add_token_logprobs
+from spo_ext.modes import evaluating
 from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, TokenBatch
 
-_PROBE_LENGTHS = (6, 4)
 _FLASH = ("flash_attention_2", "flash_attention_3")
+_PROBE_LENGTHS = (6, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def has_adapters(model: nn.Module) -> bool:
 def supports_packing(model: nn.Module) -> bool:
     """Whether sequences in one row, told apart by their position_ids, leave each other alone."""
     rows = [_probe_ids(model, length) for length in _PROBE_LENGTHS]
-    with _evaluating(model):
+    with evaluating(model):
         try:
             together = _probe(model, rows)
         except (TypeError, ValueError, NotImplementedError, RuntimeError):
@@ -111,7 +112,7 @@ def _check_logits(model: nn.Module, temperature: float) -> None:
     if next(model.parameters()).device.type == "meta":
         return
     ids = _probe_ids(model, _PROBE_LENGTHS[0])
-    with _evaluating(model):
+    with evaluating(model):
         output: Any = model(input_ids=ids[None], use_cache=False)
         ours = _probe(model, [ids])
     logits = output.logits[0, :-1].float() / temperature
@@ -144,16 +145,3 @@ def _probe(model: nn.Module, rows: list[Tensor]) -> Tensor:
 def _tolerance(model: nn.Module) -> float:
     """Far above rounding, far below what a forgotten scale or mask would change."""
     return 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
-
-
-class _evaluating:
-    """Without dropout, for a while."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._training = model, model.training
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_error: object) -> None:
-        self._model.train(self._training)

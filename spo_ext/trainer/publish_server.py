@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spo_ext.trainer.policy_weights import is_peft, policy_state
-from spo_ext.trainer.publish import DirectoryPublisher
+from spo_ext.trainer.publish import DirectoryPublisher, Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -230,3 +230,14 @@ def _message(body: bytes) -> str:
             break
         found = inner
     return str(found).strip() or "no message"
+
+
+def publishers(url: str | None, directory: str | None, keep: int) -> list[Publisher]:
+    """Those of SPOConfig's publish_url, publish_to and publish_keep."""
+    if url is None:
+        return [] if directory is None else [DirectoryPublisher(directory, keep)]
+    if directory is None:
+        raise ValueError(
+            "SPOConfig: publish_to must be a folder that the server of publish_url reads, got None"
+        )
+    return [ServerPublisher(url, directory, keep=keep)]

@@ -43,5 +43,5 @@ class RunLog(TrainerCallback):
                 file.write(line + "\n")
 
     def _settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._config.to_dict()  # type: ignore[no-untyped-call]
+        found: dict[str, Any] = self._config.to_dict()
         return found

@@ -22,15 +22,14 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
-    adapters_off,
     answer_logprobs,
     choose_layout,
     has_adapters,
 )
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish import DirectoryPublisher, Publisher
-from spo_ext.trainer.publish_server import ServerPublisher
+from spo_ext.trainer.publish_server import publishers
 from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
 
 if TYPE_CHECKING:
@@ -64,8 +63,10 @@ class Parts:
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None
+        if config.eval_strategy != "no":
+            self._eval_prompts()  # now, not after the first steps
         self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
-        self._publishers = _publishers(config)
+        self._publishers = publishers(config.publish_url, config.publish_to, config.publish_keep)
 
     def start(self, step: int, resume: bool) -> None:
         """Before training from this step on; see `Feed.start`."""
@@ -98,8 +99,7 @@ class Parts:
         if not self._publishers:
             return
         accelerator = self._trainer.accelerator
-        sharded = self._trainer.is_fsdp_enabled
-        weights = accelerator.get_state_dict(model) if sharded else None
+        weights = accelerator.get_state_dict(model) if self._sharded else None
         if accelerator.is_main_process:
             for publisher in self._publishers:
                 publisher.publish(
@@ -113,11 +113,6 @@ class Parts:
     def evaluate(self) -> dict[str, float]:
         """pass@k and the rest of `spo_ext.evaluation`, by every rank alike."""
         config = self._config
-        known = judged_by(self.reward, self.store.prompts(config.eval_split))
-        prompts = list(itertools.islice(known, config.eval_prompts))
-        if not prompts:
-            expected = "a split with prompts in the store that the reward can judge"
-            refuse("SPO", "eval_split", expected, config.eval_split)
         sampling = Sampling(
             config.eval_samples,
             config.temperature,
@@ -126,7 +121,7 @@ class Parts:
             config.seed,
         )
         found = evaluate(
-            prompts,
+            self._eval_prompts(),
             self._generator,
             self.reward,
             sampling=sampling,
@@ -135,6 +130,20 @@ class Parts:
             success=config.eval_success,
         )
         return {name: estimate.mean for name, estimate in found.values().items()}
+
+    def _eval_prompts(self) -> list[StoredPrompt]:
+        split = self._config.eval_split
+        known = judged_by(self.reward, self.store.prompts(split))
+        prompts = list(itertools.islice(known, self._config.eval_prompts))
+        if not prompts:
+            expected = "a split with prompts in the store that the reward can judge"
+            refuse("SPO", "eval_split", expected, split)
+        return prompts
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a forward pass of the policy takes all ranks."""
+        return bool(self._trainer.is_fsdp_enabled)
 
     @property
     def reward(self) -> Reward:
@@ -156,8 +165,15 @@ class Parts:
         if model is None:
             return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
         tokenizer = self._trainer.processing_class
+        base_only = model is self._trainer.model
         return Reference.of_model(
-            self.store, model, tokenizer, config.temperature, layout=self.layout
+            self.store,
+            model,
+            tokenizer,
+            config.temperature,
+            layout=self.layout,
+            base_only=base_only,
+            accelerator=self._trainer.accelerator if base_only and self._sharded else None,
         )
 
     def _make_producer(self) -> Producer:
@@ -168,7 +184,7 @@ class Parts:
             self.reward,
             self.decode,
             self._trainer.accelerator,
-            replicated=self._trainer.is_fsdp_enabled,
+            replicated=self._sharded,
         )
 
     def _prompt_values(self) -> PromptValues:
@@ -184,7 +200,7 @@ class Parts:
         )
 
     def _sample_reference(self, prompts: Sequence[StoredPrompt]) -> None:
-        """Values of prompts that have none, from the reference's own completions."""
+        """Values of prompts that have none, from completions that the reference writes for them."""
         config, model = self._config, self.reference.model
         assert model is not None
         run = f"reference-{self.reference.fingerprint[:16]}"
@@ -195,8 +211,17 @@ class Parts:
         rollouts = Rollouts(
             self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
         )
-        with adapters_off(model):
-            rollouts.collect(prompts, 0)
+        accelerator = self._trainer.accelerator
+        replicated = self._sharded and model is self._trainer.model
+        shared = SharedRollouts(rollouts, generator, sampling.n, accelerator, replicated=replicated)
+        with self.reference.active():
+            shared.collect(prompts, 0)
+        if accelerator.is_main_process:
+            self._estimate(prompts, run)
+        accelerator.wait_for_everyone()
+
+    def _estimate(self, prompts: Sequence[StoredPrompt], run: str) -> None:
+        config = self._config
         estimate_q0(
             self.store,
             prompts,
@@ -225,16 +250,3 @@ def _reference_model(
     if kind != "model" and has_adapters(model):
         return model
     return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-def _publishers(config: SPOConfig) -> list[Publisher]:
-    found: list[Publisher] = []
-    if config.publish_url is not None:
-        if config.publish_to is None:
-            refuse("SPOConfig", "publish_to", "a folder that the server of publish_url reads", None)
-        found.append(
-            ServerPublisher(config.publish_url, config.publish_to, keep=config.publish_keep)
-        )
-    elif config.publish_to is not None:
-        found.append(DirectoryPublisher(config.publish_to, config.publish_keep))
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
+from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
@@ -21,6 +22,15 @@ from spo_ext.trainer.metrics import Meter, add_loss, add_tokens
 from spo_ext.trainer.model import completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
+
+_OF_DATA = {
+    "train_dataset",
+    "eval_dataset",
+    "data_collator",
+    "compute_loss_func",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+}
 
 
 class SPOTrainer(Trainer):
@@ -33,7 +43,8 @@ class SPOTrainer(Trainer):
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
         ref_model: the reference; by default the model as it is now, or with its adapters off.
         reward: judges embedded rollouts and evaluations; by default `load_reward(args.reward)`.
-        **options: of transformers.Trainer: callbacks, optimizers, ...
+        **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
+            come from the store.
 
     Resuming (`train(resume_from_checkpoint=True)`) continues from the last checkpoint that was
     written to its end, with the batches that were drawn after it.
@@ -56,6 +67,8 @@ class SPOTrainer(Trainer):
         reward: Any = None,
         **options: Any,
     ) -> None:
+        for name in _OF_DATA & {name for name, given in options.items() if given is not None}:
+            refuse("SPOTrainer", name, "left out: data and loss are those of the store", name)
         super().__init__(
             model,
             args,
@@ -81,7 +94,12 @@ class SPOTrainer(Trainer):
             resume_from_checkpoint = None if found is None else str(found)
         step = 0
         if resume_from_checkpoint is not None:
-            step = int(checkpoints.read_state(Path(resume_from_checkpoint))["global_step"])
+            state = checkpoints.read_state(Path(resume_from_checkpoint))
+            step = int(state["global_step"])
+            for name in ("run", "sync_every"):  # which number the policy's versions
+                if getattr(self.args, name) != state[name]:
+                    expected = f"{state[name]!r} as in the checkpoint"
+                    refuse("SPOConfig", name, expected, getattr(self.args, name))
         self._parts.start(step, resume)
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._parts.finish()
@@ -168,6 +186,9 @@ class SPOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """pass@k of fresh samples for prompts of `args.eval_split`; the policy is not moved."""
+        if eval_dataset is not None:
+            expected = "None: prompts are those of eval_split"
+            refuse("SPOTrainer", "eval_dataset", expected, eval_dataset)
         values = self._parts.evaluate()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
@@ -175,6 +196,11 @@ class SPOTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def predict(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """There are no labels and no logits to predict: `evaluate`, `spo eval` and `spo rollout`
+        are what there is."""
+        raise NotImplementedError("SPOTrainer: predict has no meaning here: use evaluate()")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Marks the checkpoint when all of it is on the disk, and only then drops older ones."""
@@ -188,7 +214,8 @@ class SPOTrainer(Trainer):
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            state = {"global_step": self.state.global_step, "run": self.args.run}
+            settings = {"run": self.args.run, "sync_every": self.args.sync_every}
+            state = {"global_step": self.state.global_step, **settings}
             checkpoints.mark_complete(folder, state)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(self._output), keep, best, use_mtime=True)

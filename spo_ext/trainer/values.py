@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from spo_ext.store import StoredPrompt, StoredTrajectory, TrajectoryStore
@@ -16,8 +17,8 @@ class PromptValues:
     """Q_0 under one reference, beta, temperature and top_p.
 
     Args:
-        estimate: samples the reference for these prompts and stores their values; None: what the
-            store does not have is an error.
+        estimate: samples the reference for these prompts and stores their values, by all ranks
+            together; None: what the store does not have is an error.
     """
 
     def __init__(
@@ -34,18 +35,22 @@ class PromptValues:
         self._key = {"beta": beta, "temperature": temperature, "top_p": top_p}
         self._reference = reference
 
-    def of(self, rows: Sequence[StoredTrajectory]) -> Tensor:
-        """float32 [S]: the value of each row's prompt.
+    def complete(self, rows: Sequence[StoredTrajectory]) -> None:
+        """Estimates what is missing, if it can. Every rank calls it with the same rows."""
+        if self._estimate is None:
+            return
+        ids = sorted({row.prompt_id for row in rows})
+        found = self._look_up(ids)
+        missing = [[key for key in ids if key not in found]]
+        broadcast_object_list(missing)  # another process may have stored some between two looks
+        if missing[0]:
+            self._estimate(self._store.get_prompts(missing[0]))
 
-        Raises ValueError for a prompt without one that cannot be estimated.
-        """
+    def of(self, rows: Sequence[StoredTrajectory]) -> Tensor:
+        """float32 [S]: the value of each row's prompt. Raises ValueError for one without."""
         ids = sorted({row.prompt_id for row in rows})
         found = self._look_up(ids)
         missing = [key for key in ids if key not in found]
-        if missing and self._estimate is not None:
-            self._estimate(self._store.get_prompts(missing))
-            found = self._look_up(ids)
-            missing = [key for key in ids if key not in found]
         if missing:
             conditions = ", ".join(f"{name} {value:g}" for name, value in self._key.items())
             raise ValueError(
