@@ -100,6 +100,22 @@ def test_fsdp2(tmp_path: Path, alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_mixed_precision_is_that_of_the_reference(tmp_path: Path, sharding: dict[str, Any]) -> None:
+    """FSDP2 rounds the policy's weights too; its log-probabilities keep all their digits."""
+    sizes = {"per_device_train_batch_size": 4, "max_steps": 2}
+    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **sharding, **sizes, bf16=True)
+    first, second = found["log"]
+    assert (first["spo/log_ratio"], first["kl"]) == (0.0, 0.0)
+    assert second["kl"] > 0
+    with TrajectoryStore(tmp_path / "a" / "store.db") as store:
+        [fingerprint] = store.reference_fingerprints()
+        assert fingerprint.startswith("bf16-")
+        rows = [row.id for row in store.trajectories()]
+        logprobs = [lp for lp in store.ref_logprobs(rows, fingerprint) if lp is not None]
+    assert any(not torch.equal(lp, lp.bfloat16().float()) for lp in logprobs)
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
 def test_online(tmp_path: Path, sharding: dict[str, Any]) -> None:
     """Both ranks roll out, publish and draw; the policies that are published can be loaded."""
     from transformers import AutoModelForCausalLM

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
+from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, Tokens, collate
-from spo_ext.trainer.model import adapters_off, completion_logprobs
+from spo_ext.trainer.config import SPOConfig
+from spo_ext.trainer.model import adapters_off, completion_logprobs, has_adapters
+from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
 
 Prompts = Mapping[int, Sequence[int]]
 
@@ -23,6 +28,7 @@ class Reference:
             adapters, which are switched off while it scores. None: there is only what the store
             has, and no reference is in memory.
         fingerprint: of the reference, under which the store keeps its log-probabilities.
+        precision: mixed precision in which the model scores: the policy's.
         batch_tokens: how many tokens are scored at once.
     """
 
@@ -33,10 +39,12 @@ class Reference:
         model: nn.Module | None,
         *,
         layout: Layout,
+        precision: Precision = "no",
         batch_tokens: int = 16384,
     ) -> None:
         self.store, self.fingerprint, self.model = store, fingerprint, model
         self._layout: Layout = layout
+        self._precision: Precision = precision
         self._batch_tokens = batch_tokens
 
     @classmethod
@@ -46,29 +54,40 @@ class Reference:
         model: nn.Module,
         tokenizer: Any,
         temperature: float,
+        *,
+        precision: Precision = "no",
         **how: Any,
     ) -> Reference:
         """A frozen model, or the policy with its adapters off."""
         with adapters_off(model):
-            fingerprint = reference_fingerprint(model, tokenizer, temperature)
-        return cls(store, fingerprint, model, **how)
+            weights = reference_fingerprint(model, tokenizer, temperature)
+        return cls(store, named_with(weights, precision), model, precision=precision, **how)
 
     @classmethod
-    def cached(cls, store: TrajectoryStore, fingerprint: str | None, **how: Any) -> Reference:
+    def cached(
+        cls,
+        store: TrajectoryStore,
+        fingerprint: str | None,
+        *,
+        precision: Precision = "no",
+        **how: Any,
+    ) -> Reference:
         """Only what the store has; without a fingerprint, of the one reference in it.
 
-        Raises ValueError if there is no such reference in the store, or no single one.
+        Raises ValueError if there is no such reference of that precision in the store, or no
+        single one.
         """
-        known = store.reference_fingerprints()
+        stored = store.reference_fingerprints()
+        known = [name for name in stored if is_named_with(name, precision)]
         if fingerprint is None and len(known) == 1:
-            fingerprint = next(iter(known))
-        if fingerprint not in known:
+            fingerprint = known[0]
+        if fingerprint is None or fingerprint not in known:
             raise ValueError(
                 "SPO: reference_fingerprint must be that of a reference whose log-probabilities "
-                f"the store has ({', '.join(known) or 'it has none: run spo score'}), "
-                f"got {fingerprint!r}"
+                f"the store has in the policy's mixed precision {precision!r} "
+                f"({', '.join(known) or 'it has none: run spo score'}), got {fingerprint!r}"
             )
-        return cls(store, fingerprint, None, **how)
+        return cls(store, fingerprint, None, precision=precision, **how)
 
     def logprobs(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> list[Tensor]:
         """float32 [T] for each, from the store, or scored and then stored.
@@ -89,15 +108,40 @@ class Reference:
         self.score(missing, prompts)
         return self.logprobs(rows, prompts)
 
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """The model is the reference meanwhile: no adapters, and the policy's precision."""
+        assert self.model is not None
+        with adapters_off(self.model), autocast(self.model, self._precision):
+            yield
+
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
         for part in _parts(rows, prompts, self._batch_tokens):
             tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
-            with adapters_off(self.model):
+            with self.speaking():
                 scored = score_tokens(self.model, tokens, self._layout)
             pairs = zip(part, scored, strict=True)
             self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
+
+
+def reference_model(
+    config: SPOConfig, model: nn.Module, given: nn.Module | None
+) -> nn.Module | None:
+    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
+    kind = config.reference
+    if given is not None and kind not in ("auto", "model"):
+        refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
+    if kind == "cached":
+        return None
+    if kind == "adapter" and not has_adapters(model):
+        refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
+    if given is not None:
+        return given.requires_grad_(False).eval()
+    if kind != "model" and has_adapters(model):
+        return model
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Sequence
@@ -23,16 +22,15 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
-    adapters_off,
     answer_logprobs,
     base_model,
-    has_adapters,
     supports_packing,
 )
+from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish import DirectoryPublisher, Publisher
 from spo_ext.trainer.publish_server import ServerPublisher
-from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.values import PromptValues
 
 if TYPE_CHECKING:
@@ -52,13 +50,15 @@ class Parts:
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store))
         settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
-        reference_model = _reference_model(config, model, ref_model)
+        scorer = reference_model(config, model, ref_model)
         answer_logprobs(model, settings)
-        if reference_model is not None and reference_model is not model:
-            answer_logprobs(reference_model, settings)
-            reference_model.to(config.device)
+        keep_logprobs(trainer.accelerator)
+        if scorer is not None and scorer is not model:
+            answer_logprobs(scorer, settings)
+            scorer.to(config.device)
+            round_like_sharded(scorer, trainer.accelerator)
         self.layout = choose_layout(config, model)
-        self.reference = self._reference(reference_model)
+        self.reference = self._reference(scorer)
         self._generator = ModelGenerator(
             model,
             trainer.processing_class,
@@ -154,13 +154,12 @@ class Parts:
         return words
 
     def _reference(self, model: nn.Module | None) -> Reference:
-        config = self._config
+        config, trainer = self._config, self._trainer
+        how: Any = {"layout": self.layout, "precision": precision_of(trainer.accelerator)}
         if model is None:
-            return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
-        tokenizer = self._trainer.processing_class
-        return Reference.of_model(
-            self.store, model, tokenizer, config.temperature, layout=self.layout
-        )
+            return Reference.cached(self.store, config.reference_fingerprint, **how)
+        tokenizer = trainer.processing_class
+        return Reference.of_model(self.store, model, tokenizer, config.temperature, **how)
 
     def _make_producer(self) -> Producer:
         return Producer(
@@ -197,7 +196,7 @@ class Parts:
         rollouts = Rollouts(
             self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
         )
-        with adapters_off(model):
+        with self.reference.speaking():
             rollouts.collect(prompts, 0)
         estimate_q0(
             self.store,
@@ -224,24 +223,6 @@ def choose_layout(config: SPOConfig, model: nn.Module) -> Layout:
     if config.packing == "packed":
         refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
     return "padded"
-
-
-def _reference_model(
-    config: SPOConfig, model: nn.Module, given: nn.Module | None
-) -> nn.Module | None:
-    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
-    kind = config.reference
-    if given is not None and kind not in ("auto", "model"):
-        refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
-    if kind == "cached":
-        return None
-    if kind == "adapter" and not has_adapters(model):
-        refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
-    if given is not None:
-        return given.requires_grad_(False).eval()
-    if kind != "model" and has_adapters(model):
-        return model
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _publishers(config: SPOConfig) -> list[Publisher]:
