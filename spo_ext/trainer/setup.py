@@ -15,7 +15,7 @@ from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.rewards import load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
-from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
+from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout
 from spo_ext.trainer.config import SPOConfig
@@ -89,7 +89,8 @@ class Parts:
         metrics["time/rollout"] = time.perf_counter() - published
         return metrics
 
-    def next_step(self, step: int) -> tuple[Batch, list[MicroBatch]]:
+    def next_step(self, step: int) -> tuple[dict[str, float], list[MicroBatch]]:
+        """See `Feed.next_step`."""
         return self._feed.next_step(step // self._config.sync_every)
 
     def finish(self) -> None:
