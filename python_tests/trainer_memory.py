@@ -1,10 +1,10 @@
 """Measures a training step in this process: largest tensors, peak memory, models in memory.
 
-Run as `python trainer_memory.py '{"store": ..., ...}'`: options of SPOConfig, and beside them
+The options are the fields of SPOConfig, and beside them:
     logits: the same loss from the model's logits instead
     adapters: train adapters
     shape: changes to the model's config
-It prints one JSON object.
+    out: file for the measurements, as JSON
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ class Watched(SPOTrainer):
         return loss
 
 
-def measure(options: dict[str, Any]) -> dict[str, Any]:
+def measure(options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    out = Path(options.pop("out"))
     model = make_model(**options.pop("shape"))
     if options.pop("adapters", False):
         model = with_adapters(model)
@@ -83,7 +85,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     before = peak_bytes()
     with Largest(known) as largest:
         trainer.train()
-    return {
+    found = {
         "largest": largest.elements,
         "peak": peak_bytes(),
         "peak_growth": peak_bytes() - before,
@@ -91,8 +93,4 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         "held": trainer.held,
         "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    out.write_text(json.dumps(found))
