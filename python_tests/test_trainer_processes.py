@@ -20,6 +20,7 @@ from spo_ext.trainer.model import HeadSettings, answer_logprobs
 from spo_ext.trainer.reference import Reference
 
 OFFLINE = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
+SHORT = 7  # prompt + completion of the right answers alone
 FSDP2 = {
     "fsdp": True,
     "fsdp_config": {
@@ -99,6 +100,53 @@ def test_fsdp2(tmp_path: Path, alone: dict[str, Any]) -> None:
     found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **FSDP2, **sizes)
     assert found["sharded"]
     check_same(found, alone)
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_a_rank_whose_sequences_are_all_too_long(tmp_path: Path, sharding: dict[str, Any]) -> None:
+    """Only the short half of one rank counts, and the other computes along for nothing."""
+    short = {**OFFLINE, "max_tokens": SHORT}
+    expected = run(make_folder(tmp_path / "a"), 1, **short)
+    found = run(make_folder(tmp_path / "b"), 2, **short, **sharding, per_device_train_batch_size=4)
+    kept = kept_by_rank(tmp_path / "b", 4)
+    assert [0] in [sorted(counts)[:1] for counts in kept]
+    check_same(found, expected)
+    too_long = [8.0 - sum(counts) for counts in kept]
+    for log in (found["log"], expected["log"]):
+        assert [line["store/too_long"] for line in log] == too_long
+
+
+def kept_by_rank(folder: Path, size: int) -> list[list[int]]:
+    """How many of its sequences each rank had to learn from, in every step."""
+    import sqlalchemy as sa
+
+    from spo_ext.store import schema
+
+    counts: dict[int, list[int]] = {}
+    with TrajectoryStore(folder / "store.db") as store, store.database.read() as connection:
+        table = schema.draws.c
+        for draw in connection.execute(sa.select(table.step, table.slot, table.trajectory_id)):
+            [row] = store.get([draw.trajectory_id])
+            [prompt] = store.get_prompts([row.prompt_id])
+            fits = len(prompt.token_ids or ()) + len(row.token_ids) <= SHORT
+            counts.setdefault(draw.step, [0, 0])[draw.slot // size] += fits
+    return [counts[step] for step in sorted(counts)]
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_mixed_precision_is_that_of_the_reference(tmp_path: Path, sharding: dict[str, Any]) -> None:
+    """FSDP2 rounds the policy's weights too; its log-probabilities keep all their digits."""
+    sizes = {"per_device_train_batch_size": 4, "max_steps": 2}
+    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **sharding, **sizes, bf16=True)
+    first, second = found["log"]
+    assert (first["spo/log_ratio"], first["kl"]) == (0.0, 0.0)
+    assert second["kl"] > 0
+    with TrajectoryStore(tmp_path / "a" / "store.db") as store:
+        [fingerprint] = store.reference_fingerprints()
+        assert fingerprint.startswith("bf16-")
+        rows = [row.id for row in store.trajectories()]
+        logprobs = [lp for lp in store.ref_logprobs(rows, fingerprint) if lp is not None]
+    assert any(not torch.equal(lp, lp.bfloat16().float()) for lp in logprobs)
 
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])

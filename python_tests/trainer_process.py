@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
@@ -112,11 +112,16 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
 
 def spawn(options: dict[str, Any], environment: dict[str, str] | None = None) -> Any:
     """`train` in a process of its own, forked from one that has imported everything already."""
+    return start(_alone, options, environment or {})
+
+
+def start(function: Callable[..., object], *arguments: Any) -> Any:
+    """A process that runs a function of a module of the tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with _search_path():
         forkserver.ensure_running()
-    process = context.Process(target=_alone, args=(options, environment or {}), daemon=True)
+    process = context.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spo_ext.trainer import SPOTrainer
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
+_PRECISIONS = ("no", "bf16", "fp16")
 
 
 def _field(default: Any, words: str) -> Any:
@@ -157,6 +158,12 @@ def add_score(subparsers: Subparsers) -> None:
         "--batch-tokens", type=int, default=16384, metavar="N", help="tokens scored at once"
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--mixed-precision",
+        choices=_PRECISIONS,
+        default="no",
+        help="that spo train will have: bf16 for its --bf16 (default: no)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_score)
 
@@ -179,6 +186,7 @@ def _score(options: argparse.Namespace) -> int:
                 model,
                 tokenizer,
                 temperature=options.temperature,
+                precision=options.mixed_precision,
                 batch_tokens=options.batch_tokens,
                 quiet=options.quiet,
             )

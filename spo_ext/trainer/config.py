@@ -13,6 +13,7 @@ from spo_ext.losses import Objective
 from spo_ext.store import SamplerConfig, Stratum
 from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store.records import Split
+from spo_ext.trainer.unused import refuse_unused
 
 _OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
 _NEED_Q0 = ("squared", "cross_entropy", "advantage")
@@ -47,6 +48,9 @@ class SPOConfig(TrainingArguments):
     )
     group_size: int = _field(4, "trajectories of a prompt drawn together")
     max_age: int | None = _field(None, "draw online only from so many policy versions back")
+    max_tokens: int | None = _field(
+        None, "longest prompt + completion to learn from; longer ones are drawn but left out"
+    )
     max_uses: int | None = _field(None, "draw a trajectory at most so often")
     strata: list[list[float]] | None = _field(
         None, "least fractions by reward: [[fraction, low, high], ...]"
@@ -105,6 +109,7 @@ class SPOConfig(TrainingArguments):
         if self.run is None:
             self.run = Path(str(self.output_dir)).name
         self._check()
+        refuse_unused(self)
 
     def _check(self) -> None:
         owner = "SPOConfig"
@@ -119,6 +124,8 @@ class SPOConfig(TrainingArguments):
         for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
             check_integer(owner, name, getattr(self, name), 1)
         check_integer(owner, "q0_samples", self.q0_samples, 0)
+        if self.max_tokens is not None:
+            check_integer(owner, "max_tokens", self.max_tokens, 2)
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
         if self.per_device_train_batch_size % self.group_size:

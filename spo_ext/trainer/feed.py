@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from spo_ext.store import Batch, Sampler, SampleShortfall, StoredTrajectory, Tra
 from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.reference import Prompts, Reference
 from spo_ext.trainer.values import PromptValues
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,9 @@ class MicroBatch:
     """S of a step's trajectories; tensors on the CPU, per token [N] or per sequence [S].
 
     behaviour_sums: of the policy that wrote each, nan where it is not known. floor: the lowest
-    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled.
+    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
+    place of a micro-batch without a sequence, which a rank must compute all the same, because the
+    others wait for its part of their collectives.
     """
 
     tokens: TokenBatch
@@ -79,22 +81,38 @@ class Feed:
         state = {"name": self._sampler.name, "step": step, "config": settings.as_json()}
         self._sampler.load_state_dict(state)
 
-    def next_step(self, policy_version: int) -> tuple[Batch, list[MicroBatch]]:
-        """The step's batch, and one micro-batch for each accumulation step of this rank.
+    def next_step(self, policy_version: int) -> tuple[dict[str, float], list[MicroBatch]]:
+        """Metrics of the step's batch, and a micro-batch for each accumulation step of this rank.
 
-        Raises SampleShortfall if the store stays too small.
+        Raises SampleShortfall if the store stays too small, ValueError if all of the step is
+        longer than max_tokens.
         """
         batch = self._draw(policy_version)
         if self._values is not None:
             self._values.complete(batch.trajectories)
+        prompts = prompt_tokens(self._store, {row.prompt_id for row in batch.trajectories})
         config = self._config
+        kept = self._kept(batch, prompts)
         size = config.train_batch_size
         here = config.process_index * size * config.gradient_accumulation_steps
         parts = [
-            self._micro_batch(batch, slice(start, start + size))
+            self._micro_batch(batch, prompts, kept, range(start, start + size))
             for start in range(here, here + size * config.gradient_accumulation_steps, size)
         ]
-        return batch, parts
+        metrics = batch.metrics()
+        if config.max_tokens is not None:
+            metrics["store/too_long"] = float(len(batch.trajectories) - len(kept))
+        return metrics, parts
+
+    def _kept(self, batch: Batch, prompts: Prompts) -> dict[int, int]:
+        """Tokens of each trajectory that is not too long, by its place in the batch."""
+        rows, most = batch.trajectories, self._config.max_tokens
+        sizes = [len(prompts[row.prompt_id]) + len(row.token_ids) for row in rows]
+        kept = {i: size for i, size in enumerate(sizes) if most is None or size <= most}
+        if not kept:
+            expected = f"at least {min(sizes)}, the tokens of the shortest of a step's trajectories"
+            refuse("SPO", "max_tokens", expected, most)
+        return kept
 
     def _draw(self, policy_version: int) -> Batch:
         if self._produce is not None:
@@ -145,25 +163,25 @@ class Feed:
         online = "online" in self._sampler.config.fractions
         return self._sampler.next_batch(policy_version if online else None)
 
-    def _micro_batch(self, batch: Batch, part: slice) -> MicroBatch:
-        rows = batch.trajectories[part]
-        prompts = self._prompts(rows)
+    def _micro_batch(
+        self, batch: Batch, prompts: Prompts, kept: Mapping[int, int], part: range
+    ) -> MicroBatch:
+        mine = [i for i in part if i in kept]
+        places = mine or [min(kept, key=lambda i: kept[i])]
+        rows = [batch.trajectories[i] for i in places]
         tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in rows]
         rewards = batch.rewards
         return MicroBatch(
             tokens=collate(tokens, self._layout),
             ref_logprobs=torch.cat(self._reference.logprobs(rows, prompts)),
-            rewards=rewards[part],
-            groups=batch.groups[part],
+            rewards=rewards[places],
+            groups=batch.groups[places],
             q0=None if self._values is None else self._values.of(rows),
             behaviour_sums=torch.tensor([_behaviour_sum(row) for row in rows]),
-            online=batch.online[part],
-            floor=float(rewards.min()),
-            share=1 / len(batch.trajectories),
+            online=batch.online[places],
+            floor=float(rewards[list(kept)].min()),
+            share=1 / len(kept) if mine else 0.0,
         )
-
-    def _prompts(self, rows: Sequence[StoredTrajectory]) -> dict[int, Sequence[int]]:
-        return prompt_tokens(self._store, {row.prompt_id for row in rows})
 
 
 def prompt_tokens(store: TrajectoryStore, ids: set[int]) -> dict[int, Sequence[int]]:

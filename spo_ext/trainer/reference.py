@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from spo_ext.modes import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
+from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, Tokens, collate
-from spo_ext.trainer.model import adapters_off, completion_logprobs
+from spo_ext.trainer.config import SPOConfig
+from spo_ext.trainer.model import adapters_off, completion_logprobs, has_adapters
+from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
 
 Prompts = Mapping[int, Sequence[int]]
 _NOTHING = Tokens([0], [0])  # for a rank that has no more to score
@@ -30,6 +34,7 @@ class Reference:
             the reference. Else adapters that it has are a part of the reference.
         accelerator: of ranks that hold the model in parts (FSDP2) and can only score together: all
             call `logprobs` equally often.
+        precision: mixed precision in which the model scores: the policy's.
         batch_tokens: how many tokens are scored at once.
     """
 
@@ -42,11 +47,13 @@ class Reference:
         layout: Layout,
         base_only: bool = False,
         accelerator: Accelerator | None = None,
+        precision: Precision = "no",
         batch_tokens: int = 16384,
     ) -> None:
         self.store, self.fingerprint, self.model = store, fingerprint, model
         self._base_only, self._accelerator = base_only, accelerator
         self._layout: Layout = layout
+        self._precision: Precision = precision
         self._batch_tokens = batch_tokens
 
     @classmethod
@@ -58,35 +65,40 @@ class Reference:
         temperature: float,
         *,
         base_only: bool = False,
+        precision: Precision = "no",
         **how: Any,
     ) -> Reference:
         """A frozen model, or the policy with its adapters off."""
         with adapters_off(model) if base_only else nullcontext():
-            fingerprint = reference_fingerprint(model, tokenizer, temperature)
-        return cls(store, fingerprint, model, base_only=base_only, **how)
+            weights = reference_fingerprint(model, tokenizer, temperature)
+        name = named_with(weights, precision)
+        return cls(store, name, model, base_only=base_only, precision=precision, **how)
 
     @classmethod
-    def cached(cls, store: TrajectoryStore, fingerprint: str | None, **how: Any) -> Reference:
+    def cached(
+        cls,
+        store: TrajectoryStore,
+        fingerprint: str | None,
+        *,
+        precision: Precision = "no",
+        **how: Any,
+    ) -> Reference:
         """Only what the store has; without a fingerprint, of the one reference in it.
 
-        Raises ValueError if there is no such reference in the store, or no single one.
+        Raises ValueError if there is no such reference of that precision in the store, or no
+        single one.
         """
-        known = store.reference_fingerprints()
+        stored = store.reference_fingerprints()
+        known = [name for name in stored if is_named_with(name, precision)]
         if fingerprint is None and len(known) == 1:
-            fingerprint = next(iter(known))
-        if fingerprint not in known:
+            fingerprint = known[0]
+        if fingerprint is None or fingerprint not in known:
             raise ValueError(
                 "SPO: reference_fingerprint must be that of a reference whose log-probabilities "
-                f"the store has ({', '.join(known) or 'it has none: run spo score'}), "
-                f"got {fingerprint!r}"
+                f"the store has in the policy's mixed precision {precision!r} "
+                f"({', '.join(known) or 'it has none: run spo score'}), got {fingerprint!r}"
             )
-        return cls(store, fingerprint, None, **how)
-
-    def active(self) -> AbstractContextManager[object]:
-        """A context in which the model is the reference."""
-        if self.model is None or not self._base_only:
-            return nullcontext()
-        return adapters_off(self.model)
+        return cls(store, fingerprint, None, precision=precision, **how)
 
     def logprobs(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> list[Tensor]:
         """float32 [T] for each, from the store, or scored and then stored.
@@ -108,13 +120,23 @@ class Reference:
             found = self.store.ref_logprobs(ids, self.fingerprint)
         return [known for known in found if known is not None]
 
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """The model is the reference meanwhile: without the policy's adapters, in its precision."""
+        assert self.model is not None
+        with (
+            adapters_off(self.model) if self._base_only else nullcontext(),
+            autocast(self.model, self._precision),
+        ):
+            yield
+
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
         parts = _parts(rows, prompts, self._batch_tokens)
         for part in parts + [[]] * (self._rounds(len(parts)) - len(parts)):
             tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
-            with self.active():
+            with self.speaking():
                 scored = score_tokens(self.model, tokens or [_NOTHING], self._layout)
             pairs = zip(part, scored, strict=False)
             self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
@@ -125,6 +147,24 @@ class Reference:
             return mine
         counts = torch.tensor([mine], device=self._accelerator.device)
         return int(self._accelerator.gather(counts).max())
+
+
+def reference_model(
+    config: SPOConfig, model: nn.Module, given: nn.Module | None
+) -> nn.Module | None:
+    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
+    kind = config.reference
+    if given is not None and kind not in ("auto", "model"):
+        refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
+    if kind == "cached":
+        return None
+    if kind == "adapter" and not has_adapters(model):
+        refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
+    if given is not None:
+        return given.requires_grad_(False).eval()
+    if kind != "model" and has_adapters(model):
+        return model
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from spo_ext.store import StoredTrajectory, TrajectoryStore
 from spo_ext.trainer.feed import prompt_tokens
 from spo_ext.trainer.model import HeadSettings, answer_logprobs, supports_packing
+from spo_ext.trainer.precision import Precision
 from spo_ext.trainer.reference import Reference
 
 _ROWS = 256  # held in memory at once
@@ -23,19 +24,27 @@ def score_store(
     tokenizer: Any,
     *,
     temperature: float,
+    precision: Precision = "no",
     batch_tokens: int = 16384,
     quiet: bool = False,
 ) -> tuple[str, int]:
     """The reference's fingerprint, and how many trajectories were scored now.
 
-    A trajectory that is appended meanwhile may be left out. Prompts without token ids are refused.
+    precision is the mixed precision of the policy that will learn from them. A trajectory that is
+    appended meanwhile may be left out. Prompts without token ids are refused.
 
     Raises ValueError for a model without a plain head, and for such prompts.
     """
     answer_logprobs(model, HeadSettings(temperature))
     layout = "rows" if supports_packing(model) else "padded"
     reference = Reference.of_model(
-        store, model, tokenizer, temperature, layout=layout, batch_tokens=batch_tokens
+        store,
+        model,
+        tokenizer,
+        temperature,
+        layout=layout,
+        precision=precision,
+        batch_tokens=batch_tokens,
     )
     count = 0
     missing = store.trajectories(without_reference=reference.fingerprint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Sequence
@@ -16,19 +15,18 @@ from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.rewards import judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
-from spo_ext.store import Batch, StoredPrompt, TrajectoryStore
+from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
     choose_layout,
-    has_adapters,
 )
+from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish_server import publishers
-from spo_ext.trainer.reference import Reference
+from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
 
@@ -47,13 +45,15 @@ class Parts:
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store))
         settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
-        reference_model = _reference_model(config, model, ref_model)
+        scorer = reference_model(config, model, ref_model)
         answer_logprobs(model, settings)
-        if reference_model is not None and reference_model is not model:
-            answer_logprobs(reference_model, settings)
-            reference_model.to(config.device)
+        keep_logprobs(trainer.accelerator)
+        if scorer is not None and scorer is not model:
+            answer_logprobs(scorer, settings)
+            scorer.to(config.device)
+            round_like_sharded(scorer, trainer.accelerator)
         self.layout = choose_layout(config.packing, model)
-        self.reference = self._reference(reference_model)
+        self.reference = self._reference(scorer)
         self._generator = ModelGenerator(
             model,
             trainer.processing_class,
@@ -86,7 +86,8 @@ class Parts:
         metrics["time/rollout"] = time.perf_counter() - published
         return metrics
 
-    def next_step(self, step: int) -> tuple[Batch, list[MicroBatch]]:
+    def next_step(self, step: int) -> tuple[dict[str, float], list[MicroBatch]]:
+        """See `Feed.next_step`."""
         return self._feed.next_step(step // self._config.sync_every)
 
     def finish(self) -> None:
@@ -161,19 +162,19 @@ class Parts:
         return words
 
     def _reference(self, model: nn.Module | None) -> Reference:
-        config = self._config
+        config, trainer = self._config, self._trainer
+        how: Any = {"layout": self.layout, "precision": precision_of(trainer.accelerator)}
         if model is None:
-            return Reference.cached(self.store, config.reference_fingerprint, layout=self.layout)
-        tokenizer = self._trainer.processing_class
-        base_only = model is self._trainer.model
+            return Reference.cached(self.store, config.reference_fingerprint, **how)
+        base_only = model is trainer.model
         return Reference.of_model(
             self.store,
             model,
-            tokenizer,
+            trainer.processing_class,
             config.temperature,
-            layout=self.layout,
             base_only=base_only,
-            accelerator=self._trainer.accelerator if base_only and self._sharded else None,
+            accelerator=trainer.accelerator if base_only and self._sharded else None,
+            **how,
         )
 
     def _make_producer(self) -> Producer:
@@ -214,7 +215,7 @@ class Parts:
         accelerator = self._trainer.accelerator
         replicated = self._sharded and model is self._trainer.model
         shared = SharedRollouts(rollouts, generator, sampling.n, accelerator, replicated=replicated)
-        with self.reference.active():
+        with self.reference.speaking():
             shared.collect(prompts, 0)
         if accelerator.is_main_process:
             self._estimate(prompts, run)
@@ -232,21 +233,3 @@ class Parts:
             reward_range=(config.reward_range[0], config.reward_range[1]),
             reference=self.reference.fingerprint,
         )
-
-
-def _reference_model(
-    config: SPOConfig, model: nn.Module, given: nn.Module | None
-) -> nn.Module | None:
-    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
-    kind = config.reference
-    if given is not None and kind not in ("auto", "model"):
-        refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
-    if kind == "cached":
-        return None
-    if kind == "adapter" and not has_adapters(model):
-        refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
-    if given is not None:
-        return given.requires_grad_(False).eval()
-    if kind != "model" and has_adapters(model):
-        return model
-    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -120,8 +120,8 @@ class SPOTrainer(Trainer):
         started = time.perf_counter()
         step = self.state.global_step
         self.meter.put(self._parts.before_step(step, self.model_wrapped))
-        batch, micro_batches = self._parts.next_step(step)
-        self.meter.put(batch.metrics())
+        metrics, micro_batches = self._parts.next_step(step)
+        self.meter.put(metrics)
         self.meter.put({"time/batch": time.perf_counter() - started})
         # input_ids are there for the Trainer, which counts them.
         ids = [one.tokens.model_inputs["input_ids"] for one in micro_batches]
@@ -139,6 +139,7 @@ class SPOTrainer(Trainer):
         if return_outputs:
             raise ValueError("SPOTrainer: return_outputs must be False: there are no logits")
         batch: MicroBatch = inputs["micro_batch"]
+        meter = self.meter if batch.share > 0 else Meter()
         logprobs, entropy = completion_logprobs(model, batch.tokens, self.args.log_entropy)
         device = logprobs.device
         rewards, q0 = batch.rewards.to(device), batch.q0
@@ -152,16 +153,18 @@ class SPOTrainer(Trainer):
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
             groups=batch.groups.to(device) if self.args.objective == "group" else None,
-            weights=self._weights(logprobs, batch, cu_seqlens),
-            denominator=1 / share,
+            weights=self._weights(meter, logprobs, batch, cu_seqlens),
             return_stats=True,
             **self.args.loss_options(),
         )
-        add_tokens(self.meter, logprobs, ref_logprobs, entropy)
-        add_loss(self.meter, stats, rewards, batch.floor)
-        return loss
+        add_tokens(meter, logprobs, ref_logprobs, entropy)
+        add_loss(meter, stats, rewards, batch.floor)
+        scaled: Tensor = loss * share
+        return scaled
 
-    def _weights(self, logprobs: Tensor, batch: MicroBatch, cu_seqlens: Tensor) -> Tensor | None:
+    def _weights(
+        self, meter: Meter, logprobs: Tensor, batch: MicroBatch, cu_seqlens: Tensor
+    ) -> Tensor | None:
         """Tapers failures that the policy has moved away from, where the behaviour is known."""
         if self.args.taper_below is None:
             return None
@@ -174,7 +177,7 @@ class SPOTrainer(Trainer):
             batch.rewards.to(sums.device),
             threshold=self.args.taper_below,
         )
-        self.meter.add("spo/weight", weights)
+        meter.add("spo/weight", weights)
         return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
