@@ -25,7 +25,7 @@ from spo_ext.store import TrajectoryStore
 
 PAGE = (ROOT / "docs" / "bring_your_own.md").read_text()
 NOT_RUN = "# not run here: "
-SECONDS = 400
+SECONDS = 900  # a dozen processes, each of which imports torch and transformers
 
 
 def blocks(language: str) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,20 @@ from urllib.request import urlopen
 
 import pytest
 from data_cases import save_tokenizer
-from rollout_cases import END, words
+from rollout_cases import (
+    END,
+    new_store,
+    plain_prompts,
+    rollout,
+    save_reward,
+    wait_for,
+    words,
+)
 
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout import Sampling, ServerError, ServerGenerator
 from spo_ext.rollout.dialects import ReplyError, from_text
-from spo_ext.store import Prompt
+from spo_ext.store import Prompt, TrajectoryStore
 
 pytest.importorskip("httpx")
 SAMPLING = Sampling(n=3, temperature=0.5, top_p=0.9, max_new_tokens=7, seed=3)
@@ -191,3 +201,49 @@ def test_a_message_that_the_server_took_apart_is_refused(tmp_path: Path, name: s
     parts = {"finish_reason": "stop", "message": {"content": "b", name: "so"}}
     with pytest.raises(ReplyError, match=f"the server cuts {name} out of the message"):
         from_text(parts, prompt, tokenizer, chat=True)
+
+
+def test_versions_of_a_server_are_followed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder says which version the server has; one that it has no more is left at once."""
+    directory, path = tmp_path / "policies", new_store(tmp_path / "store.db", plain_prompts(12))
+    monkeypatch.setenv("SLOWLY", "0.2")
+
+    def publish(version: int) -> None:
+        folder = directory / f"version-{version:07d}"
+        folder.mkdir(parents=True)
+        (directory / "pointer").write_text(f"{folder.name}\n")
+        (directory / "pointer").rename(directory / "latest")
+
+    def drawn() -> Counter[int | None]:
+        with TrajectoryStore(path) as store:
+            return Counter(t.origin.policy_version for t in store.trajectories(run="live"))
+
+    def train() -> None:
+        wait_for(lambda: drawn()[1] > 0)
+        publish(3)
+        (directory / "finished").touch()
+
+    publish(1)
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    options = ("--store", path, "--server", url, "--served-model", "plain", "--follow", directory)
+    options += ("--tokenizer", save_tokenizer(tmp_path / "tokenizer"), "--run", "live", "--n", 2)
+    options += ("--reward", save_reward(tmp_path), "--batch-size", 1, "--prompts-per-version", 12)
+    assert rollout(*options) == 0
+    trainer.join()
+    assert drawn()[3] == 24 and 0 < drawn()[1] < 24
+    with pytest.raises(SystemExit, match="2"):
+        rollout(*options, "--model", tmp_path)
+
+
+def test_a_rollout_needs_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ("--store", tmp_path / "store.db", "--run", "r")
+    for policy, match in [
+        ((), "one of --model, --server and --follow must be given"),
+        (("--model", tmp_path, "--server", "u"), "--server must not be given with --model"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            rollout(*store, *policy)
+        assert match in capsys.readouterr().err

@@ -24,12 +24,15 @@ def add_rollout(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--store", required=True, metavar="WHERE", help="a file, or postgresql://user@host/database"
     )
-    policy = parser.add_mutually_exclusive_group(required=True)
+    policy = parser.add_mutually_exclusive_group()
     policy.add_argument("--model", type=Path, metavar="FOLDER", help="what save_pretrained wrote")
-    policy.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
     policy.add_argument(
-        "--follow", type=Path, metavar="FOLDER", help="where policies are published"
+        "--follow",
+        type=Path,
+        metavar="FOLDER",
+        help="where policies are published; with --server only to know the version that it has",
     )
+    parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
     _add_origin(parser)
     _add_sampling(parser)
     _add_reward(parser)

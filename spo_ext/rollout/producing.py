@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,14 +11,14 @@ from typing import Any
 
 from spo_ext.commands import fail, failures, import_from_here, require_store
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.rollout.arguments import checked_sampling, make_reward, make_server
 from spo_ext.rollout.counts import ids_of_split
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
-from spo_ext.rollout.rewards import load_reward, needs_of, test_options
+from spo_ext.rollout.rewards import needs_of
 from spo_ext.rollout.rollouts import Rollouts
-from spo_ext.rollout.server import ServerGenerator
 from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -28,13 +27,13 @@ from spo_ext.store import StoredPrompt, TrajectoryStore
 def produce(options: argparse.Namespace) -> int:
     """The exit status."""
     try:
-        sampling = _checked(options)
+        sampling = checked_sampling(options)
     except ValueError as error:
         options.error(str(error))  # exits with status 2
     try:
         require_store(options.store)
         import_from_here()
-        reward = _reward(options)
+        reward = make_reward(options)
         try:
             with TrajectoryStore(options.store) as store, Stopping() as stopping:
                 producer = _Producer(store, reward, sampling, options, stopping.requested)
@@ -78,7 +77,7 @@ class _Producer:
             model = self._load(options.model)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
         else:
-            with _server(options, tokenizer) as generator:
+            with make_server(options, tokenizer) as generator:
                 self._collect(ids, version, generator, tokenizer)
         if options.q0_beta is not None and not self._stop():
             self._estimate(ids)
@@ -86,21 +85,37 @@ class _Producer:
     def follow(self) -> None:
         """Of every version published in --follow."""
         options = self._options
-        per_version = options.prompts_per_version
         newest = new_policies(options.follow, until_version=options.until_version, stop=self._stop)
         for version, folder in newest:
+            if options.server is not None:
+                self._follow_on_server(version)
+                continue
             try:
                 tokenizer = self._tokenizer_of(folder)
                 model = self._load(folder)
             except (OSError, ValueError):
-                newer = latest_policy(options.follow)
-                if newer is not None and newer[0] > version:
+                if self._is_past(version):
                     continue  # its folder was removed while it was read
                 raise
-            ids = self._prompt_ids()
-            ids = prompt_stream(ids, self._sampling.seed, version * per_version, per_version)
+            ids = self._stream(version)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
             del model  # before the next one is loaded
+
+    def _follow_on_server(self, version: int) -> None:
+        """Until the server gets a newer version, of which later completions would be."""
+        tokenizer = self._tokenizer_of(None)
+        with make_server(self._options, tokenizer) as generator:
+            stop = lambda: self._stop() or self._is_past(version)  # noqa: E731
+            self._collect(self._stream(version), version, generator, tokenizer, stop)
+
+    def _is_past(self, version: int) -> bool:
+        newest = latest_policy(self._options.follow)
+        return newest is not None and newest[0] > version
+
+    def _stream(self, version: int) -> list[int]:
+        """Ids of the version's prompts."""
+        count = self._options.prompts_per_version
+        return prompt_stream(self._prompt_ids(), self._sampling.seed, version * count, count)
 
     def _prompt_ids(self) -> list[int]:
         """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
@@ -112,7 +127,12 @@ class _Producer:
         return ids
 
     def _collect(
-        self, ids: Sequence[int], version: int, generator: Generator, tokenizer: Tokenizer
+        self,
+        ids: Sequence[int],
+        version: int,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         options = self._options
         rollouts = Rollouts(
@@ -131,7 +151,7 @@ class _Producer:
             prompts = [p for p in prompts if drawn.get(p.id, 0) < options.min_trajectories]
         ready = [_tokenised(prompt, tokenizer) for prompt in prompts]
         with progress_bar(len(ready), f"version {version}", options.quiet) as advance:
-            stats = rollouts.collect(ready, version, advance, stop=self._stop)
+            stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
         left_out = len(ids) - len(prompts)
         done = f"; {left_out} prompts had enough" if left_out else ""
         print(f"version {version}: {stats}{done}", flush=True)
@@ -167,64 +187,6 @@ class _Producer:
 
     def _embedded(self, model: Any, tokenizer: Tokenizer) -> ModelGenerator:
         return ModelGenerator(model, tokenizer, batch_size=self._options.generate_batch)
-
-
-def _checked(options: argparse.Namespace) -> Sampling:
-    """Raises ValueError for arguments that do not go together, or are out of range."""
-    sampling = Sampling(
-        options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
-    )
-    if options.server is not None:
-        for name in ("served_model", "tokenizer"):
-            if getattr(options, name) is None:
-                raise ValueError(f"--{name.replace('_', '-')} must be given with --server")
-    if options.follow is not None and (options.q0_beta is not None or options.origin_model):
-        raise ValueError("--q0-beta and --origin-model must not be given with --follow")
-    if options.q0_beta is not None and options.origin_model is not None:
-        raise ValueError(
-            "--q0-beta must not be given with --origin-model, no reference of this run"
-        )
-    if options.q0_beta is not None and not 0 < options.q0_beta < math.inf:
-        raise ValueError(f"--q0-beta must be > 0, got {options.q0_beta}")
-    for name in ("prompts", "batch_size", "generate_batch", "prompts_per_version"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    if options.policy_version < 0:
-        raise ValueError(f"--policy-version must be >= 0, got {options.policy_version}")
-    if options.min_trajectories is None:
-        options.min_trajectories = sampling.n if options.follow is not None else 0
-    return sampling
-
-
-def _reward(options: argparse.Namespace) -> Reward:
-    if options.reward not in ("tests", "answer"):
-        return load_reward(options.reward)
-    given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
-    if options.reward == "tests":
-        given |= test_options(options.sandbox_workers, options.test_seconds)
-    return load_reward(options.reward, **given)
-
-
-def _server(options: argparse.Namespace, tokenizer: Tokenizer) -> ServerGenerator:
-    key = None
-    if options.api_key_from is not None:
-        key = os.environ.get(options.api_key_from)
-        if key is None:
-            raise ValueError(f"--api-key-from: the environment has no {options.api_key_from}")
-    end = tokenizer.eos_token_id
-    return ServerGenerator(
-        options.server,
-        options.served_model,
-        dialect=options.dialect,
-        tokenizer=tokenizer,
-        api_key=key,
-        timeout_s=options.timeout,
-        retries=options.retries,
-        concurrency=options.concurrency,
-        logprobs=options.server_logprobs,
-        end_ids=() if end is None else (end,),
-    )
 
 
 def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:

@@ -1,0 +1,84 @@
+"""What the arguments of `spo rollout` stand for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from typing import Any
+
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.rollout.generation import Reward, Sampling
+from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.server import ServerGenerator
+from spo_ext.sandbox import Limits
+
+
+def checked_sampling(options: argparse.Namespace) -> Sampling:
+    """Raises ValueError for arguments that do not go together, or are out of range."""
+    sampling = Sampling(
+        options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
+    )
+    if options.server is not None:
+        if options.model is not None:
+            raise ValueError("--server must not be given with --model")
+        for name in ("served_model", "tokenizer"):
+            if getattr(options, name) is None:
+                raise ValueError(f"--{name.replace('_', '-')} must be given with --server")
+    if options.server is None and options.model is None and options.follow is None:
+        raise ValueError("one of --model, --server and --follow must be given")
+    if options.follow is not None and (options.q0_beta is not None or options.origin_model):
+        raise ValueError("--q0-beta and --origin-model must not be given with --follow")
+    if options.q0_beta is not None and options.origin_model is not None:
+        raise ValueError(
+            "--q0-beta must not be given with --origin-model, no reference of this run"
+        )
+    if options.q0_beta is not None and not 0 < options.q0_beta < math.inf:
+        raise ValueError(f"--q0-beta must be > 0, got {options.q0_beta}")
+    for name in ("prompts", "batch_size", "generate_batch", "prompts_per_version"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    if options.policy_version < 0:
+        raise ValueError(f"--policy-version must be >= 0, got {options.policy_version}")
+    if options.min_trajectories is None:
+        options.min_trajectories = sampling.n if options.follow is not None else 0
+    return sampling
+
+
+def make_reward(options: argparse.Namespace) -> Reward:
+    """Raises ValueError for a name or an option that there is not."""
+    if options.reward not in ("tests", "answer"):
+        return load_reward(options.reward)
+    given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
+    if options.reward == "tests":
+        given["workers"] = options.sandbox_workers
+        if options.test_seconds is not None:
+            seconds = options.test_seconds
+            if not seconds > 0:
+                raise ValueError(f"--test-seconds must be > 0, got {seconds}")
+            # Twice the time on the clock: the machine may be busy with other programs.
+            given["limits"] = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+    return load_reward(options.reward, **given)
+
+
+def make_server(options: argparse.Namespace, tokenizer: Tokenizer) -> ServerGenerator:
+    """Raises ValueError if the environment lacks the key."""
+    key = None
+    if options.api_key_from is not None:
+        key = os.environ.get(options.api_key_from)
+        if key is None:
+            raise ValueError(f"--api-key-from: the environment has no {options.api_key_from}")
+    end = tokenizer.eos_token_id
+    return ServerGenerator(
+        options.server,
+        options.served_model,
+        dialect=options.dialect,
+        tokenizer=tokenizer,
+        api_key=key,
+        timeout_s=options.timeout,
+        retries=options.retries,
+        concurrency=options.concurrency,
+        logprobs=options.server_logprobs,
+        end_ids=() if end is None else (end,),
+    )
