@@ -110,6 +110,7 @@ def test_external_rollouts_are_waited_for(
     add_online(store, 1, None)
     with pytest.raises(SampleShortfall):
         made.next_step(0)  # of a later version than the learner's
+    assert made.next_step(1)[0].metrics()["store/age_versions"] == 0
     late = make_feed(store, tmp_path, rollouts="external", wait_seconds=60.0, run="late")
     origin = Origin("policy", run="late", policy_version=0)
 
