@@ -89,6 +89,9 @@ def test_evaluation_before_and_between_and_the_best_checkpoint(folder: Path) -> 
     best = max((1, 2, 3, 4), key=lambda step: (lengths[step], -step))
     assert trainer.state.best_model_checkpoint == str(folder / "run" / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_num_tokens"] == lengths[best]
+    # With save_strategy best the newest checkpoint is the best, and one is kept.
+    kept = [path.name for path in (folder / "run").glob("checkpoint-*")]
+    assert kept == [f"checkpoint-{best}"]
 
 
 def test_versions_keep_their_numbers_when_a_run_goes_on(folder: Path) -> None:
