@@ -10,7 +10,7 @@ import pytest
 import torch
 from publish_cases import lora_model, tiny_model, tiny_tokenizer, trained
 
-from spo_ext.trainer.durable import exchange_folders
+from spo_ext.durable import exchange_folders
 from spo_ext.trainer.policy_weights import policy_state
 from spo_ext.trainer.publish import DirectoryPublisher
 
@@ -86,7 +86,7 @@ def test_exchange_leaves_no_moment_without_a_folder(
     monkeypatch.setattr(os, "rename", lambda *ends: (renames.append(ends), rename(*ends)))
     exchange_folders(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "who").read_text() == "a" and renames == []
-    monkeypatch.setattr("spo_ext.trainer.durable._exchange_at_once", lambda *_: False)
+    monkeypatch.setattr("spo_ext.durable._exchange_at_once", lambda *_: False)
     exchange_folders(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "who").read_text() == "b" and len(renames) == 3
     assert names(tmp_path) == ["a", "b"]

@@ -19,6 +19,7 @@ from spo_ext.trainer.batches import Layout, Tokens, collate
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    choose_layout,
     completion_logprobs,
     supports_packing,
 )
@@ -106,6 +107,28 @@ def test_packing_is_tried_out() -> None:
     recurrent = make_model(kind="mamba", state_size=4)
     answer_logprobs(recurrent, HeadSettings())
     assert not supports_packing(recurrent)  # its state runs on into the next sequence
+
+
+def test_the_layout_follows_from_the_model() -> None:
+    model = make_model()
+    answer_logprobs(model, HeadSettings())
+    assert choose_layout("auto", model) == choose_layout("packed", model) == "rows"
+    assert choose_layout("padded", model) == "padded"
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.MonkeyPatch.context() as patch:  # the kernel itself needs a GPU
+        patch.setattr("spo_ext.trainer.model.supports_packing", lambda _: True)
+        assert choose_layout("auto", model) == "row"
+        patch.setattr("spo_ext.trainer.model.supports_packing", lambda _: False)
+        assert choose_layout("auto", model) == "padded"
+        with pytest.raises(ValueError, match="packing must be auto or padded for this model"):
+            choose_layout("packed", model)
+
+
+def test_entropy_is_for_the_log_alone() -> None:
+    model = make_model()
+    answer_logprobs(model, HeadSettings())
+    logprobs, entropy = completion_logprobs(model, collate(sequences(), "rows"), entropy=True)
+    assert logprobs.requires_grad and entropy is not None and not entropy.requires_grad
 
 
 def test_rows_are_no_longer_than_the_longest() -> None:

@@ -89,6 +89,9 @@ def test_evaluation_before_and_between_and_the_best_checkpoint(folder: Path) -> 
     best = max((1, 2, 3, 4), key=lambda step: (lengths[step], -step))
     assert trainer.state.best_model_checkpoint == str(folder / "run" / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_num_tokens"] == lengths[best]
+    # With save_strategy best the newest checkpoint is the best, and one is kept.
+    kept = [path.name for path in (folder / "run").glob("checkpoint-*")]
+    assert kept == [f"checkpoint-{best}"]
 
 
 def test_versions_keep_their_numbers_when_a_run_goes_on(folder: Path) -> None:
@@ -165,3 +168,15 @@ def test_generation_makes_the_models_gpu_the_current_one(monkeypatch: pytest.Mon
 def _as_gpu(device: torch.device) -> torch.device:
     assert device.type == "cpu"
     return torch.device("cuda:3")
+
+
+def test_a_log_line_that_a_crash_cut_off_does_not_spoil_the_log(folder: Path) -> None:
+    from spo_ext.evaluation.files import read_json_lines
+
+    log = folder / "run" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    make(folder, {}).train()
+    lines = list(read_json_lines(log))
+    assert lines[0] == {"step": 1, "loss": 1.0}
+    assert [line["step"] for line in lines[1:] if "loss" in line] == [1, 2, 3, 4]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from spo_ext.durable import write_text
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -38,11 +39,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def cut_unfinished_line(path: Path) -> None:
+    """Removes what a process that died has left behind the last end of a line.
+
+    For before a file is appended to: in the midst of it such a line could not be read.
+    """
+    if path.is_file():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def write_json(path: Path, value: object) -> None:
     """The file appears when it is complete."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_ext.trainer.durable import fsync, fsync_tree, write_text
+from spo_ext.durable import fsync, fsync_tree, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from spo_ext.trainer.durable import exchange_folders, fsync, fsync_tree, write_text
+from spo_ext.durable import exchange_folders, fsync, fsync_tree, write_text
 from spo_ext.trainer.policy_weights import is_peft, policy_state
 
 logger = logging.getLogger(__name__)

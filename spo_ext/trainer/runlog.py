@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from spo_ext.durable import write_text
+from spo_ext.evaluation.files import cut_unfinished_line
 from spo_ext.trainer.config import SPOConfig
 
 
@@ -27,7 +29,8 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             settings = json.dumps(self._settings(), indent=2, default=str)
-            (self._folder / "spo_config.json").write_text(settings + "\n")
+            write_text(self._folder / "spo_config.json", settings + "\n")
+            cut_unfinished_line(self._folder / "metrics.jsonl")
 
     def on_log(
         self,
