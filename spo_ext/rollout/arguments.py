@@ -9,9 +9,8 @@ from typing import Any
 
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Reward, Sampling
-from spo_ext.rollout.rewards import load_reward
+from spo_ext.rollout.rewards import load_reward, test_options
 from spo_ext.rollout.server import ServerGenerator
-from spo_ext.sandbox import Limits
 
 
 def checked_sampling(options: argparse.Namespace) -> Sampling:
@@ -52,13 +51,7 @@ def make_reward(options: argparse.Namespace) -> Reward:
         return load_reward(options.reward)
     given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
     if options.reward == "tests":
-        given["workers"] = options.sandbox_workers
-        if options.test_seconds is not None:
-            seconds = options.test_seconds
-            if not seconds > 0:
-                raise ValueError(f"--test-seconds must be > 0, got {seconds}")
-            # Twice the time on the clock: the machine may be busy with other programs.
-            given["limits"] = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
+        given |= test_options(options.sandbox_workers, options.test_seconds)
     return load_reward(options.reward, **given)
 
 
