@@ -137,6 +137,13 @@ def test_numbers_of_a_step_are_averaged_over_steps(accelerator: Accelerator) -> 
     assert meter.drain(accelerator) == {"store/reuse": 3.0, "store/age_versions": 4.0}
 
 
+def test_a_step_without_a_number_does_not_count(accelerator: Accelerator) -> None:
+    meter = Meter()
+    meter.put({"a": 3.0, "b": math.nan})
+    meter.put({"a": math.nan, "b": math.nan})
+    assert meter.drain(accelerator) == {"a": 3.0}
+
+
 def test_calibration_is_the_slope(accelerator: Accelerator) -> None:
     """A reward that is 3 Q_T - 1 has slope 3; with one Q_T alone there is no slope."""
     meter = Meter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,8 +29,10 @@ class Meter:
         self._sums[name] = self._sums[name] + new if name in self._sums else new
 
     def put(self, values: Mapping[str, float]) -> None:
-        """One number each, of this rank, averaged over steps and ranks."""
+        """One number each, of this rank, averaged over the steps and ranks where it is not nan."""
         for name, value in values.items():
+            if math.isnan(value):
+                continue
             total, count = self._plain.get(name, (0.0, 0))
             self._plain[name] = (total + value, count + 1)
 

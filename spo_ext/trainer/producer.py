@@ -78,6 +78,9 @@ class Producer:
     def more(self, version: int) -> bool:
         """Another round, of prompts further on, when too few completions of the first were new.
 
+        The policy that writes is the one of now, up to sync_every - 1 steps newer than the version
+        that its completions are stored under.
+
         Whether there is hope that a further one would help.
         """
         known, rounds = self._more
