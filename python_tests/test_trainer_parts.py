@@ -110,7 +110,7 @@ def test_external_rollouts_are_waited_for(
     add_online(store, 1, None)
     with pytest.raises(SampleShortfall):
         made.next_step(0)  # of a later version than the learner's
-    assert made.next_step(1)[0].metrics()["store/age_versions"] == 0
+    assert made.next_step(1)[0]["store/age_versions"] == 0
     late = make_feed(store, tmp_path, rollouts="external", wait_seconds=60.0, run="late")
     origin = Origin("policy", run="late", policy_version=0)
 
@@ -123,9 +123,9 @@ def test_external_rollouts_are_waited_for(
 
     thread = threading.Thread(target=later)
     thread.start()
-    batch, _ = late.next_step(0)
+    metrics, [part] = late.next_step(0)
     thread.join()
-    assert bool(batch.online.all()) and len(batch.trajectories) == 8
+    assert metrics["store/offline_share"] == 0 and len(part.rewards) == 8
 
 
 def test_offline_data_is_not_waited_for(store: TrajectoryStore, tmp_path: Path) -> None:
@@ -142,16 +142,16 @@ def test_micro_batches_are_cut_between_groups(store: TrajectoryStore, tmp_path: 
     add_online(store, 0, [-0.5, -0.25])
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     made = make_feed(store, tmp_path, mixture="half-online", rollouts="external", **sizes)
-    batch, parts = made.next_step(0)
-    assert len(batch.trajectories) == 12 and len(parts) == 3
+    metrics, parts = made.next_step(0)
+    assert len(parts) == 3
+    rewards = torch.cat([part.rewards for part in parts])
     for part in parts:
         assert len(set(part.groups.tolist())) == 1 and len(part.rewards) == 4
-        assert part.share == 1 / 12 and part.floor == float(batch.rewards.min())
-        online = part.online
-        assert bool((part.behaviour_sums[online] == -0.75).all())
-        assert bool(part.behaviour_sums[~online].isnan().all())
-    assert torch.equal(torch.cat([part.rewards for part in parts]), batch.rewards)
-    assert float(batch.rewards.min()) < float(batch.rewards.max())
+        assert part.share == 1 / 12 and part.floor == float(rewards.min())
+    sums = torch.cat([part.behaviour_sums for part in parts])
+    online = round(12 * (1 - metrics["store/offline_share"]))
+    assert int((sums == -0.75).sum()) == online and int(sums.isnan().sum()) == 12 - online
+    assert float(rewards.min()) < float(rewards.max())
 
 
 def test_scoring_is_cut_by_tokens(store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:

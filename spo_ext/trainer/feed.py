@@ -39,7 +39,6 @@ class MicroBatch:
     groups: Tensor
     q0: Tensor | None
     behaviour_sums: Tensor
-    online: Tensor
     floor: float
     share: float
 
@@ -178,7 +177,6 @@ class Feed:
             groups=batch.groups[places],
             q0=None if self._values is None else self._values.of(rows),
             behaviour_sums=torch.tensor([_behaviour_sum(row) for row in rows]),
-            online=batch.online[places],
             floor=float(rewards[list(kept)].min()),
             share=1 / len(kept) if mine else 0.0,
         )
