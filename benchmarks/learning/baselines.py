@@ -86,7 +86,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, keep: Tensor) -> Tensor:
     A group that agrees has advantage 0, and so has a row that is not kept.
     """
     advantages = torch.zeros_like(rewards)
-    for group in groups.unique():
+    for group in set(groups.tolist()):
         rows = (groups == group) & (keep > 0)
         if int(rows.sum()) > 1:
             centred = rewards[rows] - rewards[rows].mean()

@@ -149,19 +149,19 @@ class Feed:
         with self._clock.stage("store"):
             ids = list(self._store.append(rows).ids)
         if self._reference is not None:
-            self._score(ids)
+            self._score(self._reference, ids)
         return ids
 
     @torch.no_grad()
-    def _score(self, ids: Sequence[int]) -> None:
+    def _score(self, reference: Qwen2ForCausalLM, ids: Sequence[int]) -> None:
         with self._clock.stage("scoring"):
             rows = sorted(self._store.get(ids), key=lambda row: len(row.token_ids))
             for start in range(0, len(rows), _ROWS_PER_PASS):
                 part = rows[start : start + _ROWS_PER_PASS]
                 tokens = self._collate(part)
-                logprobs, _ = completion_logprobs(self._reference, tokens)
+                logprobs, _ = completion_logprobs(reference, tokens)
                 sizes = tokens.cu_seqlens.diff().tolist()
-                found = zip((row.id for row in part), logprobs.split(sizes), strict=True)
+                found = zip((row.id for row in part), torch.split(logprobs, sizes), strict=True)
                 self._store.put_ref_logprobs(_REFERENCE, dict(found))
 
     def _ref_logprobs(self, rows: Sequence[StoredTrajectory]) -> list[Tensor]:

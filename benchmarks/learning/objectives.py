@@ -70,7 +70,7 @@ class SpoObjective:
         if method.baseline in ("reference", "smoothed"):
             assert self._values is not None
             return self._values[rows.groups]
-        _, groups = rows.groups.unique(return_inverse=True)
+        _, groups = torch.unique(rows.groups, return_inverse=True)
         if method.baseline == "leave_one_out":
             return spo_ext.prompt_value(
                 rows.rewards,
@@ -134,5 +134,5 @@ def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     # nan would spread to all later programs through a running sum.
     if not bool(values.isnan().any()):
         return ends[cu_seqlens].diff().to(values.dtype)
-    parts = values.split(cu_seqlens.diff().tolist())
+    parts = torch.split(values, cu_seqlens.diff().tolist())
     return torch.stack([part.double().sum() for part in parts]).to(values.dtype)

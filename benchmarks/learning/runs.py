@@ -152,9 +152,7 @@ def _earlier(run: Run, setting: Setting, cache: Path, grader: Grader) -> list[Sa
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / f"earlier-{digest}.json"
     if not path.exists():
-        earlier = Run(
-            run.setting, method.name, run.reference_seed, _EARLIER_SEED, run.steps, "test"
-        )
+        earlier = replace(run, method=method.name, seed=_EARLIER_SEED)
         learner = _learner(earlier, setting, method, cache, grader, Clock())
         learner.run(run.steps, _nothing)
         text = json.dumps([asdict(row) for row in learner.sampled]).encode()

@@ -1,8 +1,8 @@
 """Small programming problems: a function over a list of integers, in words and two examples.
 
 A problem applies one to three operations (a filter, a map and a list operation, in any order) or
-more, then a reduction. Half of the words are vague on purpose ("large" for "above 4"): the examples narrow
-their meaning and hidden tests settle it, so a policy that bets on one reading loses pass@k.
+more, then a reduction. Half of the words are vague on purpose ("large" for "above 4"): the examples
+narrow their meaning and hidden tests settle it, so a policy that bets on one reading loses pass@k.
 """
 
 from __future__ import annotations
