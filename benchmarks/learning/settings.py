@@ -47,6 +47,8 @@ _SPARSE = replace(_STANDARD, least_operations=4, most_operations=5, max_program_
 # For tests: seconds, and nothing that it says about learning is worth reading.
 _TINY = replace(
     _STANDARD,
+    most_operations=1,
+    max_program_tokens=20,
     train_problems=12,
     evaluation_problems=6,
     evaluation_samples=4,
@@ -60,6 +62,7 @@ _TINY = replace(
     sft_batch=16,
     prompts_per_batch=3,
     programs_per_prompt=4,
+    reference_samples=4,
     evaluate_every=2,
     kl_problems=4,
 )

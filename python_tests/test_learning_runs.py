@@ -1,0 +1,264 @@
+"""Runs as files, sweeps that were cut short, and the report of made-up runs."""
+
+import json
+import sys
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from learning import runs as runs_module  # noqa: E402
+from learning import sweep as sweep_module  # noqa: E402
+from learning.evaluation import calibrate  # noqa: E402
+from learning.references import make_reference, write_whole  # noqa: E402
+from learning.report import read_records, write_report  # noqa: E402
+from learning.runs import Run, perform  # noqa: E402
+from learning.settings import SETTINGS  # noqa: E402
+from learning.sweep import plan, sweep  # noqa: E402
+from learning.tables import (  # noqa: E402
+    Series,
+    by_method,
+    columns_of,
+    difference,
+    mean,
+    samples_to_reach,
+    shown,
+)
+from sandbox_cases import WHY_NOT  # noqa: E402
+
+needs_sandbox = pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")
+
+
+class Here(Executor):
+    """A pool that does everything at once, in this process."""
+
+    def __init__(self, workers, mp_context=None):
+        self.workers = workers
+
+    def submit(self, call, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(call(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+def without_times(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        {name: value for name, value in point.items() if name != "training_seconds"}
+        for point in record["curve"]
+    ]
+
+
+@needs_sandbox
+def test_the_same_run_gives_the_same_curve_and_another_seed_another(tmp_path, cache):
+    run = Run("tiny", "half-near", 0, 0, 2, "development")
+    first = perform(run, tmp_path / "a", cache)
+    torch.manual_seed(99)  # whatever the caller did before
+    again = perform(run, tmp_path / "b", cache)
+    other = perform(Run("tiny", "half-near", 0, 1, 2, "development"), tmp_path / "a", cache)
+    assert without_times(first) == without_times(again)
+    assert without_times(first) != without_times(other)
+    record = json.loads(first.read_text(encoding="utf-8"))
+    assert [point["step"] for point in record["curve"]] == [0, 2]
+    assert [point["sampled"] for point in record["curve"]] == [0, 12]
+    assert len(record["curve"][-1]["pass_at"]) == SETTINGS["tiny"].config.evaluation_samples
+    assert record["commit"] and record["method_settings"]["offline_share"] == 0.5
+    stages = {"sampling", "judging", "store", "scoring", "update", "evaluation"}
+    assert set(record["seconds"]) == stages
+    assert len(list(cache.glob("reference-*.pt"))) == 1, "it was made once"
+    changed = first.stat().st_mtime_ns
+    assert perform(run, tmp_path / "a", cache) == first
+    assert first.stat().st_mtime_ns == changed, "a finished run is not run again"
+
+
+@needs_sandbox
+def test_a_reference_is_read_back_as_it_was_made(cache):
+    facts = make_reference(SETTINGS["tiny"], 0, cache)
+    assert facts == make_reference(SETTINGS["tiny"], 0, cache)
+    assert len(facts["pass_at"]) == SETTINGS["tiny"].config.evaluation_samples
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def die(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, die)
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_killed_sweep_continues_with_what_is_missing(tmp_path, monkeypatch):
+    done = []
+
+    def fake(run, results, cache):
+        if len(done) == 2 and not any(results.glob("killed")):
+            (results / "killed").touch()
+            raise KeyboardInterrupt
+        done.append(str(run))
+        write_whole(run.file(results), lambda file: file.write(b"{}"))
+
+    monkeypatch.setattr(sweep_module, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sweep_module, "make_reference", lambda *_: None)
+    monkeypatch.setattr(sweep_module, "perform", fake)
+    planned = plan(["tiny"], ["group", "ppo"], [0], [0, 1], 2, "development")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(planned, tmp_path, tmp_path, 1, None, quiet=True)
+    assert done == ["tiny group r0 s0", "tiny ppo r0 s0"]
+    outcome = sweep(planned, tmp_path, tmp_path, 1, None, quiet=True)
+    assert done == [str(run) for run in planned], "each once"
+    assert outcome.files == [run.file(tmp_path) for run in planned]
+    assert not outcome.left and not outcome.failed
+
+
+def test_a_sweep_ends_within_its_budget_and_survives_a_failing_run(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def fake(run, results, cache):
+        now[0] += 60
+        if run.method == "ppo":
+            raise RuntimeError("no")
+        write_whole(run.file(results), lambda file: file.write(b"{}"))
+
+    monkeypatch.setattr(sweep_module, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sweep_module, "make_reference", lambda *_: None)
+    monkeypatch.setattr(sweep_module, "perform", fake)
+    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: now[0])
+    planned = plan(["tiny"], ["ppo", "group"], [0], [0, 1, 2], 2, "test")
+    outcome = sweep(planned, tmp_path, tmp_path, 1, budget_minutes=4.5, quiet=True)
+    assert now[0] == 4 * 60
+    assert list(outcome.failed.values()) == ["RuntimeError: no"] * 2
+    assert len(outcome.files) == 2 and outcome.left == planned[4:]
+
+
+def test_a_plan_takes_whole_rows_of_methods_and_refuses_unknown_names():
+    planned = plan(["tiny"], ["group", "ppo"], [0, 1], [0, 1], 2, "test")
+    assert [run.method for run in planned[:2]] == ["group", "ppo"]
+    assert [(run.reference_seed, run.seed) for run in planned[::2]] == [
+        (0, 0), (0, 1), (1, 0), (1, 1),
+    ]  # fmt: skip
+    for settings, methods in ((["huge"], ["ppo"]), (["tiny"], ["magic"])):
+        with pytest.raises(ValueError, match="must be one of"):
+            plan(settings, methods, [0], [0], 2, "test")
+
+
+def test_a_changed_method_is_another_run(tmp_path):
+    files = {Run("tiny", name, 0, 0, 2, "test").file(tmp_path) for name in
+             ("group", "group:beta=0.1", "group:beta=0.2")}  # fmt: skip
+    assert len(files) == 3
+    assert all(file.name == Path(file.name).name and ":" not in file.name for file in files)
+
+
+def record(method, seed, final, **changes):
+    """A run whose pass@1 goes from .1 to `final` and pass@2 from .2 to final + .1."""
+
+    def point(step, passed):
+        return {
+            "step": step, "sampled": 100 * step, "updates": step, "training_seconds": 3.0 * step,
+            "pass_at": [passed, passed + 0.1], "distinct_correct": 2.0, "entropy": 5.0, "kl": 0.5,
+            "mean_tokens": 12.0, "training": {},
+            "calibration": None if method == "sft" else
+            {"ranked": 0.7, "residual_rms": 0.3, "bins": [[-0.9, -0.95], [-0.2, -0.1]]},
+        }  # fmt: skip
+
+    return {
+        "setting": "tiny", "method": method, "reference_seed": 0, "seed": seed, "steps": 4,
+        "split": "test", "curve": [point(0, 0.1), point(4, final)], "commit": "abc",
+        "processor": "one", "torch": "2", "transformers": "5",
+        "seconds": {"sampling": 1.0, "update": 2.0},
+        "setting_settings": {"config": {"evaluation_k": 2}}, **changes,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("group", 0, 0.5), record("group", 1, 0.3), record("ppo", 0, 0.4), record("ppo", 1, 0.4),
+    record("sft", 0, 0.2),
+]  # fmt: skip
+
+
+def test_means_intervals_and_paired_differences():
+    group, ppo, sft = by_method(RECORDS)
+    first = columns_of(2)[0]
+    found = mean(group, first)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.4, 0.3, 0.5))
+    same = mean(ppo, first)
+    assert (same.low, same.mean, same.high) == pytest.approx((0.4, 0.4, 0.4))
+    assert shown(same, 3) == "0.400", "no interval where there is no spread"
+    paired = difference(group, ppo, first)
+    assert (paired.mean, paired.low, paired.high) == pytest.approx((0.0, -0.1, 0.1))
+    alone = difference(sft, ppo, first)
+    assert (alone.mean, alone.low) == (pytest.approx(-0.2), None), "one pair has no interval"
+    assert difference(group, Series("other", (record("other", 7, 1.0),)), first) is None
+    assert mean(sft, columns_of(2)[6]) is None, "without a beta there is no Q_T"
+
+
+def test_samples_to_reach_a_level_along_the_curve():
+    group = by_method(RECORDS)[0]  # pass@2: .2 at 0 samples, .5 at 400
+    assert samples_to_reach(group, 0.35, 2) == pytest.approx(200)
+    assert samples_to_reach(group, 0.1, 2) == 0
+    assert samples_to_reach(group, 0.6, 2) is None
+
+
+def test_report_of_made_up_runs(tmp_path):
+    files = []
+    for index, made in enumerate(RECORDS):
+        files.append(tmp_path / f"{index}.json")
+        files[-1].write_text(json.dumps(made), encoding="utf-8")
+    text = write_report(read_records(files), tmp_path / "out", "ppo")
+    lines = [line for line in text.splitlines() if line.startswith("| group")]
+    assert "0.400 [0.300, 0.500]" in lines[0] and "400" in lines[0]
+    assert "+0.000 [-0.100, +0.100]" in lines[1]
+    row = next(line for line in text.splitlines() if line.startswith("| reference"))
+    assert "0.100" in row
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "0.400 [0.300, 0.500]" in page and "://" not in page
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == page.count("data:image/png") == 5
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path, "ppo")
+
+
+def test_calibration_by_hand():
+    ratios = torch.tensor([[1.0, -1.0], [0.0, 2.0]])
+    rewards = torch.tensor([[0.0, -1.0], [-1.0, -1.0]])
+    found = calibrate(ratios, rewards, 0.5)
+    # Q_0 of the first: mean of (0 - .5, -1 + .5) = -.5; so Q_T = 0 and -1, just the rewards. Of the
+    # second: mean of (-1, -2) = -1.5; Q_T = -1.5 and -.5, both off by .5.
+    assert found["residual_rms"] == pytest.approx((0.5 / 4) ** 0.5)
+    assert found["ranked"] == 1.0
+    assert [b for bin_ in found["bins"] for b in bin_] == pytest.approx(
+        [-1.5, -1, -1, -1, -0.5, -1, 0, 0]
+    )
+    assert calibrate(ratios, torch.zeros(2, 2), 0.5)["ranked"] is None
+
+
+def test_curve_keeps_means_since_the_last_evaluation():
+    clock, curve = runs_module.Clock(), runs_module.Curve()
+    curve.note({"loss": 1.0})
+    curve.note({"loss": 3.0, "pass_rate": 0.5})
+    curve.add(2, clock, {})
+    curve.note({"loss": 7.0})
+    curve.add(3, clock, {})
+    assert [point["training"] for point in curve.points] == [
+        {"loss": 2.0, "pass_rate": 0.5},
+        {"loss": 7.0},
+    ]
