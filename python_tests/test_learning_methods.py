@@ -23,7 +23,7 @@ from learning.settings import SETTINGS, setting_named  # noqa: E402
 from sandbox_cases import WHY_NOT  # noqa: E402
 
 from spo_ext.quickstart.judging import Grade, Grader  # noqa: E402
-from spo_ext.quickstart.policy import make_policy  # noqa: E402
+from spo_ext.quickstart.policy import Samples, make_policy  # noqa: E402
 from spo_ext.quickstart.vocabulary import TOKENS  # noqa: E402
 from spo_ext.sandbox import Sandbox  # noqa: E402
 
@@ -121,19 +121,53 @@ def test_rare_syncing_samples_ahead_from_the_policy_as_it_was():
         assert same == from_reference
 
 
-def test_each_sampled_program_is_learnt_from_once_without_replay(monkeypatch):
-    seen = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """Programs of every batch that a feed gave, in order."""
+    batches = []
     original = Feed.next
 
     def record(feed):
         rows = original(feed)
         sizes = rows.tokens.cu_seqlens.diff().tolist()
-        seen.extend(tuple(part.tolist()) for part in torch.split(rows.tokens.targets, sizes))
+        parts = torch.split(rows.tokens.targets, sizes)
+        batches.append(sorted(tuple(part.tolist()) for part in parts))
         return rows
 
     monkeypatch.setattr(Feed, "next", record)
+    return batches
+
+
+def test_each_sampled_program_is_learnt_from_once_without_replay(drawn):
     learner, _, _ = learn(METHODS["group"], 3)
-    assert sorted(seen) == sorted(row.program for row in learner.sampled)
+    assert sorted(sum(drawn, [])) == sorted(row.program for row in learner.sampled)
+
+
+def test_spo_draws_again_for_every_update_and_ppo_goes_over_its_batch_again(drawn):
+    learn(METHODS["ppo-4"], 3)
+    assert len(drawn) == 3
+    drawn.clear()
+    learn(METHODS["replay-4"], 3)
+    assert len(drawn) == 12 and drawn[-1] != drawn[-2]
+
+
+def test_recent_batches_only(drawn):
+    learner, _, _ = learn(replace(METHODS["replay-4"], updates=2, max_age=1), 3)
+    for batch in range(3):
+        fresh = sorted(row.program for row in learner.sampled[batch * ROWS : (batch + 1) * ROWS])
+        assert drawn[2 * batch] == drawn[2 * batch + 1] == fresh
+
+
+def test_equal_programs_of_one_problem_all_count(drawn, monkeypatch):
+    always = [3, 4, 1]
+
+    def sample(policy, prompts, per_prompt, max_tokens):
+        count = len(prompts) * per_prompt
+        return Samples([always] * count, -torch.ones(count, 3))
+
+    monkeypatch.setattr("learning.sampling.sample", sample)
+    learn(METHODS["group"], 2)
+    assert drawn == [[tuple(always)] * ROWS] * 2
 
 
 def test_guided_programs_begin_as_a_solution_does():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from learning import runs as runs_module  # noqa: E402
 from learning import sweep as sweep_module  # noqa: E402
-from learning.evaluation import calibrate  # noqa: E402
+from learning.evaluation import calibrate, evaluate  # noqa: E402
 from learning.references import make_reference, write_whole  # noqa: E402
 from learning.report import read_records, write_report  # noqa: E402
 from learning.runs import Run, perform  # noqa: E402
@@ -32,6 +32,10 @@ from learning.tables import (  # noqa: E402
 )
 from sandbox_cases import WHY_NOT  # noqa: E402
 
+from spo_ext.quickstart.judging import Grade  # noqa: E402
+from spo_ext.quickstart.policy import make_policy  # noqa: E402
+
+TINY = SETTINGS["tiny"]
 needs_sandbox = pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")
 
 
@@ -75,7 +79,7 @@ def test_the_same_run_gives_the_same_curve_and_another_seed_another(tmp_path, ca
     record = json.loads(first.read_text(encoding="utf-8"))
     assert [point["step"] for point in record["curve"]] == [0, 2]
     assert [point["sampled"] for point in record["curve"]] == [0, 12]
-    assert len(record["curve"][-1]["pass_at"]) == SETTINGS["tiny"].config.evaluation_samples
+    assert len(record["curve"][-1]["pass_at"]) == TINY.config.evaluation_samples
     assert record["commit"] and record["method_settings"]["offline_share"] == 0.5
     stages = {"sampling", "judging", "store", "scoring", "update", "evaluation"}
     assert set(record["seconds"]) == stages
@@ -87,9 +91,9 @@ def test_the_same_run_gives_the_same_curve_and_another_seed_another(tmp_path, ca
 
 @needs_sandbox
 def test_a_reference_is_read_back_as_it_was_made(cache):
-    facts = make_reference(SETTINGS["tiny"], 0, cache)
-    assert facts == make_reference(SETTINGS["tiny"], 0, cache)
-    assert len(facts["pass_at"]) == SETTINGS["tiny"].config.evaluation_samples
+    facts = make_reference(TINY, 0, cache)
+    assert facts == make_reference(TINY, 0, cache)
+    assert len(facts["pass_at"]) == TINY.config.evaluation_samples
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -235,6 +239,25 @@ def test_report_of_made_up_runs(tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path, "ppo")
+
+
+def test_an_evaluation_depends_on_its_seed_alone():
+    class Never:
+        def grade(self, problems, programs):
+            return [Grade("", 0, 1) for _ in programs]
+
+    torch.manual_seed(0)
+    policy, config = make_policy(TINY.config), TINY.config
+    problems = TINY.problems("development", 0)
+    found = []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        expected = torch.rand(1)
+        torch.manual_seed(state)
+        found.append(evaluate(policy, policy, problems, Never(), config, seed, 0.1))
+        assert torch.equal(torch.rand(1), expected), "and leaves the random state alone"
+    assert found[0] == found[1] != found[2]
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-4)
 
 
 def test_calibration_by_hand():
