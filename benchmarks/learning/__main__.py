@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the learning itself")
     add("--steps", type=int, default=120, help="sampled batches")
     add("--split", choices=_SPLITS, default="dev", help="dev to choose, test to report")
-    add("--budget", type=float, help="minutes, after the references are there")
+    add("--budget", type=float, help="minutes in all, beyond the references")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--control", default="ppo", help="what every method is compared with")
     add("--out", type=Path, default=Path("build/learning"))

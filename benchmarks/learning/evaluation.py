@@ -25,6 +25,7 @@ _SEED = 1_000_003
 
 def evaluate(
     policy: Qwen2ForCausalLM,
+    origin: Qwen2ForCausalLM,
     reference: Qwen2ForCausalLM,
     problems: Sequence[Problem],
     grader: Grader,
@@ -36,8 +37,9 @@ def evaluate(
 
     pass_at: unbiased, for k = 1, 2, ... evaluation_samples. correct: of each problem.
     distinct_correct: mean number of different correct programs per solved problem. entropy, and kl
-    to the reference over kl_problems: nats per program. calibration: see `calibrate`, None without
-    a beta. torch's random state is left as it was.
+    to the policy that the run began with (origin) over kl_problems: nats per program. calibration:
+    see `calibrate`, against the reference of the loss; None without a beta. torch's random state is
+    left as it was.
     """
     n = config.evaluation_samples
     with torch.random.fork_rng(devices=[]):
@@ -49,14 +51,17 @@ def evaluate(
     distinct = [_distinct(row) for row, count in zip(by_problem, correct, strict=True) if count]
     rows = min(config.kl_problems, len(problems)) * n
     prompts = [encode_prompt(problem) for problem in problems for _ in range(n)][:rows]
-    log_ratios = sums[:rows] - score(reference, prompts, programs[:rows])
+    log_ratios = sums[:rows] - score(origin, prompts, programs[:rows])
+    kl = float(log_ratios.mean())
+    if reference is not origin and beta is not None:
+        log_ratios = sums[:rows] - score(reference, prompts, programs[:rows])
     rewards = torch.tensor([grade.reward for grade in grades[:rows]])
     return {
         "pass_at": [mean_pass_at_k(n, correct, k) for k in range(1, n + 1)],
         "correct": correct,
         "distinct_correct": sum(distinct) / max(1, len(distinct)),
         "entropy": -float(sums.mean()),
-        "kl": float(log_ratios.mean()),
+        "kl": kl,
         "mean_tokens": sum(map(len, programs)) / len(programs),
         "calibration": None
         if beta is None

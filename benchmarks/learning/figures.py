@@ -66,7 +66,7 @@ def cost_of_gain(methods: Sequence[Series]) -> bytes:
     panels = (
         ("distinct_correct", "different correct programs"),
         ("entropy", "entropy, nats per program"),
-        ("kl", "KL to the reference, nats per program"),
+        ("kl", "KL to the first policy, nats per program"),
         ("mean_tokens", "tokens per program"),
     )
     for panel, (name, title) in zip(axes.flat, panels, strict=True):

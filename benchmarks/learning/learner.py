@@ -45,7 +45,7 @@ class Task:
 
 
 class Learner:
-    """policy is trained in place by `run`; reference is what its divergence is measured from.
+    """policy is trained in place by `run`; reference is that of the loss, origin where it began.
 
     Everything that is drawn follows from the seed and torch's random state at the start.
     """
@@ -54,7 +54,7 @@ class Learner:
         self._task = task
         every = task.setting.sync_every
         self._method = method if every is None else replace(method, sync_every=every)
-        self.reference = reference
+        self.origin = self.reference = reference
         self.policy: Qwen2ForCausalLM = copy.deepcopy(reference).requires_grad_(True)
         for model in (self.reference, self.policy):
             answer_logprobs(model, HeadSettings())

@@ -82,6 +82,7 @@ def _record(run: Run, cache: Path) -> dict[str, Any]:
             with clock.stage("evaluation"):
                 found = evaluate(
                     learner.policy,
+                    learner.origin,
                     learner.reference,
                     held_out,
                     grader,
