@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from spo_ext.evaluation.estimates import estimate
 from spo_ext.evaluation.plot import GREY, PALETTE, new_figure, plain, png_bytes
@@ -53,7 +52,8 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
     axes.set_xlabel("k, programs per problem")
     axes.set_ylabel("pass@k")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    most = len(last(methods[0].runs[0])["pass_at"])
+    axes.set_xticks([1, *range(5, most + 1, 5)])
     plain(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return png_bytes(figure)

@@ -70,6 +70,7 @@ def perform(run: Run, results: Path, cache: Path) -> Path:
 
 def _record(run: Run, cache: Path) -> dict[str, Any]:
     setting, method = setting_named(run.setting), method_named(run.method)
+    commit = machine.commit()  # now: somebody may commit while it runs
     begin, workers = time.perf_counter(), setting.config.sandbox_workers
     clock, curve = Clock(), Curve()
     torch.set_num_threads(setting.config.threads)
@@ -104,7 +105,7 @@ def _record(run: Run, cache: Path) -> dict[str, Any]:
         "method_settings": asdict(method),
         "setting_settings": asdict(setting),
         "reference": reference_key(setting, run.reference_seed),
-        "commit": machine.commit(),
+        "commit": commit,
         "processor": machine.processor(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
