@@ -23,6 +23,8 @@ from learning.tables import (  # noqa: E402
     shown,
 )
 
+from spo_ext.evaluation.estimates import Estimate  # noqa: E402
+
 
 def record(method, seed, final, **changes):
     """A run whose pass@1 goes from .1 to `final` and pass@2 from .2 to final + .1."""
@@ -59,6 +61,7 @@ def test_means_intervals_and_paired_differences():
     same = mean(ppo, first)
     assert (same.low, same.mean, same.high) == pytest.approx((0.4, 0.4, 0.4))
     assert shown(same, 3) == "0.400", "no interval where there is no spread"
+    assert shown(Estimate(-1e-9, -0.004, 0.3, 2), 2) == "0.00 [0.00, 0.30]"
     paired = difference(group, ppo, first)
     assert (paired.mean, paired.low, paired.high) == pytest.approx((0.0, -0.1, 0.1))
     alone = difference(sft, ppo, first)

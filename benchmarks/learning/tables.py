@@ -133,10 +133,13 @@ def shown(value: Estimate | None, digits: int, signed: bool = False) -> str:
     if value is None:
         return "-"
     sign = "+" if signed else ""
-    text = f"{value.mean:{sign}.{digits}f}"
+
+    def text(number: float) -> str:
+        return f"{round(number, digits) + 0.0:{sign}.{digits}f}"  # never "-0.00"
+
     if value.low is None or value.high is None or value.low == value.high:
-        return text
-    return f"{text} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
+        return text(value.mean)
+    return f"{text(value.mean)} [{text(value.low)}, {text(value.high)}]"
 
 
 def _calibration(run: Record, name: str) -> float | None:
