@@ -129,6 +129,16 @@ def test_splits_share_no_specification() -> None:
     assert not drawn["development"] & drawn["test"]
 
 
+def test_longer_problems_have_no_two_neighbours_of_a_kind() -> None:
+    rng = random.Random(0)
+    drawn = draw_problems(
+        rng, "train", 60, vague_probability=0.5, hidden_tests=5, operations=(2, 5)
+    )
+    kinds = [[OPERATIONS[name].kind for name, _ in p.specification.steps] for p in drawn]
+    assert {len(row) for row in kinds} == {2, 3, 4, 5}
+    assert all(a != b for row in kinds for a, b in zip(row, row[1:], strict=False))
+
+
 def test_the_split_of_a_specification_is_fixed() -> None:
     # A changed hash would silently move test problems into old training sets.
     splits = [Specification((("add", k),), "sum").split for k in (1, 2, 3, 5)]
@@ -233,6 +243,24 @@ def test_padding_does_not_change_logprobs(policy) -> None:
     ]
     torch.testing.assert_close(batched, torch.cat(alone), atol=1e-4, rtol=0)
     torch.testing.assert_close(batched, drawn.logprob_sums, atol=1e-4, rtol=0)
+
+
+def test_samples_say_the_log_probability_of_every_token(policy) -> None:
+    prompts = [encode_prompt(problem) for problem in problems_of("train", 3)]
+    torch.manual_seed(1)
+    drawn = sample(policy, prompts, per_prompt=2, max_tokens=9)
+    assert (
+        drawn.logprobs.shape == (6, max(map(len, drawn.programs))) and drawn.logprobs.shape[1] < 10
+    )
+    for row, (program, logprobs) in enumerate(zip(drawn.programs, drawn.logprobs, strict=True)):
+        prompt = prompts[row // 2]
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([prompt + program])).logits[0]
+        ids = torch.tensor(program)[:, None]
+        places = slice(len(prompt) - 1, len(prompt) - 1 + len(program))
+        expected = logits.log_softmax(-1)[places].gather(1, ids)[:, 0]
+        torch.testing.assert_close(logprobs[: len(program)], expected, atol=1e-4, rtol=0)
+        assert not logprobs[len(program) :].any()
 
 
 def test_scores_are_those_of_the_full_logits(policy) -> None:
@@ -426,6 +454,7 @@ def test_trailing_mean() -> None:
         ({"evaluation_k": 30}, "evaluation_k must be at most evaluation_samples"),
         ({"programs_per_prompt": 1}, "programs_per_prompt must be at least 2"),
         ({"heads": 3}, "hidden_size must be a multiple of 2"),
+        ({"least_operations": 4}, r"least_operations must be at most most_operations \(3\), got 4"),
     ],
 )
 def test_settings_that_cannot_work_are_named(change: dict, message: str) -> None:

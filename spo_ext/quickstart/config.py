@@ -24,6 +24,9 @@ class QuickstartConfig:
     evaluation_split: Split = "test"  # "development" is for choosing settings
     hidden_tests: int = 10
     vague_probability: float = 0.5  # an ambiguous word has several readings, so diversity pays
+    least_operations: int = 1  # of a problem, before its reduction
+    most_operations: int = 3
+    max_program_tokens: int = 36  # with the end token
 
     # Policy: 0.65 M parameters, the smallest that learns the task in two minutes on two cores.
     hidden_size: int = 128
@@ -71,6 +74,11 @@ class QuickstartConfig:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         self._check_ranges()
+        if self.least_operations > self.most_operations:
+            raise ValueError(
+                f"least_operations must be at most most_operations ({self.most_operations}),"
+                f" got {self.least_operations}"
+            )
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 "hidden_size must be a multiple of 2 * heads (rotary positions pair the channels"

@@ -69,6 +69,7 @@ def _problems(config: QuickstartConfig, split: Split, count: int) -> list[Proble
         count,
         vague_probability=config.vague_probability,
         hidden_tests=config.hidden_tests,
+        operations=(config.least_operations, config.most_operations),
     )
 
 

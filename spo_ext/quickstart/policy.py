@@ -33,11 +33,16 @@ class Batch:
 class Samples:
     """Programs drawn from a policy, n per prompt in prompt order, as ids up to their end token.
 
-    logprob_sums [B*n] is the log-probability of each program under the policy that drew it.
+    logprobs float32 [B*n, longest program]: of every token under the policy that drew it, nats, 0
+    after the end. logprob_sums float32 [B*n]: of every program.
     """
 
     programs: list[list[int]]
-    logprob_sums: Tensor
+    logprobs: Tensor
+
+    @property
+    def logprob_sums(self) -> Tensor:
+        return self.logprobs.double().sum(dim=1).float()
 
 
 def make_policy(config: QuickstartConfig) -> Qwen2ForCausalLM:
@@ -49,7 +54,7 @@ def make_policy(config: QuickstartConfig) -> Qwen2ForCausalLM:
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        max_position_embeddings=_MAX_PROMPT_TOKENS + MAX_PROGRAM_TOKENS,
+        max_position_embeddings=_MAX_PROMPT_TOKENS + config.max_program_tokens,
         tie_word_embeddings=False,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -85,12 +90,17 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(policy: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], per_prompt: int) -> Samples:
+def sample(
+    policy: Qwen2ForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    per_prompt: int,
+    max_tokens: int = MAX_PROGRAM_TOKENS,
+) -> Samples:
     """Draws programs at temperature 1 from torch's current random state.
 
     `policy.generate` would read a prompt once per program and carry finished rows to the end of
     the longest one; a prompt is read once here and finished rows leave, a third of the time.
-    A program that reaches MAX_PROGRAM_TOKENS comes back without an end token.
+    A program that reaches max_tokens comes back without an end token.
     """
     ids, mask = pad_prompts(prompts)
     cache = DynamicCache(config=policy.config)
@@ -98,22 +108,23 @@ def sample(policy: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], per_promp
     cache.batch_repeat_interleave(per_prompt)
     mask = mask.repeat_interleave(per_prompt, dim=0)
     rows = torch.arange(len(hidden))
-    drawn = torch.full((len(hidden), MAX_PROGRAM_TOKENS), PAD)
-    logprob_sums = torch.zeros(len(hidden), dtype=torch.float64)
-    for column in range(MAX_PROGRAM_TOKENS):
+    drawn = torch.full((len(hidden), max_tokens), PAD)
+    taken = torch.zeros(len(hidden), max_tokens)
+    for column in range(max_tokens):
         logprobs = policy.lm_head(hidden).log_softmax(dim=-1)
         tokens = torch.multinomial(logprobs.exp(), 1)
         drawn[rows, column] = tokens.squeeze(1)
-        logprob_sums[rows] += logprobs.gather(1, tokens).squeeze(1)
+        taken[rows, column] = logprobs.gather(1, tokens).squeeze(1)
         running = (tokens.squeeze(1) != EOS).nonzero().squeeze(1)
-        if column + 1 == MAX_PROGRAM_TOKENS or not len(running):
+        if column + 1 == max_tokens or not len(running):
             break
         if len(running) < len(rows):
             cache.batch_select_indices(running)
         rows, tokens, mask = rows[running], tokens[running], mask[running]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         hidden = _read(policy, tokens, mask, cache)
-    return Samples([_up_to_end(row) for row in drawn.tolist()], logprob_sums.float())
+    programs = [_up_to_end(row) for row in drawn.tolist()]
+    return Samples(programs, taken[:, : max(map(len, programs))])
 
 
 def _up_to_end(row: list[int]) -> list[int]:

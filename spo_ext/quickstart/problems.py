@@ -1,8 +1,8 @@
 """Small programming problems: a function over a list of integers, in words and two examples.
 
-A problem applies one to three operations (a filter, a map and a list operation, in any order), then
-a reduction. Half of the words are vague on purpose ("large" for "above 4"): the examples narrow
-their meaning and hidden tests settle it, so a policy that bets on one reading loses pass@k.
+A problem applies one to three operations (a filter, a map and a list operation, in any order) or
+more, then a reduction. Half of the words are vague on purpose ("large" for "above 4"): the examples
+narrow their meaning and hidden tests settle it, so a policy that bets on one reading loses pass@k.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from .config import Split
 Step = tuple[str, int]  # operation name, constant (0 where the operation has none)
 Output = list[int] | int
 
-MAX_STEPS = 3
 LARGEST_INPUT = 9
 EXAMPLE_LENGTH = 4
 MIN_EXAMPLE_OUTPUT, MAX_EXAMPLE_OUTPUT = -60, 159  # one token per number, see vocabulary.py
 EXAMPLES = 2
-_STEP_WEIGHTS = (0.3, 0.5, 0.2)  # for one, two and three steps
+_STEP_WEIGHTS = (0.3, 0.5, 0.2)  # for one, two and three steps; more weigh as much as three
 _SPLITS: tuple[Split, ...] = ("test", "development", "train", "train", "train", "train")
 
 
@@ -155,19 +154,34 @@ def draw_reduction(rng: random.Random) -> str:
     return rng.choices(_REDUCTION_LIST, _REDUCTION_WEIGHTS)[0].name
 
 
-def draw_specification(rng: random.Random) -> Specification:
-    """One to three steps of different kinds in random order, then a reduction."""
-    count = rng.choices(range(1, MAX_STEPS + 1), _STEP_WEIGHTS)[0]
-    kinds = rng.sample(sorted(_BY_KIND), count)
+def draw_specification(rng: random.Random, least: int = 1, most: int = 3) -> Specification:
+    """least to most steps in random order, then a reduction.
+
+    Up to three steps are of different kinds, and no two neighbours are of one kind.
+    """
+    counts = range(least, most + 1)
+    weights = [_STEP_WEIGHTS[min(count, len(_STEP_WEIGHTS)) - 1] for count in counts]
+    count = rng.choices(counts, weights)[0]
+    kinds = rng.sample(sorted(_BY_KIND), min(count, len(_BY_KIND)))
+    while len(kinds) < count:
+        kinds.append(rng.choice([kind for kind in sorted(_BY_KIND) if kind != kinds[-1]]))
     return Specification(tuple(draw_step(rng, kind) for kind in kinds), draw_reduction(rng))
 
 
 def draw_problem(
-    rng: random.Random, split: Split, *, vague_probability: float, hidden_tests: int
+    rng: random.Random,
+    split: Split,
+    *,
+    vague_probability: float,
+    hidden_tests: int,
+    operations: tuple[int, int] = (1, 3),
 ) -> Problem:
-    """A random problem of one split; hidden_tests may be 0 when nothing will be judged."""
+    """A random problem of one split with so many operations, from the least to the most.
+
+    hidden_tests may be 0 when nothing will be judged.
+    """
     while True:
-        specification = draw_specification(rng)
+        specification = draw_specification(rng, *operations)
         if specification.split != split:
             continue
         words = _describe(rng, specification, vague_probability)
@@ -179,13 +193,23 @@ def draw_problem(
 
 
 def draw_problems(
-    rng: random.Random, split: Split, count: int, *, vague_probability: float, hidden_tests: int
+    rng: random.Random,
+    split: Split,
+    count: int,
+    *,
+    vague_probability: float,
+    hidden_tests: int,
+    operations: tuple[int, int] = (1, 3),
 ) -> list[Problem]:
     """`count` problems with different prompts."""
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         problem = draw_problem(
-            rng, split, vague_probability=vague_probability, hidden_tests=hidden_tests
+            rng,
+            split,
+            vague_probability=vague_probability,
+            hidden_tests=hidden_tests,
+            operations=operations,
         )
         problems.setdefault(problem.description, problem)
     return list(problems.values())

@@ -14,7 +14,7 @@ from .vocabulary import PROGRAM_TOKENS, encode_program
 
 MAX_PROGRAM_TOKENS = 36  # with the end token
 STYLES = ("comprehension", "functional", "statements")
-_STYLE_WEIGHTS = (0.80, 0.14, 0.06)
+STYLE_WEIGHTS = (0.80, 0.14, 0.06)  # of demonstrations
 _FORM_WEIGHTS = (0.80, 0.13, 0.07)
 _FUSE_PROBABILITY = 0.8  # a map right after a filter goes into the same comprehension
 _LARGEST_CONSTANT = 8
@@ -44,19 +44,25 @@ def write_program(rng: random.Random, specification: Specification, style: str) 
 
 
 def demonstrate(
-    rng: random.Random, specification: Specification, *, corruption: float, token_noise: float
+    rng: random.Random,
+    specification: Specification,
+    *,
+    corruption: float,
+    token_noise: float,
+    max_tokens: int = MAX_PROGRAM_TOKENS,
 ) -> list[int]:
     """Ids of a supervised target: a program for a corrupted copy of the specification.
 
     corruption is the chance per operation of another one in its place (or none, or a neighbouring
-    constant), token_noise the chance that one token is dropped or replaced.
+    constant), token_noise the chance that one token is dropped or replaced. max_tokens counts the
+    end token.
     """
     while True:
         corrupted = corrupt(rng, specification, corruption)
-        tokens = write_program(rng, corrupted, rng.choices(STYLES, _STYLE_WEIGHTS)[0])
+        tokens = write_program(rng, corrupted, rng.choices(STYLES, STYLE_WEIGHTS)[0])
         if rng.random() < token_noise:
             tokens = _spoil_one_token(rng, tokens)
-        if tokens and len(tokens) < MAX_PROGRAM_TOKENS:
+        if tokens and len(tokens) < max_tokens:
             return encode_program(tokens)
 
 

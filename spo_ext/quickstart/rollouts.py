@@ -63,7 +63,8 @@ def draw_and_grade(
     prompts = [encode_prompt(problem) for problem in problems]
     with session.log.stage(f"{stage}: sampling"):
         for start in range(0, len(prompts), _PROMPTS_PER_PASS):
-            drawn = sample(policy, prompts[start : start + _PROMPTS_PER_PASS], per_prompt)
+            part = prompts[start : start + _PROMPTS_PER_PASS]
+            drawn = sample(policy, part, per_prompt, session.config.max_program_tokens)
             programs += drawn.programs
             logprob_sums.append(drawn.logprob_sums)
     with session.log.stage(f"{stage}: judging"):

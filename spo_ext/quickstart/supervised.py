@@ -83,11 +83,18 @@ def _draw_batches(config: QuickstartConfig, rng: random.Random) -> list[list[Exa
 
 
 def _draw_example(config: QuickstartConfig, rng: random.Random) -> Example:
-    problem = draw_problem(rng, "train", vague_probability=config.vague_probability, hidden_tests=0)
+    problem = draw_problem(
+        rng,
+        "train",
+        vague_probability=config.vague_probability,
+        hidden_tests=0,
+        operations=(config.least_operations, config.most_operations),
+    )
     program = demonstrate(
         rng,
         problem.specification,
         corruption=config.corruption,
         token_noise=config.token_noise,
+        max_tokens=config.max_program_tokens,
     )
     return encode_prompt(problem), program

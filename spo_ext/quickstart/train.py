@@ -41,7 +41,7 @@ def improve(
         policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     q0 = estimate_q0(reference, problems, session)
-    stream = _shuffled_forever(len(problems), rng)
+    stream = shuffled_forever(len(problems), rng)
     rows = config.prompts_per_batch * config.programs_per_prompt
     step = 0
     with tqdm(total=config.steps, desc="SPO", disable=session.quiet, mininterval=1.0) as bar:
@@ -160,7 +160,7 @@ def _schedule(step: int, config: QuickstartConfig) -> float:
     return min(1.0, step / max(1, config.warmup_steps)) * decay
 
 
-def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
+def shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
     """Every index once in random order, then all again."""
     while True:
         yield from rng.sample(range(count), count)

@@ -1,0 +1,73 @@
+"""The command: runs what is asked for, then reports on all of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from spo_ext.quickstart.config import Split
+
+from .methods import METHODS
+from .report import read_records, write_report
+from .settings import SETTINGS
+from .sweep import plan, sweep
+
+_SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
+# The controls are always among them.
+_METHODS = (
+    "group", "group-0.1", "squared", "cross-entropy", "half-near", "sft-group",
+    "sft", "sft-ppo", "expert", "ppo", "grpo",
+)  # fmt: skip
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    try:
+        runs = plan(
+            options.settings,
+            options.methods,
+            options.reference_seeds,
+            options.seeds,
+            options.steps,
+            _SPLITS[options.split],
+        )
+    except ValueError as error:
+        print(f"learning: {error}", file=sys.stderr)
+        return 2
+    results, cache = options.out / "runs", options.out / "references"
+    outcome = sweep(runs, results, cache, options.workers, options.budget)
+    for name, reason in outcome.failed.items():
+        print(f"learning: {name} failed: {reason}", file=sys.stderr)
+    if outcome.left:
+        print(f"learning: {len(outcome.left)} runs were not begun in the budget", file=sys.stderr)
+    if outcome.files:
+        print(write_report(read_records(outcome.files), options.out, options.control))
+        print(f"\nReport: {options.out / 'report.html'}")
+    return 1 if outcome.failed or not outcome.files else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m learning", description=__doc__)
+    add = parser.add_argument
+    add("--settings", nargs="+", default=["standard"], help=f"of {', '.join(SETTINGS)}, stale-K")
+    add(
+        "--methods",
+        nargs="+",
+        default=list(_METHODS),
+        help=f"of {', '.join(METHODS)}; NAME:field=value,... is a variation of one",
+    )
+    add("--reference-seeds", nargs="+", type=int, default=[0, 1])
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="of the learning itself")
+    add("--steps", type=int, default=120, help="sampled batches")
+    add("--split", choices=_SPLITS, default="dev", help="dev to choose, test to report")
+    add("--budget", type=float, help="minutes in all, beyond the references")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
+    add("--control", default="ppo", help="what every method is compared with")
+    add("--out", type=Path, default=Path("build/learning"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

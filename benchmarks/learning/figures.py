@@ -1,0 +1,153 @@
+"""The charts of the report as PNG bytes; a line is the mean over pairs of seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+
+from spo_ext.evaluation.estimates import estimate
+from spo_ext.evaluation.plot import GREY, PALETTE, new_figure, plain, png_bytes
+
+from .tables import Series, last, mean_curve, pass_at
+
+_STAGES = ("sampling", "judging", "store", "scoring", "update")
+Colour = str | tuple[float, ...]
+
+
+def learning_curves(methods: Sequence[Series], k: int) -> bytes:
+    """pass@1 and pass@k against sampled programs and against updates."""
+    figure = new_figure(12, 7, dpi=120)
+    axes = figure.subplots(2, 2)
+    for row, depth in enumerate((1, k)):
+        for column, against in enumerate(("sampled", "updates")):
+            panel = axes[row][column]
+            _lines(panel, methods, against, _reader(depth))
+            panel.set_ylabel(f"pass@{depth}")
+            panel.set_xlabel({"sampled": "sampled programs", "updates": "updates"}[against])
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+    )
+    return png_bytes(figure)
+
+
+def pass_curve(methods: Sequence[Series]) -> bytes:
+    """pass@k for every k after the last step, with 95% intervals over pairs of seeds."""
+    figure = new_figure(8, 4.2, dpi=120)
+    axes = figure.subplots()
+    for series, colour in zip(methods, _colours(len(methods)), strict=True):
+        ks = range(1, len(last(series.runs[0])["pass_at"]) + 1)
+        found = [estimate([pass_at(last(run), k) for run in series.runs]) for k in ks]
+        known = [value for value in found if value is not None]
+        means = [value.mean for value in known]
+        axes.plot(ks, means, color=colour, label=series.method)
+        low = [value.mean if value.low is None else value.low for value in known]
+        high = [value.mean if value.high is None else value.high for value in known]
+        axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xlabel("k, programs per problem")
+    axes.set_ylabel("pass@k")
+    axes.set_ylim(bottom=0)
+    most = len(last(methods[0].runs[0])["pass_at"])
+    axes.set_xticks([1, *range(5, most + 1, 5)])
+    plain(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return png_bytes(figure)
+
+
+def cost_of_gain(methods: Sequence[Series]) -> bytes:
+    """What learning does to diversity, entropy, distance and length, against updates."""
+    figure = new_figure(12, 6.5, dpi=120)
+    axes = figure.subplots(2, 2)
+    panels = (
+        ("distinct_correct", "different correct programs"),
+        ("entropy", "entropy, nats per program"),
+        ("kl", "KL to the first policy, nats per program"),
+        ("mean_tokens", "tokens per program"),
+    )
+    for panel, (name, title) in zip(axes.flat, panels, strict=True):
+        _lines(panel, methods, "updates", _number(name))
+        panel.set_ylabel(title)
+        panel.set_xlabel("updates")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+    )
+    return png_bytes(figure)
+
+
+def calibration(methods: Sequence[Series]) -> bytes | None:
+    """Mean reward against mean Q_T in equal shares of the programs; None if no method has Q_T."""
+    figure = new_figure(6.5, 4.2, dpi=120)
+    axes = figure.subplots()
+    drawn = False
+    for series, colour in zip(methods, _colours(len(methods)), strict=True):
+        found = [last(run)["calibration"] for run in series.runs]
+        if any(one is None for one in found):
+            continue
+        bins = zip(*(one["bins"] for one in found), strict=True)
+        points = [[sum(xy[i] for xy in bin_) / len(bin_) for i in (0, 1)] for bin_ in bins]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=series.method)
+        drawn = True
+    if not drawn:
+        return None
+    axes.plot([-1, 0], [-1, 0], color=GREY, linestyle="--", linewidth=1)
+    axes.set_xlabel("mean Q_T")
+    axes.set_ylabel("mean reward")
+    plain(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return png_bytes(figure)
+
+
+def time_split(methods: Sequence[Series]) -> bytes:
+    """Seconds of training by stage, mean over runs; evaluation is left out."""
+    figure = new_figure(9, 1.2 + 0.32 * len(methods), dpi=120)
+    axes = figure.subplots()
+    places = range(len(methods))
+    start = [0.0] * len(methods)
+    for stage, colour in zip(_STAGES, PALETTE, strict=False):
+        width = [
+            sum(run["seconds"].get(stage, 0.0) for run in series.runs) / len(series.runs)
+            for series in methods
+        ]
+        axes.barh(places, width, left=start, color=colour, label=stage, height=0.7)
+        start = [a + b for a, b in zip(start, width, strict=True)]
+    axes.set_yticks(places, [series.method for series in methods])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of a run, without evaluation")
+    plain(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return png_bytes(figure)
+
+
+def _reader(k: int) -> Callable[[dict[str, Any]], float]:
+    return lambda point: pass_at(point, k)
+
+
+def _number(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda point: float(point[name])
+
+
+def _lines(
+    axes: Axes,
+    methods: Sequence[Series],
+    against: str,
+    read: Callable[[dict[str, Any]], float],
+) -> None:
+    for series, colour in zip(methods, _colours(len(methods)), strict=True):
+        points = mean_curve(series, against, read)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, label=series.method)
+    plain(axes)
+
+
+def _colours(count: int) -> list[Colour]:
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    shades = colormaps["turbo"]
+    return [tuple(shades(0.04 + 0.92 * index / (count - 1))) for index in range(count)]

@@ -1,0 +1,201 @@
+"""Every method as plain settings, and the names that runs and reports know them by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from spo_ext.losses import Objective
+
+Family = Literal["spo", "ppo", "grpo", "sft", "expert"]
+Baseline = Literal["group", "leave_one_out", "online_group", "running", "reference", "smoothed"]
+Offline = Literal["none", "diverse", "near", "own"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a policy is improved; a setting says on what.
+
+    family:
+        "spo": `spo_ext.loss`. "ppo": clipped ratios, a value network of its own, kl in the reward.
+        "grpo": clipped ratios, rewards normalised in the group, kl in the loss. "sft": likelihood
+        of the offline solutions. "expert": likelihood of its own correct programs.
+    SPO:
+        objective, beta: of `spo_ext.loss`.
+        baseline: the prompt value Q_0. "group", "leave_one_out" and "running" are the estimators
+            group, leave_one_out and ema of `spo_ext.prompt_value`; "online_group" leaves offline
+            rows out of the group's mean; "reference" is Monte Carlo before training, "smoothed"
+            the same with half a success and half a failure more.
+        taper: failures fade by `spo_ext.taper_weights`.
+        rare_power: a group weighs (1 - its pass rate) to this power.
+    Data:
+        offline: correct programs in all styles alike ("diverse") or in those that the reference
+            prefers ("near"), or all that an earlier run of the method "group" sampled ("own").
+        offline_share: of the rows of a batch.
+        guided_share: of the sampled programs of a prompt, those that begin as an offline one does.
+        updates: per sampled batch. SPO draws a batch from the store for each; ppo and grpo go over
+            the sampled batch again.
+        max_age: SPO draws from so many sampled batches at most, None from all.
+        sync_every: batches sampled before the policy is looked at again.
+    A supervised start:
+        sft_share: of all steps, on offline programs at sft_learning_rate. reset_reference: the
+            result is the reference of the rest.
+    Controls:
+        kl: price of a nat, as beta is. clip: of the ratio. gae_lambda: of ppo's advantages.
+        offline_weight: of the likelihood of offline rows, beside the loss of sampled ones.
+    """
+
+    name: str
+    family: Family = "spo"
+    learning_rate: float = 3e-4
+    objective: Objective = "group"
+    beta: float = 0.03
+    baseline: Baseline = "group"
+    taper: bool = True
+    rare_power: float = 0.0
+    offline: Offline = "none"
+    offline_share: float = 0.0
+    guided_share: float = 0.0
+    updates: int = 1
+    max_age: int | None = None
+    sync_every: int = 1
+    sft_share: float = 0.0
+    sft_learning_rate: float = 1e-3
+    reset_reference: bool = True
+    kl: float = 0.05
+    clip: float = 0.2
+    gae_lambda: float = 1.0
+    value_learning_rate: float = 1e-3
+    offline_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        choices = {"family": Family, "baseline": Baseline, "offline": Offline}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                self._refuse(name, f"one of {', '.join(get_args(allowed))}")
+        if self.objective not in ("squared", "cross_entropy", "advantage", "group"):
+            self._refuse("objective", "squared, cross_entropy, advantage or group")
+        for name in ("offline_share", "guided_share", "sft_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                self._refuse(name, "in [0, 1]")
+        for name in ("updates", "sync_every"):
+            if getattr(self, name) < 1:
+                self._refuse(name, "at least 1")
+        if self.offline == "none" and (self.needs_offline or self.offline_weight):
+            self._refuse("offline", "diverse, near or own where offline programs are used")
+        if self.objective == "group" and self.baseline in ("running", "reference", "smoothed"):
+            self._refuse("baseline", "group, leave_one_out or online_group for objective group")
+        if self.family == "sft" and self.offline_share != 1:
+            self._refuse("offline_share", "1 for sft")
+        if self.family == "spo" and self.offline_share == 1 and not self.estimates_q0:
+            self._refuse("baseline", "reference or smoothed where no group is sampled")
+
+    @property
+    def needs_offline(self) -> bool:
+        return bool(self.offline_share or self.guided_share or self.sft_share)
+
+    @property
+    def estimates_q0(self) -> bool:
+        """Whether samples of the reference are drawn before training."""
+        return self.family == "spo" and self.baseline in ("reference", "smoothed", "running")
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether every update draws a batch of its own."""
+        return self.family not in ("ppo", "grpo")
+
+    @property
+    def softness(self) -> float | None:
+        """Reward per nat of KL at the method's optimum, None if it has none."""
+        return {"spo": self.beta, "ppo": self.kl, "grpo": self.kl}.get(self.family)
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        got = getattr(self, name)
+        raise ValueError(f"method {self.name}: {name} must be {wanted}, got {got!r}")
+
+
+_GROUP = Method("group")
+_SQUARED = Method("squared", objective="squared", baseline="smoothed", beta=0.1)
+_ENTROPY = Method("cross-entropy", objective="cross_entropy", baseline="smoothed", beta=1.0)
+_PPO = Method("ppo", family="ppo")
+_GRPO = Method("grpo", family="grpo")
+_SFT = Method("sft", family="sft", offline="near", offline_share=1.0, learning_rate=1e-3)
+_START = {"offline": "near", "sft_share": 0.75}
+
+
+def _vary(base: Method, name: str, **changes: object) -> Method:
+    return replace(base, name=name, **changes)  # type: ignore[arg-type]
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        _GROUP,
+        _vary(_GROUP, "group-0.1", beta=0.1),
+        _vary(_GROUP, "group-untapered", taper=False),
+        _vary(_GROUP, "group-leave-one-out", baseline="leave_one_out"),
+        _vary(_GROUP, "group-rare", rare_power=2.0),
+        _SQUARED,
+        _vary(_SQUARED, "squared-raw", baseline="reference"),
+        _vary(_SQUARED, "squared-running", baseline="running"),
+        _vary(_SQUARED, "squared-leave-one-out", baseline="leave_one_out"),
+        _ENTROPY,
+        _vary(_ENTROPY, "cross-entropy-raw", baseline="reference"),
+        _vary(_ENTROPY, "cross-entropy-offline", offline="near", offline_share=1.0),
+        _vary(_ENTROPY, "cross-entropy-half", offline="diverse", offline_share=0.5),
+        Method("advantage", objective="advantage", baseline="smoothed", beta=0.1),
+        _vary(_GROUP, "half-diverse", offline="diverse", offline_share=0.5),
+        _vary(_GROUP, "half-near", offline="near", offline_share=0.5),
+        _vary(_GROUP, "half-near-online-q0", offline="near", offline_share=0.5,
+              baseline="online_group"),
+        _vary(_GROUP, "half-own", offline="own", offline_share=0.5),
+        _vary(_GROUP, "replay-4", updates=4),
+        _vary(_GROUP, "replay-16", updates=16),
+        _vary(_GROUP, "replay-4-recent", updates=4, max_age=8),
+        _vary(_GROUP, "guided", offline="near", guided_share=0.5),
+        _vary(_GROUP, "sft-group", beta=0.1, **_START),
+        _vary(_GROUP, "sft-group-rare", beta=0.1, rare_power=2.0, **_START),
+        _SFT,
+        _vary(_SFT, "sft-diverse", offline="diverse"),
+        _vary(_PPO, "sft-ppo", **_START),
+        _vary(_GRPO, "sft-grpo", **_START),
+        Method("expert", family="expert"),
+        _PPO,
+        _vary(_PPO, "ppo-4", updates=4),
+        _vary(_PPO, "ppo-offline", offline="near", offline_share=0.5, offline_weight=0.3),
+        _GRPO,
+        _vary(_GRPO, "grpo-4", updates=4),
+        _vary(_GRPO, "grpo-offline", offline="near", offline_share=0.5, offline_weight=0.3),
+    )
+}  # fmt: skip
+
+
+def method_named(text: str) -> Method:
+    """One of METHODS, or a variation of one: "group:beta=0.1,updates=4", which is its name.
+
+    Raises ValueError for another name, or a field that there is not.
+    """
+    name, _, changes = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if not changes:
+        return METHODS[name]
+    known = {field.name: str(field.type) for field in fields(Method) if field.name != "name"}
+    values: dict[str, object] = {}
+    for change in changes.split(","):
+        field, _, value = change.partition("=")
+        if field not in known:
+            raise ValueError(f"method {text}: must change one of {', '.join(known)}, got {field!r}")
+        values[field] = _parse(text, field, known[field], value)
+    return _vary(METHODS[name], text, **values)
+
+
+def _parse(text: str, field: str, kind: str, value: str) -> object:
+    try:
+        if kind == "bool":
+            return {"True": True, "False": False}[value]
+        if kind.startswith("int"):
+            return None if value == "None" and "None" in kind else int(value)
+        return float(value) if kind == "float" else value
+    except (KeyError, ValueError):
+        raise ValueError(f"method {text}: {field} must be a {kind}, got {value!r}") from None

@@ -1,0 +1,138 @@
+"""The SPO loss of a method: which prompt value, which weights, which objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import spo_ext
+from spo_ext.stats import LossStats
+
+from .feed import Rows
+from .methods import Method
+
+_DECAY = 0.5  # of a running prompt value, which is seen once in some forty batches
+_SMOOTHING = 0.5
+_REWARD_RANGE = (-1.0, 0.0)
+
+
+class SpoObjective:
+    """Keeps the prompt values of all training problems between updates.
+
+    Args:
+        reference_rewards: [problems, n] of the reference's samples, None for a method that
+            estimates Q_0 from its own batches.
+    """
+
+    def __init__(self, method: Method, reference_rewards: Tensor | None) -> None:
+        self._method = method
+        self._values: Tensor | None = None
+        if reference_rewards is not None:
+            self._values = spo_ext.prompt_value(
+                reference_rewards,
+                beta=method.beta,
+                smoothing=0.0 if method.baseline == "reference" else _SMOOTHING,
+                reward_range=None if method.baseline == "reference" else _REWARD_RANGE,
+            )
+
+    def loss(self, logprobs: Tensor, rows: Rows) -> tuple[Tensor, LossStats, Tensor]:
+        """The loss, scaled so that one learning rate serves every beta; and the weights [S]."""
+        method = self._method
+        cu_seqlens = rows.tokens.cu_seqlens
+        log_ratios = sums(logprobs.detach() - rows.ref_logprobs, cu_seqlens)
+        weights = self._weights(sums(logprobs.detach(), cu_seqlens), rows)
+        # With a mean over other rows than its own, the group's objective is the squared one.
+        own_mean = method.objective == "group" and method.baseline != "online_group"
+        objective = "squared" if method.objective == "group" and not own_mean else method.objective
+        loss, stats = spo_ext.loss(
+            logprobs,
+            rows.ref_logprobs if objective == "advantage" else sums(rows.ref_logprobs, cu_seqlens),
+            rows.rewards,
+            None if own_mean else self._prompt_values(log_ratios, rows),
+            beta=method.beta,
+            objective=objective,
+            groups=rows.groups if own_mean else None,
+            leave_one_out=own_mean and method.baseline == "leave_one_out",
+            weights=weights,
+            cu_seqlens=cu_seqlens,
+            return_stats=True,
+        )
+        return loss * self._scale(), stats, weights
+
+    def _scale(self) -> float:
+        """d/dR of (Q_T - r)^2 is 2 beta (Q_T - r): without the factor 2 beta the step is the same
+        for every beta. cross_entropy, a function of Q_T / beta, has no such factor."""
+        return 1.0 if self._method.objective == "cross_entropy" else 1.0 / (2.0 * self._method.beta)
+
+    def _prompt_values(self, log_ratios: Tensor, rows: Rows) -> Tensor:
+        """Q_0 [S] of each row's problem."""
+        method = self._method
+        if method.baseline in ("reference", "smoothed"):
+            assert self._values is not None
+            return self._values[rows.groups]
+        _, groups = torch.unique(rows.groups, return_inverse=True)
+        if method.baseline == "leave_one_out":
+            return spo_ext.prompt_value(
+                rows.rewards,
+                beta=method.beta,
+                groups=groups,
+                estimator="leave_one_out",
+                log_ratios=log_ratios,
+            )
+        if method.baseline == "running":
+            assert self._values is not None
+            self._values = spo_ext.prompt_value(
+                rows.rewards,
+                beta=method.beta,
+                groups=rows.groups,
+                num_prompts=len(self._values),
+                estimator="ema",
+                log_ratios=log_ratios,
+                previous=self._values,
+                decay=_DECAY,
+            )
+            return self._values[rows.groups]
+        keep = rows.online if method.baseline == "online_group" else torch.ones_like(rows.online)
+        values = spo_ext.prompt_value(
+            rows.rewards[keep],
+            beta=method.beta,
+            groups=groups[keep],
+            num_prompts=int(groups.max()) + 1,
+            estimator="group",
+            log_ratios=log_ratios[keep],
+        )
+        return values[groups]
+
+    def _weights(self, logprob_sums: Tensor, rows: Rows) -> Tensor:
+        weights = torch.ones_like(rows.rewards)
+        if self._method.taper:
+            behaviour = sums(rows.behaviour_logprobs, rows.tokens.cu_seqlens)
+            weights = spo_ext.taper_weights(
+                logprob_sums,
+                torch.where(behaviour.isnan(), logprob_sums, behaviour),
+                rows.rewards,
+                threshold=0.0,  # rewards are 0 and -1
+            )
+        if self._method.rare_power:
+            weights = weights * (1 - pass_rates(rows)) ** self._method.rare_power
+        return weights
+
+
+def pass_rates(rows: Rows) -> Tensor:
+    """Of the sampled rows of each row's group, [S]; 0 for a group without any."""
+    online = rows.online.to(rows.rewards)
+    passed = online * (rows.rewards >= 0)
+    size = int(rows.groups.max()) + 1
+    counts = rows.rewards.new_zeros(size).index_add(0, rows.groups, online)
+    total = rows.rewards.new_zeros(size).index_add(0, rows.groups, passed)
+    return (total / counts.clamp(min=1))[rows.groups]
+
+
+def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Of packed values [N] over each program, [S], added up in double."""
+    ends = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
+    # nan would spread to all later programs through a running sum.
+    if not bool(values.isnan().any()):
+        return ends[cu_seqlens].diff().to(values.dtype)
+    parts = torch.split(values, cu_seqlens.diff().tolist())
+    return torch.stack([part.double().sum() for part in parts]).to(values.dtype)

@@ -1,0 +1,159 @@
+"""The report of a set of runs: Markdown for the terminal, HTML and PNG to keep."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from spo_ext.evaluation import html
+
+from . import figures
+from .references import write_whole
+from .tables import (
+    Record,
+    Series,
+    by_method,
+    by_setting,
+    columns_of,
+    difference,
+    evaluation_k,
+    last,
+    mean,
+    pass_at,
+    samples_to_reach,
+    shown,
+)
+
+_PAIRED = 3  # columns from the left whose difference to the control is shown
+
+
+def read_records(files: Iterable[Path]) -> list[Record]:
+    """Of finished runs, in the order of the files."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def write_report(records: Sequence[Record], out: Path, control: str) -> str:
+    """report.html and PNG files in `out`. Returns the tables as Markdown.
+
+    control: the method that all others are compared with; left out where it was not run. Raises
+    ValueError without records.
+    """
+    if not records:
+        raise ValueError("records must hold at least one run, got none")
+    body = ["<h1>Does it learn?</h1>", f'<p class="lead">{escape(_lead(records))}</p>']
+    texts = []
+    for title, runs in by_setting(records).items():
+        methods = by_method(runs)
+        header, rows = _table(methods, control)
+        paired = _paired_table(methods, control)
+        texts += [f"## {title}", _markdown(header, rows)]
+        body += [f"<h2>{escape(title)}</h2>", html.table(header, rows)]
+        if paired is not None:
+            texts += [f"Paired differences to {control}:", _markdown(*paired)]
+            body += [f"<h2>Paired differences to {escape(control)}</h2>", html.table(*paired)]
+        body += _figures(title, methods, evaluation_k(runs), out)
+    body += [f"<footer>{escape(_origin(records))}</footer>"]
+    page = html.page("Learning", body).encode()
+    write_whole(out / "report.html", lambda file: file.write(page))
+    return "\n\n".join([_lead(records), *texts, _origin(records)])
+
+
+def _lead(records: Sequence[Record]) -> str:
+    pairs = {(record["reference_seed"], record["seed"]) for record in records}
+    return (
+        f"{len(records)} runs over {len(pairs)} pairs of a reference seed and a seed. A number is "
+        "a mean over pairs with its 95% bootstrap interval over them; an interval over fewer than "
+        "five pairs is too narrow."
+    )
+
+
+def _table(methods: Sequence[Series], control: str) -> tuple[list[str], list[list[str]]]:
+    """The reference first, as it was before the first step."""
+    k = evaluation_k(methods[0].runs)
+    columns = columns_of(k)
+    header = ["method", "pairs", *(column.title for column in columns), "samples to control"]
+    level = _final(methods, control, k)
+    before = Series("reference", tuple(_start(run) for run in methods[0].runs))
+    rows = []
+    for series in (before, *methods):
+        cells = [shown(mean(series, column), column.digits) for column in columns]
+        needed = None if level is None else samples_to_reach(series, level, k)
+        cells.append("-" if needed is None else f"{needed:.0f}")
+        rows.append([series.method, str(len(series.runs)), *cells])
+    return header, rows
+
+
+def _start(run: Record) -> Record:
+    return {**run, "curve": run["curve"][:1]}
+
+
+def _final(methods: Sequence[Series], control: str, k: int) -> float | None:
+    """Mean pass@k of the control after its last step."""
+    found = [series for series in methods if series.method == control]
+    if not found:
+        return None
+    values = [pass_at(last(run), k) for run in found[0].runs]
+    return sum(values) / len(values)
+
+
+def _paired_table(
+    methods: Sequence[Series], control: str
+) -> tuple[list[str], list[list[str]]] | None:
+    against = next((series for series in methods if series.method == control), None)
+    others = [series for series in methods if series.method != control]
+    if against is None or not others:
+        return None
+    columns = columns_of(evaluation_k(against.runs))[:_PAIRED]
+    rows = []
+    for series in others:
+        shared = len(series.by_pair.keys() & against.by_pair.keys())
+        cells = [
+            shown(difference(series, against, column), column.digits, signed=True)
+            for column in columns
+        ]
+        rows.append([series.method, str(shared), *cells])
+    return ["method", "pairs", *(column.title for column in columns)], rows
+
+
+def _figures(title: str, methods: Sequence[Series], k: int, out: Path) -> list[str]:
+    drawn = {
+        "learning curves": figures.learning_curves(methods, k),
+        "pass curve": figures.pass_curve(methods),
+        "cost": figures.cost_of_gain(methods),
+        "calibration": figures.calibration(methods),
+        "time": figures.time_split(methods),
+    }
+    parts = []
+    for name, png in drawn.items():
+        if png is None:
+            continue
+        file = re.sub(r"[^a-z0-9]+", "-", f"{title} {name}".lower())
+        write_whole(out / f"{file}.png", lambda stream, png=png: stream.write(png))
+        parts.append(html.figure(png, f"{title}: {name}"))
+    return parts
+
+
+def _origin(records: Sequence[Record]) -> str:
+    def of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(record[name]) for record in records))
+
+    return (
+        f"Commits {of('commit')}; {of('processor')}, one thread a run; torch {of('torch')}, "
+        f"transformers {of('transformers')}."
+    )
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned table."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])

@@ -1,0 +1,107 @@
+"""The settings that methods are compared in, and their problems."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from spo_ext.quickstart.config import QuickstartConfig, Split
+from spo_ext.quickstart.problems import Problem, draw_problems
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods have in common.
+
+    config: problems, policy, supervised stage and sizes of a batch.
+    offline_solutions: known correct programs per training problem.
+    sync_every: batches between two looks at the policy, whatever a method would choose.
+    """
+
+    name: str
+    about: str
+    config: QuickstartConfig
+    offline_solutions: int = 8
+    sync_every: int | None = None
+
+    def problems(self, split: Split, reference_seed: int) -> list[Problem]:
+        """Development and test problems are the same for every seed; training problems are not.
+
+        A specification belongs to one split by its hash, so nothing that is trained on is tested.
+        """
+        config = self.config
+        of_seed = reference_seed if split == "train" else 0
+        count = config.train_problems if split == "train" else config.evaluation_problems
+        return draw_problems(
+            random.Random(f"{of_seed} {split}"),
+            split,
+            count,
+            vague_probability=config.vague_probability,
+            hidden_tests=config.hidden_tests,
+            operations=(config.least_operations, config.most_operations),
+        )
+
+
+_STANDARD = QuickstartConfig(threads=1, sandbox_workers=1, sync_every=1)
+_SPARSE = replace(_STANDARD, least_operations=4, most_operations=5, max_program_tokens=56)
+# For tests: seconds, and nothing that it says about learning is worth reading.
+_TINY = replace(
+    _STANDARD,
+    most_operations=1,
+    max_program_tokens=20,
+    train_problems=12,
+    evaluation_problems=6,
+    evaluation_samples=4,
+    evaluation_k=2,
+    hidden_tests=3,
+    hidden_size=32,
+    intermediate_size=48,
+    layers=1,
+    heads=2,
+    sft_steps=8,
+    sft_batch=16,
+    prompts_per_batch=3,
+    programs_per_prompt=4,
+    reference_samples=4,
+    evaluate_every=2,
+    kl_problems=4,
+)
+
+_STALE = (10, 40, 100)
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("standard", "the problems of spo quickstart", _STANDARD),
+        Setting(
+            "sparse",
+            "four or five operations: the reference hardly ever finds a solution",
+            _SPARSE,
+            offline_solutions=4,
+        ),
+        *(
+            Setting(
+                f"stale-{batches}",
+                f"standard, with the behaviour policy synced every {batches} batches",
+                _STANDARD,
+                sync_every=batches,
+            )
+            for batches in _STALE
+        ),
+        Setting("tiny", "for tests of the harness", _TINY, offline_solutions=3),
+    )
+}
+
+
+def setting_named(name: str) -> Setting:
+    """One of SETTINGS, or "stale-K" for any K batches. Raises ValueError for another name."""
+    if name in SETTINGS:
+        return SETTINGS[name]
+    kind, _, batches = name.partition("-")
+    if kind == "stale" and batches.isdecimal() and int(batches) > 0:
+        return replace(
+            SETTINGS["stale-10"],
+            name=name,
+            about=f"standard, with the behaviour policy synced every {batches} batches",
+            sync_every=int(batches),
+        )
+    raise ValueError(f"setting must be one of {', '.join(SETTINGS)} or stale-K, got {name!r}")

@@ -1,0 +1,203 @@
+"""Every method for two tiny steps, what it learns from and what it uses up."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sqlalchemy")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from learning.clock import Clock  # noqa: E402
+from learning.feed import Feed, Rows  # noqa: E402
+from learning.learner import Learner, Task  # noqa: E402
+from learning.methods import METHODS, Method  # noqa: E402
+from learning.objectives import pass_rates, sums  # noqa: E402
+from learning.sampling import Sampled  # noqa: E402
+from learning.settings import SETTINGS  # noqa: E402
+
+from spo_ext.quickstart.judging import Grade  # noqa: E402
+from spo_ext.quickstart.policy import Samples, make_policy  # noqa: E402
+
+TINY = SETTINGS["tiny"]
+PROBLEMS = TINY.problems("train", 0)
+ROWS = TINY.config.prompts_per_batch * TINY.config.programs_per_prompt
+
+
+class Lottery:
+    """Judges by a checksum: an untrained policy passes too, and a test needs no sandbox."""
+
+    def grade(self, problems, programs):
+        total = len(PROBLEMS[0].tests)
+        return [Grade("", total * (sum(program) % 3 == 0), total) for program in programs]
+
+
+def reference():
+    torch.manual_seed(5)
+    return make_policy(TINY.config).requires_grad_(False)
+
+
+def learn(method: Method, steps: int, seed: int = 0, setting=TINY):
+    """A learner after so many steps, its clock and what was logged."""
+    clock, logged = Clock(), []
+    earlier = [
+        Sampled(index, (7, 8, 9, 6 + n), (-1.0,) * 4, -float(n % 2), n)
+        for index in range(len(PROBLEMS))
+        for n in range(4)
+    ]
+    start = reference()
+    torch.manual_seed(seed)
+    task = Task(setting, PROBLEMS, Lottery(), clock, seed, earlier)
+    learner = Learner(task, method, start)
+    learner.run(steps, lambda step, values: logged.append((step, values)))
+    return learner, clock, logged
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:prompt_value")  # which the raw estimate is there to show
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_two_steps_and_learns_something(name):
+    # A start of three quarters needs four steps to leave one for the rest.
+    steps = 4 if METHODS[name].sft_share else 2
+    few = min(METHODS[name].updates, 2)
+    learner, clock, logged = learn(replace(METHODS[name], updates=few), steps)
+    assert [step for step, _ in logged] == list(range(1, steps + 1))
+    assert bool(torch.isfinite(weights(learner.policy)).all())
+    assert not torch.equal(weights(learner.policy), weights(reference()))
+    assert all(abs(value) < 1e6 for _, values in logged for value in values.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled", "updates"),
+    [
+        ("group", 3 * ROWS, 3),
+        ("replay-4", 3 * ROWS, 12),
+        ("ppo-4", 3 * ROWS, 12),
+        ("half-near", 3 * ROWS // 2, 3),
+        ("sft", 0, 3),
+        ("squared", 3 * ROWS + 12 * TINY.config.reference_samples, 3),
+    ],
+)
+def test_samples_and_updates_are_counted(name, sampled, updates):
+    _, clock, _ = learn(METHODS[name], 3)
+    assert (clock.sampled, clock.updates) == (sampled, updates)
+
+
+def test_a_supervised_start_takes_its_share_of_the_steps():
+    learner, clock, _ = learn(METHODS["sft-ppo"], 4)
+    assert (clock.sampled, clock.updates) == (ROWS, 4)
+    assert not torch.equal(weights(learner.reference), weights(reference())), "it is reset"
+    kept, _, _ = learn(replace(METHODS["sft-ppo"], reset_reference=False), 4)
+    assert torch.equal(weights(kept.reference), weights(reference()))
+
+
+def test_rare_syncing_samples_ahead_from_the_policy_as_it_was():
+    stale = replace(TINY, sync_every=2)
+    learner, clock, _ = learn(METHODS["group"], 3, setting=stale)
+    assert clock.sampled == 3 * ROWS, "not more than the steps need"
+    versions = sorted({row.version // TINY.config.programs_per_prompt for row in learner.sampled})
+    assert versions == [0, 1, 2]
+    # The second batch of two was sampled before the first update, so by the reference.
+    torch.manual_seed(0)
+    writer = learner._writer(0)
+    order = [row.problem for row in learner.sampled[:: TINY.config.programs_per_prompt]]
+    per_batch = TINY.config.prompts_per_batch
+    for batch, from_reference in enumerate((True, True, False)):
+        part = order[batch * per_batch : (batch + 1) * per_batch]
+        again = writer.write(learner.reference, part, TINY.config.programs_per_prompt, 0, 0)
+        expected = learner.sampled[batch * ROWS : (batch + 1) * ROWS]
+        same = [row.logprobs for row in again] == [row.logprobs for row in expected]
+        assert same == from_reference
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Programs of every batch that a feed gave, in order."""
+    batches = []
+    original = Feed.next
+
+    def record(feed):
+        rows = original(feed)
+        sizes = rows.tokens.cu_seqlens.diff().tolist()
+        parts = torch.split(rows.tokens.targets, sizes)
+        batches.append(sorted(tuple(part.tolist()) for part in parts))
+        return rows
+
+    monkeypatch.setattr(Feed, "next", record)
+    return batches
+
+
+def test_each_sampled_program_is_learnt_from_once_without_replay(drawn):
+    learner, _, _ = learn(METHODS["group"], 3)
+    assert sorted(sum(drawn, [])) == sorted(row.program for row in learner.sampled)
+
+
+def test_spo_draws_again_for_every_update_and_ppo_goes_over_its_batch_again(drawn):
+    learn(METHODS["ppo-4"], 3)
+    assert len(drawn) == 3
+    drawn.clear()
+    learn(METHODS["replay-4"], 3)
+    assert len(drawn) == 12 and drawn[-1] != drawn[-2]
+
+
+def test_recent_batches_only(drawn):
+    learner, _, _ = learn(replace(METHODS["replay-4"], updates=2, max_age=1), 3)
+    for batch in range(3):
+        fresh = sorted(row.program for row in learner.sampled[batch * ROWS : (batch + 1) * ROWS])
+        assert drawn[2 * batch] == drawn[2 * batch + 1] == fresh
+
+
+def test_equal_programs_of_one_problem_all_count(drawn, monkeypatch):
+    always = [3, 4, 1]
+
+    def sample(policy, prompts, per_prompt, max_tokens):
+        count = len(prompts) * per_prompt
+        return Samples([always] * count, -torch.ones(count, 3))
+
+    monkeypatch.setattr("learning.sampling.sample", sample)
+    learn(METHODS["group"], 2)
+    assert drawn == [[tuple(always)] * ROWS] * 2
+
+
+def test_guided_programs_begin_as_a_solution_does():
+    method = replace(METHODS["guided"], guided_share=1.0)
+    learner, _, _ = learn(method, 1)
+    for row in learner.sampled:
+        given = next(n for n, logprob in enumerate(row.logprobs) if logprob != 0)
+        assert given >= 1
+        starts = {tuple(program[:given]) for program in learner._solutions[row.problem]}
+        assert row.program[:given] in starts
+
+
+def test_pass_rates_count_sampled_rows_of_the_group_only():
+    rows = Rows(
+        None,
+        torch.zeros(0),
+        torch.zeros(0),
+        rewards=torch.tensor([0.0, -1.0, -1.0, 0.0, -1.0, 0.0]),
+        groups=torch.tensor([2, 2, 2, 2, 5, 7]),
+        online=torch.tensor([True, True, True, False, True, False]),
+    )
+    assert pass_rates(rows).tolist() == pytest.approx([1 / 3] * 4 + [0.0, 0.0])
+
+
+def test_sums_keep_an_unknown_program_apart():
+    values, cut = torch.tensor([1.0, 2.0, torch.nan, 4.0, 5.0]), torch.tensor([0, 2, 4, 5])
+    assert sums(values, cut).tolist()[::2] == [3.0, 5.0]
+    assert sums(values, cut)[1].isnan()
+    assert sums(values.nan_to_num(3.0), cut).tolist() == [3.0, 7.0, 5.0]
+
+
+def test_random_state_of_the_caller_decides():
+    first, _, _ = learn(METHODS["half-near"], 2, seed=1)
+    again, _, _ = learn(METHODS["half-near"], 2, seed=1)
+    other, _, _ = learn(METHODS["half-near"], 2, seed=2)
+    assert torch.equal(weights(first.policy), weights(again.policy))
+    assert not torch.equal(weights(first.policy), weights(other.policy))
+    assert first.sampled == again.sampled != other.sampled

@@ -1,0 +1,111 @@
+"""Tables and the report of made-up runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from learning.evaluation import calibrate  # noqa: E402
+from learning.report import read_records, write_report  # noqa: E402
+from learning.tables import (  # noqa: E402
+    Series,
+    by_method,
+    columns_of,
+    difference,
+    mean,
+    samples_to_reach,
+    shown,
+)
+
+from spo_ext.evaluation.estimates import Estimate  # noqa: E402
+
+
+def record(method, seed, final, **changes):
+    """A run whose pass@1 goes from .1 to `final` and pass@2 from .2 to final + .1."""
+
+    def point(step, passed):
+        return {
+            "step": step, "sampled": 100 * step, "updates": step, "training_seconds": 3.0 * step,
+            "pass_at": [passed, passed + 0.1], "distinct_correct": 2.0, "entropy": 5.0, "kl": 0.5,
+            "mean_tokens": 12.0, "training": {},
+            "calibration": None if method == "sft" else
+            {"ranked": 0.7, "residual_rms": 0.3, "bins": [[-0.9, -0.95], [-0.2, -0.1]]},
+        }  # fmt: skip
+
+    return {
+        "setting": "tiny", "method": method, "reference_seed": 0, "seed": seed, "steps": 4,
+        "split": "test", "curve": [point(0, 0.1), point(4, final)], "commit": "abc",
+        "processor": "one", "torch": "2", "transformers": "5",
+        "seconds": {"sampling": 1.0, "update": 2.0},
+        "setting_settings": {"config": {"evaluation_k": 2}}, **changes,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("group", 0, 0.5), record("group", 1, 0.3), record("ppo", 0, 0.4), record("ppo", 1, 0.4),
+    record("sft", 0, 0.2),
+]  # fmt: skip
+
+
+def test_means_intervals_and_paired_differences():
+    group, ppo, sft = by_method(RECORDS)
+    first = columns_of(2)[0]
+    found = mean(group, first)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.4, 0.3, 0.5))
+    same = mean(ppo, first)
+    assert (same.low, same.mean, same.high) == pytest.approx((0.4, 0.4, 0.4))
+    assert shown(same, 3) == "0.400", "no interval where there is no spread"
+    assert shown(Estimate(-1e-9, -0.004, 0.3, 2), 2) == "0.00 [0.00, 0.30]"
+    paired = difference(group, ppo, first)
+    assert (paired.mean, paired.low, paired.high) == pytest.approx((0.0, -0.1, 0.1))
+    alone = difference(sft, ppo, first)
+    assert (alone.mean, alone.low) == (pytest.approx(-0.2), None), "one pair has no interval"
+    assert difference(group, Series("other", (record("other", 7, 1.0),)), first) is None
+    assert mean(sft, columns_of(2)[6]) is None, "without a beta there is no Q_T"
+
+
+def test_samples_to_reach_a_level_along_the_curve():
+    group = by_method(RECORDS)[0]  # pass@2: .2 at 0 samples, .5 at 400
+    assert samples_to_reach(group, 0.35, 2) == pytest.approx(200)
+    assert samples_to_reach(group, 0.1, 2) == 0
+    assert samples_to_reach(group, 0.6, 2) is None
+
+
+def test_report_of_made_up_runs(tmp_path):
+    files = []
+    for index, made in enumerate(RECORDS):
+        files.append(tmp_path / f"{index}.json")
+        files[-1].write_text(json.dumps(made), encoding="utf-8")
+    text = write_report(read_records(files), tmp_path / "out", "ppo")
+    lines = [line for line in text.splitlines() if line.startswith("| group")]
+    assert "0.400 [0.300, 0.500]" in lines[0] and "400" in lines[0]
+    assert "+0.000 [-0.100, +0.100]" in lines[1]
+    row = next(line for line in text.splitlines() if line.startswith("| reference"))
+    assert "0.100" in row
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "0.400 [0.300, 0.500]" in page and "://" not in page
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == page.count("data:image/png") == 5
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path, "ppo")
+
+
+def test_calibration_by_hand():
+    ratios = torch.tensor([[1.0, -1.0], [0.0, 2.0]])
+    rewards = torch.tensor([[0.0, -1.0], [-1.0, -1.0]])
+    found = calibrate(ratios, rewards, 0.5)
+    # Q_0 of the first: mean of (0 - .5, -1 + .5) = -.5; so Q_T = 0 and -1, just the rewards. Of the
+    # second: mean of (-1, -2) = -1.5; Q_T = -1.5 and -.5, both off by .5.
+    assert found["residual_rms"] == pytest.approx((0.5 / 4) ** 0.5)
+    assert found["ranked"] == 1.0
+    assert [b for bin_ in found["bins"] for b in bin_] == pytest.approx(
+        [-1.5, -1, -1, -1, -0.5, -1, 0, 0]
+    )
+    assert calibrate(ratios, torch.zeros(2, 2), 0.5)["ranked"] is None
