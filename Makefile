@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEED ?= 0
+BUDGET ?= 30
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Tests that reach C++ code; under sanitizers the rest is only slow, and torch.compile's C++ lacks them.
 SANITIZED := $(addprefix python_tests/,test_token_logprobs.py test_logprobs_from_logits.py \
@@ -24,7 +25,7 @@ NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
 # Carried to a GPU machine without network: peers of the benchmarks, and the CUDA wheel.
 PEERS := liger_kernel cut-cross-entropy quack-kernels
 
-.PHONY: quickstart test lint format bench build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
+.PHONY: quickstart test lint format bench reproduce build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
 	clean
 
 quickstart: build sandbox
@@ -77,6 +78,10 @@ bench: build
 	$(BIN)/python benchmarks/report.py build/bench/bench.json --plots build/bench
 	$(BIN)/python benchmarks/cost.py build/bench/cost.json build/bench/cost.png
 	$(BIN)/python benchmarks/vocabulary_order.py build/bench/vocabulary_order.json
+
+# SPO beside its controls: tables here, report.html and plots in build/learning/.
+reproduce: build sandbox
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m learning --budget $(BUDGET) --split test
 
 # The source distribution builds and imports by itself.
 package: $(VENV)/.ready
