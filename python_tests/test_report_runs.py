@@ -112,7 +112,7 @@ def test_panels_take_what_they_name() -> None:
     series = dict.fromkeys(names, one)
     by_name = {panel.name: lines_of(panel, series) for panel in PANELS}
     assert [line.label for line in by_name["reward"]] == [
-        "training",
+        "rolled out",
         "rewards/a/mean",
         "rewards/b/mean",
     ]

@@ -47,12 +47,11 @@ class Line:
 PANELS = (
     Panel(
         "reward",
-        "Reward of a batch, mean",
+        "Reward, mean",
         (
-            Curve("reward", "training", BLUE),
+            Curve("reward", "rolled out", BLUE),
             Curve("eval_reward", "held-out", INK),
-            Curve("reward/online", "online", GREEN),
-            Curve("reward/offline", "offline", VIOLET),
+            Curve("store/reward", "drawn from the store", GREEN),
             Curve("rewards/*/mean", "", PINK),
         ),
     ),

@@ -91,7 +91,10 @@ class SPOConfig(TrainingArguments):
         0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
     )
     workspace_mib: int = _field(64, "scratch memory of the head's kernels")
-    log_entropy: bool = _field(True, "log the entropy of the policy's tokens")
+    log_entropy: bool | None = _field(
+        None,
+        "log the entropy of tokens (default: unless the head is frozen: it doubles that pass)",
+    )
 
     eval_split: Split = _field("dev", "prompts that evaluation samples: train, dev or test")
     eval_prompts: int = _field(64, "how many of them")

@@ -22,10 +22,13 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._plain: dict[str, tuple[float, int]] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """All of these numbers, with equal weight."""
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """All of these numbers, or those at `where` (bool), with equal weight."""
         values = values.detach().double()
-        new = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        if where is None:
+            new = torch.stack([values.sum(), values.new_full((), values.numel())])
+        else:  # by a mask: to index by it would wait for the device
+            new = torch.stack([values.where(where, 0.0).sum(), where.double().sum()])
         self._sums[name] = self._sums[name] + new if name in self._sums else new
 
     def put(self, values: Mapping[str, float]) -> None:
@@ -77,9 +80,9 @@ def add_loss(meter: Meter, stats: LossStats, rewards: Tensor, floor: float) -> N
         meter.add("spo/residual", stats.residual)
         meter.add("spo/residual_abs", stats.residual.abs())
     finite = torch.isfinite(rewards) & torch.isfinite(stats.terminal_q)
-    q, r = stats.terminal_q[finite].double(), rewards[finite].double()
+    q, r = stats.terminal_q.double(), rewards.double()
     for name, values in (("q", q), ("r", r), ("qq", q * q), ("qr", q * r), ("rr", r * r)):
-        meter.add(f"_{name}", values)
+        meter.add(f"_{name}", values, where=finite)
 
 
 def _derived(means: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 from spo_ext.trainer.metrics import Meter, add_loss, add_tokens
-from spo_ext.trainer.model import completion_logprobs
+from spo_ext.trainer.model import base_model, completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
 
@@ -79,6 +79,9 @@ class SPOTrainer(Trainer):
         self.meter = Meter()
         self._output = Path(str(args.output_dir))
         self._parts = Parts(self, ref_model, reward)
+        head = base_model(model).get_output_embeddings().weight
+        # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
+        self._log_entropy = head.requires_grad if args.log_entropy is None else args.log_entropy
         self.add_callback(RunLog(args))
 
     def train(
@@ -140,7 +143,7 @@ class SPOTrainer(Trainer):
             raise ValueError("SPOTrainer: return_outputs must be False: there are no logits")
         batch: MicroBatch = inputs["micro_batch"]
         meter = self.meter if batch.share > 0 else Meter()
-        logprobs, entropy = completion_logprobs(model, batch.tokens, self.args.log_entropy)
+        logprobs, entropy = completion_logprobs(model, batch.tokens, self._log_entropy)
         device = logprobs.device
         rewards, q0 = batch.rewards.to(device), batch.q0
         ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
