@@ -20,6 +20,7 @@ import spo_ext  # noqa: E402
 from spo_ext.cli import main  # noqa: E402
 from spo_ext.evaluation.plot import trailing_mean  # noqa: E402
 from spo_ext.quickstart import QuickstartConfig, run  # noqa: E402
+from spo_ext.quickstart.bundles import count_passed  # noqa: E402
 from spo_ext.quickstart.judging import Grade, Grader, is_python  # noqa: E402
 from spo_ext.quickstart.policy import (  # noqa: E402
     IGNORED,
@@ -497,3 +498,36 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path: Path) -> None:
     assert main(["quickstart", "--out", str(tmp_path), *options]) == 0
     expected = QuickstartConfig(seed=3, sync_every=2, evaluation_split="development")
     assert received == {"config": expected, "out": tmp_path, "quiet": True}
+
+
+def test_programs_that_share_a_run_are_judged_as_if_alone(sandbox) -> None:
+    rng = random.Random(5)
+    problems = problems_of("train", 8)
+    pairs = []
+    for problem in 12 * problems:
+        program = demonstrate(rng, problem.specification, corruption=0.5, token_noise=0.1)
+        pairs.append((problem, decode_program(program) or ""))
+    together = count_passed(sandbox, pairs)
+    assert together == [count_passed(sandbox, [pair])[0] for pair in pairs]
+    assert min(together) == 0 and 0.1 < sum(p == 10 for p in together) / len(pairs) < 0.6
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "x * 9 * 9 * 9 * 9 * 9 * 9 * 9 * 9 * 9",  # the memory of the run
+        "sum( [ sum( [ sum( [ sum( [ 1 for v in x * 9 * 9 ] ) for v in x * 9 * 9 ] )"
+        " for v in x * 9 * 9 ] ) for v in x * 9 * 9 ] )",  # its time
+        "x * 9 * 9 * 9 * 9 * 9",  # more output than a run may have
+        "map( lambda v: v , x )",  # no plain data
+    ],
+)
+def test_a_program_that_spoils_its_run_harms_no_other(sandbox, bad: str) -> None:
+    specification = Specification((), "max")
+    tests = (([1, 2], 2), ([5, 4], 5))
+    problem = Problem(specification, ("max",), tests, tests)
+    bad = "def f(x):\n    return " + bad.replace("for v in", " for v in ")
+    right = "def f(x):\n    return max(x)"
+    one = "def f(x):\n    return max(x) == 2"  # True is not 2
+    found = count_passed(sandbox, [(problem, source) for source in (right, bad, one, right)])
+    assert found == [2, 0, 0, 2]

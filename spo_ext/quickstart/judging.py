@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spo_ext.sandbox import Program, Sandbox, Submission, judge
+from spo_ext.sandbox import Sandbox
 
+from .bundles import count_passed
 from .problems import Problem
 from .vocabulary import decode_program
 
@@ -49,11 +50,7 @@ class Grader:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._passed]
         runnable = [pair for pair in new if is_python(pair[1])]
         self._passed.update(dict.fromkeys(new, 0))
-        verdicts = judge(self._sandbox, [_submission(*pair) for pair in runnable])
-        for pair, verdict in zip(runnable, verdicts, strict=True):
-            # A program that passed every call and then misbehaved is not correct.
-            failed_otherwise = verdict.passed == verdict.total and not verdict.ok
-            self._passed[pair] = 0 if failed_otherwise else verdict.passed
+        self._passed.update(zip(runnable, count_passed(self._sandbox, runnable), strict=True))
         self.executed += len(runnable)
         return [
             Grade(source, self._passed[problem, source], len(problem.tests))
@@ -70,7 +67,3 @@ def is_python(source: str) -> bool:
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             return False
 
-
-def _submission(problem: Problem, source: str) -> Submission:
-    calls = tuple((list(inputs),) for inputs, _ in problem.tests)
-    return Submission(Program(source, "f", calls), tuple(output for _, output in problem.tests))

@@ -20,6 +20,11 @@ def judge(sandbox: Sandbox, submissions: Sequence[Submission]) -> list[Verdict]:
     return [_compare(*each) for each in zip(submissions, expected, outcomes, strict=True)]
 
 
+def agree(output: object, expected: object) -> bool:
+    """Whether two return values agree in type as in value, at every depth, as `judge` has it."""
+    return _typed(output) == _typed(expected)
+
+
 def _expected_keys(submission: Submission) -> list[object]:
     return [_key(submission, value) for value in submission.expected]
 
