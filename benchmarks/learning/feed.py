@@ -21,12 +21,13 @@ from spo_ext.store import (
     Trajectory,
     TrajectoryStore,
 )
-from spo_ext.trainer.batches import TokenBatch, Tokens, collate
+from spo_ext.trainer.batches import TokenBatch, Tokens
 from spo_ext.trainer.model import completion_logprobs
 
 from .clock import Clock
 from .methods import Method
 from .sampling import Sampled
+from .shared_prompts import collate_shared
 
 _RUN, _EARLIER, _REFERENCE = "learner", "earlier", "reference"
 _ROWS_PER_PASS = 128
@@ -155,7 +156,7 @@ class Feed:
     @torch.no_grad()
     def _score(self, reference: Qwen2ForCausalLM, ids: Sequence[int]) -> None:
         with self._clock.stage("scoring"):
-            rows = sorted(self._store.get(ids), key=lambda row: len(row.token_ids))
+            rows = sorted(self._store.get(ids), key=lambda row: row.prompt_id)
             for start in range(0, len(rows), _ROWS_PER_PASS):
                 part = rows[start : start + _ROWS_PER_PASS]
                 tokens = self._collate(part)
@@ -173,7 +174,7 @@ class Feed:
     def _collate(self, rows: Sequence[StoredTrajectory]) -> TokenBatch:
         texts = (self._texts[self._index[row.prompt_id]] for row in rows)
         pairs = zip(texts, rows, strict=True)
-        return collate([Tokens(text, row.token_ids) for text, row in pairs], "padded")
+        return collate_shared([Tokens(text, row.token_ids) for text, row in pairs])
 
     def _trajectory(self, row: Sampled, run: str) -> Trajectory:
         return Trajectory(

@@ -18,7 +18,7 @@ _PROGRAMS_PER_RUN = 24
 
 # Runs in the sandbox. A value goes out in a list, [] stands for none: an exception, or a value
 # that could not leave the sandbox and would fail the whole run.
-_RUN_ALL = '''
+_RUN_ALL = """
 def plain(value):
     if type(value) is list:
         return all(map(plain, value))
@@ -47,7 +47,7 @@ def answer(source, inputs):
 
 def f(sources, inputs):
     return [answer(source, inputs[number]) for source, number in sources]
-'''
+"""
 
 
 def count_passed(sandbox: Sandbox, programs: Sequence[tuple[Problem, str]]) -> list[int]:

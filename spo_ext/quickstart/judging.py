@@ -66,4 +66,3 @@ def is_python(source: str) -> bool:
             return bool(ast.parse(source).body)
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             return False
-
