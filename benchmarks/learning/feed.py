@@ -81,6 +81,7 @@ class Feed:
         )
         self._index = {prompt: index for index, prompt in enumerate(self._prompts)}
         self._offline: dict[int, list[int]] = {}
+        self._known = Outcomes(prompts_per_batch, group_size, random.Random(f"{seed} mixed groups"))
         self._latest = 0
         # Offline rows join the problems that the sampled ones are of, so that they share a group.
         size = self.online_size or 1
@@ -125,7 +126,18 @@ class Feed:
             drawn = self._sampler.next_batch(self._latest if online else None).trajectories
             if online and self.offline_size:
                 drawn += self._same_problems(drawn)
-            references = self._ref_logprobs(drawn)
+            return self._rows(drawn)
+
+    def next_mixed(self) -> Rows:
+        """Groups of programs that differ in reward; those of `next` while no problem has any."""
+        ids = self._known.draw()
+        if not ids:
+            return self.next()
+        with self._clock.stage("store"):
+            return self._rows(self._store.get(ids))
+
+    def _rows(self, drawn: Sequence[StoredTrajectory]) -> Rows:
+        references = self._ref_logprobs(drawn)
         return Rows(
             tokens=self._collate(drawn),
             ref_logprobs=torch.cat(references),
@@ -149,6 +161,8 @@ class Feed:
     def _append(self, rows: Sequence[Trajectory]) -> list[int]:
         with self._clock.stage("store"):
             ids = list(self._store.append(rows).ids)
+        for row, key in zip(rows, ids, strict=True):
+            self._known.add(row.prompt_id, key, row.reward >= 0)
         if self._reference is not None:
             self._score(self._reference, ids)
         return ids
@@ -186,6 +200,32 @@ class Feed:
             behaviour_logprobs=row.logprobs,
             temperature=1.0,
         )
+
+
+class Outcomes:
+    """Which programs of each problem passed and which failed."""
+
+    def __init__(self, prompts_per_batch: int, group_size: int, rng: random.Random) -> None:
+        self._prompts, self._size, self._rng = prompts_per_batch, group_size, rng
+        self._ids: dict[int, tuple[list[int], list[int]]] = {}
+
+    def add(self, prompt: int, key: int, passed: bool) -> None:
+        """key: of the trajectory in the store."""
+        ids = self._ids.setdefault(prompt, ([], []))[passed]
+        if key not in ids:
+            ids.append(key)
+
+    def draw(self) -> list[int]:
+        """Groups of half passed and half failed programs, or what is nearest to it."""
+        mixed = [prompt for prompt, (failed, passed) in self._ids.items() if failed and passed]
+        drawn: list[int] = []
+        for prompt in self._rng.sample(mixed, min(self._prompts, len(mixed))):
+            failed, passed = self._ids[prompt]
+            good = max(self._size // 2, self._size - len(failed))
+            chosen = self._rng.sample(passed, min(good, len(passed)))
+            rest = min(self._size - len(chosen), len(failed))
+            drawn += chosen + self._rng.sample(failed, rest)
+        return drawn
 
 
 def _behaviour(row: StoredTrajectory) -> Tensor:

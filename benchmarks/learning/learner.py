@@ -111,8 +111,10 @@ class Learner:
         clock = self._task.clock
         values: dict[str, float] = {}
         for number in range(method.updates):
-            if number == 0 or method.draws_again:
+            if number == 0:
                 rows = feed.next()
+            elif method.draws_again:
+                rows = feed.next() if method.replay == "uniform" else feed.next_mixed()
             with clock.stage("update"):
                 values = updater.update(rows, step)
             clock.updates += 1
@@ -146,16 +148,18 @@ class Learner:
         task, setting = self._task, self._task.setting
         if not self._method.needs_offline or self._method.offline == "own":
             return [[] for _ in task.problems]
-        return write_solutions(
-            task.problems,
+        solved = task.problems[: setting.offline_problems]
+        known = write_solutions(
+            solved,
             self._method.offline,
             setting.offline_solutions,
             setting.config.max_program_tokens,
             seed=0,  # data that exists before a run does not depend on the run's seed
         )
+        return known + [[] for _ in task.problems[len(solved) :]]
 
     def _add_offline(self, feed: Feed, method: Method) -> None:
-        if not feed.offline_size:
+        if not feed.offline_size and (method.offline == "none" or method.replay == "uniform"):
             return
         if method.offline == "own":
             feed.add_earlier(self._task.earlier)

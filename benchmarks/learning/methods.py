@@ -10,6 +10,7 @@ from spo_ext.losses import Objective
 Family = Literal["spo", "ppo", "grpo", "sft", "expert"]
 Baseline = Literal["group", "leave_one_out", "online_group", "running", "reference", "smoothed"]
 Offline = Literal["none", "diverse", "near", "own"]
+Replay = Literal["uniform", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Method:
         guided_share: of the sampled programs of a prompt, those that begin as an offline one does.
         updates: per sampled batch. SPO draws a batch from the store for each; ppo and grpo go over
             the sampled batch again.
+        replay: after the first update, which is of all that was sampled ("uniform"), or of problems
+            with correct and wrong programs, as many of either as there are ("mixed").
         max_age: SPO draws from so many sampled batches at most, None from all.
         sync_every: batches sampled before the policy is looked at again.
     A supervised start:
@@ -57,6 +60,7 @@ class Method:
     offline_share: float = 0.0
     guided_share: float = 0.0
     updates: int = 1
+    replay: Replay = "uniform"
     max_age: int | None = None
     sync_every: int = 1
     sft_share: float = 0.0
@@ -69,7 +73,7 @@ class Method:
     offline_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        choices = {"family": Family, "baseline": Baseline, "offline": Offline}
+        choices = {"family": Family, "baseline": Baseline, "offline": Offline, "replay": Replay}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 self._refuse(name, f"one of {', '.join(get_args(allowed))}")

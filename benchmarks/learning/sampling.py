@@ -87,8 +87,7 @@ class Writer:
         begun, begins = [], []
         for index, prompt in zip(drawn, prompts, strict=True):
             for _ in range(guided):
-                solution = self.rng.choice(self.solutions[index])
-                begins.append(list(solution[: self.rng.randrange(1, len(solution))]))
+                begins.append(self._beginning(self.solutions[index]))
                 begun.append([*prompt, *begins[-1]])
         ends = _unpack(self._sample(policy, begun, 1))
         most = self.config.max_program_tokens
@@ -96,6 +95,13 @@ class Writer:
             ((begin + program)[:most], ([0.0] * len(begin) + logprobs)[:most])
             for begin, (program, logprobs) in zip(begins, ends, strict=True)
         ]
+
+    def _beginning(self, solutions: Sequence[Sequence[int]]) -> list[int]:
+        """Nothing for a problem without a known solution."""
+        if not solutions:
+            return []
+        solution = self.rng.choice(solutions)
+        return list(solution[: self.rng.randrange(1, len(solution))])
 
     def _sample(
         self, policy: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], per_prompt: int

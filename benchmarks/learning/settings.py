@@ -14,7 +14,8 @@ class Setting:
     """What all methods have in common.
 
     config: problems, policy, supervised stage and sizes of a batch.
-    offline_solutions: known correct programs per training problem.
+    offline_solutions: known correct programs per training problem that has any.
+    offline_problems: training problems that have, None for all.
     sync_every: batches between two looks at the policy, whatever a method would choose.
     """
 
@@ -22,6 +23,7 @@ class Setting:
     about: str
     config: QuickstartConfig
     offline_solutions: int = 8
+    offline_problems: int | None = None
     sync_every: int | None = None
 
     def problems(self, split: Split, reference_seed: int) -> list[Problem]:
@@ -77,6 +79,13 @@ SETTINGS = {
             "four or five operations: the reference hardly ever finds a solution",
             _SPARSE,
             offline_solutions=4,
+        ),
+        Setting(
+            "few",
+            "sparse, with solutions known for a tenth of the training problems",
+            _SPARSE,
+            offline_solutions=4,
+            offline_problems=64,
         ),
         *(
             Setting(
