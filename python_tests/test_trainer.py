@@ -176,6 +176,17 @@ def test_half_online_takes_half_from_each(folder: Path) -> None:
     assert versions == {0, 1}
 
 
+def test_replay_draws_a_share_of_the_completions(folder: Path) -> None:
+    """Two versions of four steps, each of which samples what one step takes."""
+    result = train(settings(folder, sync_every=4, replay_ratio=4.0, max_steps=8, group_size=4))
+    with TrajectoryStore(folder / "store.db") as store:
+        rows = list(store.trajectories(run="run"))
+    assert {row.origin.policy_version for row in rows} == {0, 1}
+    assert len(rows) <= 2 * 8
+    reuse = [line["store/reuse"] for line in result["log"]]
+    assert reuse[0] == 1 and reuse[3] == 4 and reuse[-1] > 3
+
+
 def test_value_of_prompts_from_the_reference(folder: Path) -> None:
     options = settings(folder, objective="squared", group_size=1, q0_samples=4, beta=0.25)
     train(options | {"max_steps": 2})

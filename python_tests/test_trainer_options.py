@@ -225,3 +225,18 @@ def test_trackio_gets_every_series(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_options_that_would_break_or_be_ignored(folder: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"SPOConfig: {name} must be .*got {value!r}"):
         SPOConfig(**settings(folder, **SQUARED, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"replay_ratio": 2.0}, "replay_ratio must be a number >= 1.0 and <= 1, got 2.0"),
+        (
+            {"replay_ratio": 2.0, "sync_every": 2, "rollouts": "external"},
+            "replay_ratio must be 1 for rollouts 'external', which others write, got 2.0",
+        ),
+    ],
+)
+def test_a_replay_that_cannot_be(folder: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SPOConfig(**settings(folder, **changes))

@@ -70,6 +70,9 @@ def test_versions_go_through_the_prompts(store: TrajectoryStore, tmp_path: Path)
     half = Writer(other_each_time=True)
     make_producer(store, tmp_path, half, mixture="half-online", run="half").round(0)
     assert len(half.asked) == 1
+    again = Writer(other_each_time=True)
+    make_producer(store, tmp_path, again, sync_every=4, replay_ratio=4.0, run="again").round(0)
+    assert len(again.asked) == 2  # the four steps of the version learn from one batch
 
 
 def test_more_rounds_end(store: TrajectoryStore, tmp_path: Path) -> None:

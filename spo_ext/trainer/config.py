@@ -58,6 +58,11 @@ class SPOConfig(TrainingArguments):
 
     rollouts: str = _field("embedded", "embedded, external (spo rollout elsewhere) or none")
     sync_every: int = _field(1, "steps between publications of the behaviour policy")
+    replay_ratio: float = _field(
+        1.0,
+        "embedded rollouts: steps that learn from as many completions as one of them draws, at most "
+        "sync_every; 4 reaches what 1 does with a third of the completions (docs/learning.md)",
+    )
     samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
     rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
     max_new_tokens: int = _field(256, "embedded rollouts: longest completion")
@@ -126,6 +131,10 @@ class SPOConfig(TrainingArguments):
         number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)
         for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
             check_integer(owner, name, getattr(self, name), 1)
+        number(owner, "replay_ratio", self.replay_ratio, at_least=1.0, at_most=self.sync_every)
+        if self.replay_ratio > 1 and self.rollouts != "embedded":
+            expected = f"1 for rollouts {self.rollouts!r}, which others write"
+            refuse(owner, "replay_ratio", expected, self.replay_ratio)
         check_integer(owner, "q0_samples", self.q0_samples, 0)
         if self.max_tokens is not None:
             check_integer(owner, "max_tokens", self.max_tokens, 2)

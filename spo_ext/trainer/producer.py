@@ -64,7 +64,7 @@ class Producer:
             rollouts, generator, sampling.n, accelerator, replicated=replicated
         )
         share = config.sampler_config().fractions.get("online", 0.0)
-        rows = share * config.step_batch_size * config.sync_every
+        rows = share * config.step_batch_size * config.sync_every / config.replay_ratio
         self._round_size = max(1, math.ceil(rows / config.samples_per_prompt))
         self._more = (-1, 0)  # policy version, rounds beside its first
 
