@@ -81,7 +81,7 @@ class Feed:
         )
         self._index = {prompt: index for index, prompt in enumerate(self._prompts)}
         self._offline: dict[int, list[int]] = {}
-        self._known = Outcomes(prompts_per_batch, group_size, random.Random(f"{seed} mixed groups"))
+        self._known = Outcomes(method, prompts_per_batch, random.Random(f"{seed} mixed groups"))
         self._latest = 0
         # Offline rows join the problems that the sampled ones are of, so that they share a group.
         size = self.online_size or 1
@@ -205,8 +205,8 @@ class Feed:
 class Outcomes:
     """Which programs of each problem passed and which failed."""
 
-    def __init__(self, prompts_per_batch: int, group_size: int, rng: random.Random) -> None:
-        self._prompts, self._size, self._rng = prompts_per_batch, group_size, rng
+    def __init__(self, method: Method, prompts_per_batch: int, rng: random.Random) -> None:
+        self._method, self._prompts, self._rng = method, prompts_per_batch, rng
         self._ids: dict[int, tuple[list[int], list[int]]] = {}
 
     def add(self, prompt: int, key: int, passed: bool) -> None:
@@ -217,15 +217,22 @@ class Outcomes:
 
     def draw(self) -> list[int]:
         """Groups of half passed and half failed programs, or what is nearest to it."""
-        mixed = [prompt for prompt, (failed, passed) in self._ids.items() if failed and passed]
-        drawn: list[int] = []
-        for prompt in self._rng.sample(mixed, min(self._prompts, len(mixed))):
+        size, drawn = self._method.replay_size, list[int]()
+        for prompt in self._choose():
             failed, passed = self._ids[prompt]
-            good = max(self._size // 2, self._size - len(failed))
+            good = max(size // 2, size - len(failed))
             chosen = self._rng.sample(passed, min(good, len(passed)))
-            rest = min(self._size - len(chosen), len(failed))
-            drawn += chosen + self._rng.sample(failed, rest)
+            drawn += chosen + self._rng.sample(failed, min(size - len(chosen), len(failed)))
         return drawn
+
+    def _choose(self) -> list[int]:
+        """Problems with both, without replacement: the largest u^(1 / weight), u uniform."""
+        keys = {}
+        for prompt, (failed, passed) in self._ids.items():
+            if failed and passed:
+                rate = len(passed) / (len(passed) + len(failed))
+                keys[prompt] = self._rng.random() ** ((1 - rate) ** -self._method.replay_rare)
+        return sorted(keys, key=keys.__getitem__, reverse=True)[: self._prompts]
 
 
 def _behaviour(row: StoredTrajectory) -> Tensor:

@@ -37,7 +37,8 @@ class Method:
         updates: per sampled batch. SPO draws a batch from the store for each; ppo and grpo go over
             the sampled batch again.
         replay: after the first update, which is of all that was sampled ("uniform"), or of problems
-            with correct and wrong programs, as many of either as there are ("mixed").
+            with correct and wrong programs ("mixed"): replay_size of each, half of them correct.
+            Problems are drawn by (1 - their pass rate so far) to the power replay_rare.
         max_age: SPO draws from so many sampled batches at most, None from all.
         sync_every: batches sampled before the policy is looked at again.
     A supervised start:
@@ -61,6 +62,8 @@ class Method:
     guided_share: float = 0.0
     updates: int = 1
     replay: Replay = "uniform"
+    replay_size: int = 8
+    replay_rare: float = 0.0
     max_age: int | None = None
     sync_every: int = 1
     sft_share: float = 0.0
@@ -82,7 +85,7 @@ class Method:
         for name in ("offline_share", "guided_share", "sft_share"):
             if not 0 <= getattr(self, name) <= 1:
                 self._refuse(name, "in [0, 1]")
-        for name in ("updates", "sync_every"):
+        for name in ("updates", "sync_every", "replay_size"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         if self.offline == "none" and (self.needs_offline or self.offline_weight):
