@@ -195,10 +195,9 @@ def test_group_advantages_and_penalty_of_verl(case, verl):
     ours = baselines.group_advantages(case.rewards, groups, torch.ones_like(case.rewards))
     scores = verl_scores(case)
     want, _ = verl.compute_grpo_outcome_advantage(scores, case.mask, numpy.array(groups.tolist()))
-    # verl divides by the deviation of n - 1, for groups of 4.
-    scaled = ours[:, None] * math.sqrt(3 / 4) * case.mask
-    torch.testing.assert_close(scaled, want, rtol=1e-5, atol=1e-13)
-    penalty = baselines.kl_estimate(case.new, case.ref, case.mask)
+    # To a deviation of at least 1/2, 1e-4 is added here and 1e-6 there.
+    torch.testing.assert_close(ours[:, None] * case.mask, want, rtol=2.1e-4, atol=1e-13)
+    penalty = baselines.kl_estimate(case.new, case.new, case.ref, case.mask)
     per_token = verl.kl_penalty(case.new, case.ref, "low_var_kl")
     want = verl.agg_loss(per_token, case.mask, "token-mean")
     torch.testing.assert_close(penalty, want, **EXACT)
