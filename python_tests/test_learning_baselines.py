@@ -110,14 +110,32 @@ def test_group_advantages_are_normalised_in_the_group_and_leave_rows_out():
     groups = torch.tensor([4, 4, 4, 4, 9, 9, 4])
     keep = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=D)
     found = baselines.group_advantages(rewards, groups, keep)
-    # Rewards 0, -1, -1, 0: mean -1/2, deviation 1/2. The last row is not one of them.
-    expected = [1.0, -1.0, -1.0, 1.0, 0.0, 0.0, 0.0]
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    # Rewards 0, -1, -1, 0: mean -1/2, deviation sqrt(1/3). The last row is not one of them.
+    one = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert found.tolist() == pytest.approx([one, -one, -one, one, 0.0, 0.0, 0.0], rel=1e-14)
 
 
-def test_kl_estimate_by_hand_and_its_slope_at_the_reference():
-    found = baselines.kl_estimate(row(-1.0, -2.0), row(-1.5, -2.0), row(1.0, 1.0))
-    assert found.item() == pytest.approx((math.exp(-0.5) + 0.5 - 1) / 2, rel=1e-14)
-    logprobs = row(-1.0, -2.0).requires_grad_()
-    baselines.kl_estimate(logprobs, logprobs.detach(), row(1.0, 1.0)).backward()
-    assert logprobs.grad is not None and logprobs.grad.tolist() == [[0.0, 0.0]]
+def test_kl_estimate_by_hand():
+    new, old, ref = row(-1.0, -2.0), row(-1.2, -2.0), row(-1.5, -2.0)
+    found = baselines.kl_estimate(new, old, ref, row(1.0, 1.0))
+    expected = math.exp(0.2) * (math.exp(-0.5) + 0.5 - 1) / 2
+    assert found.item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_expected_slope_of_the_kl_estimate_is_that_of_the_divergence():
+    """Over all five tokens, each as often as a policy samples it that is not the present one."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, dtype=D, requires_grad=True)
+    new = logits.log_softmax(0)
+    old, ref = (torch.randn(5, dtype=D).log_softmax(0) for _ in range(2))
+    estimates = [
+        baselines.kl_estimate(*(part[a].view(1, 1) for part in (new, old, ref)), row(1.0))
+        for a in range(5)
+    ]
+    expected = sum(chance * found for chance, found in zip(old.exp(), estimates, strict=True))
+    divergence = (new.exp() * (new - ref)).sum()
+    slopes = [
+        torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (expected, divergence)
+    ]
+    torch.testing.assert_close(expected, divergence, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)

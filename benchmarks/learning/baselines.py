@@ -11,6 +11,7 @@ from torch import Tensor
 
 _LARGEST_LOG_RATIO = 20.0  # exp of more overflows the product with an advantage
 _EPSILON = 1e-6
+_GROUP_EPSILON = 1e-4  # TRL's
 
 
 def padded(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,18 +84,26 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, groups: Tensor, keep: Tensor) -> Tensor:
     """GRPO's [S]: (r - mean) / standard deviation over the rows of a group with keep [S] = 1.
 
-    A group that agrees has advantage 0, and so has a row that is not kept.
+    The deviation is that of n - 1, as in TRL. A group that agrees has advantage 0, and so has a row
+    that is not kept.
     """
     advantages = torch.zeros_like(rewards)
     for group in set(groups.tolist()):
         rows = (groups == group) & (keep > 0)
         if int(rows.sum()) > 1:
-            centred = rewards[rows] - rewards[rows].mean()
-            advantages[rows] = centred / (centred.square().mean().sqrt() + _EPSILON)
+            kept = rewards[rows]
+            advantages[rows] = (kept - kept.mean()) / (kept.std() + _GROUP_EPSILON)
     return advantages
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """GRPO's penalty per token: exp(d) - d - 1 with d = log pi_ref - log pi, never negative."""
+def kl_estimate(
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor
+) -> Tensor:
+    """GRPO's penalty per token: ratio (exp(d) - d - 1) with d = log pi_ref - log pi.
+
+    The ratio of the policy to the one that sampled has a gradient of its own: with it, as in TRL,
+    the expected gradient is that of KL(pi || pi_ref); without it, of KL(pi_ref || pi) on-policy.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
     difference = (ref_logprobs - logprobs).clamp(max=_LARGEST_LOG_RATIO)
-    return masked_mean(difference.exp() - difference - 1, mask)
+    return masked_mean(ratio * (difference.exp() - difference - 1), mask)

@@ -136,9 +136,10 @@ class Updater:
         online = rows.online.to(rows.rewards)
         advantages = baselines.group_advantages(rows.rewards, rows.groups, online)
         loss, values = self._clipped(logprobs, rows, advantages[:, None])
-        padded_logprobs, mask = padded(logprobs, rows.tokens.cu_seqlens)
-        ref = padded(rows.ref_logprobs, rows.tokens.cu_seqlens)[0]
-        penalty = baselines.kl_estimate(padded_logprobs, ref, mask * online[:, None])
+        cut = rows.tokens.cu_seqlens
+        new, mask = padded(logprobs, cut)
+        old, ref = padded(_known(rows), cut)[0], padded(rows.ref_logprobs, cut)[0]
+        penalty = baselines.kl_estimate(new, old, ref, mask * online[:, None])
         return loss + self._method.kl * penalty, values
 
     def _clipped(
