@@ -164,3 +164,27 @@ def test_the_critic_begins_with_the_mean_reward():
     rows, updater = rows_of(model, 6), Updater(PPO, model, CONFIG, 10, None)
     values = updater._critic.values(rows)
     torch.testing.assert_close(values, torch.full_like(values, sum(REWARDS) / 6))
+
+
+def test_decoupled_clips_around_the_policy_that_first_saw_the_batch():
+    """Stale programs learn as if fresh, each token by its truncated ratio to who wrote it."""
+    model = policy()
+    rows = rows_of(model, 6)
+    rows.behaviour_logprobs[::3] -= 3.0  # ratios of e^3 are cut to 5
+    updater = Watched(replace(PPO, decoupled=True), model)
+    first = completion_logprobs(model, rows.tokens)[0].detach()
+    for _ in range(2):
+        before = copy.deepcopy(model)
+        found = updater.update(rows, 1)
+        advantages, _, mask = targets(updater, rows)
+        new = completion_logprobs(before, rows.tokens)[0]
+        cut = rows.tokens.cu_seqlens
+        ratio = baselines.padded((first - rows.behaviour_logprobs).exp(), cut)[0]
+        assert ratio.max() > 5
+        weight = ratio.clamp(max=5.0)
+        moved = baselines.padded((new - first).exp(), cut)[0]
+        kept = torch.where(advantages > 0, moved.clamp(max=1.2), moved.clamp(min=0.8))
+        loss = -(weight * advantages * kept * mask).sum() / mask.sum()
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+        compare(model.parameters(), loss, list(before.parameters()))
+    assert (moved - 1).abs().max() > 0.2  # the second update is clipped somewhere

@@ -56,15 +56,6 @@ def without_times(path):
     ]
 
 
-def test_a_family_with_another_loss_than_in_earlier_results_is_run_again(tmp_path, monkeypatch):
-    def names():
-        return [Run("tiny", name, 0, 0, 2, "test").file(tmp_path) for name in ("grpo", "ppo")]
-
-    now = names()
-    monkeypatch.setattr(runs_module, "_REVISIONS", {})
-    assert [new == old for new, old in zip(now, names(), strict=True)] == [False, True]
-
-
 @needs_sandbox
 def test_the_same_run_gives_the_same_curve_and_another_seed_another(tmp_path, cache):
     run = Run("tiny", "half-near", 0, 0, 2, "development")

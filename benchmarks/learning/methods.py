@@ -46,6 +46,8 @@ class Method:
             result is the reference of the rest.
     Controls:
         kl: price of a nat, as beta is. clip: of the ratio. gae_lambda: of ppo's advantages.
+        decoupled: the ratio is to the policy before the batch's first update, and a token counts by
+            that policy's truncated ratio to the one that wrote it (Hilton et al. 2022).
         offline_weight: of the likelihood of offline rows, beside the loss of sampled ones.
     """
 
@@ -72,6 +74,7 @@ class Method:
     kl: float = 0.05
     clip: float = 0.2
     gae_lambda: float = 1.0
+    decoupled: bool = False
     value_learning_rate: float = 1e-3
     offline_weight: float = 0.0
 
@@ -113,8 +116,11 @@ class Method:
 
     @property
     def softness(self) -> float | None:
-        """Reward per nat of KL at the method's optimum, None if it has none."""
-        return {"spo": self.beta, "ppo": self.kl, "grpo": self.kl}.get(self.family)
+        """Reward per nat of KL at the method's optimum, None if it has none.
+
+        grpo has a different one for every problem: its rewards are divided by their deviation.
+        """
+        return {"spo": self.beta, "ppo": self.kl}.get(self.family)
 
     def _refuse(self, name: str, wanted: str) -> None:
         got = getattr(self, name)
@@ -169,6 +175,7 @@ METHODS = {
         Method("expert", family="expert"),
         _PPO,
         _vary(_PPO, "ppo-4", updates=4),
+        _vary(_PPO, "ppo-decoupled", decoupled=True),
         _vary(_PPO, "ppo-offline", offline="near", offline_share=0.5, offline_weight=0.3),
         _GRPO,
         _vary(_GRPO, "grpo-4", updates=4),

@@ -29,7 +29,6 @@ from .settings import Setting, setting_named
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine  # noqa: E402
 
-_REVISIONS = {"grpo": 2}  # of a family whose loss is another one than in earlier results
 _EARLIER_SEED = 1_000  # of the run whose trajectories are the "own" offline data
 
 
@@ -46,10 +45,7 @@ class Run:
 
     def file(self, results: Path) -> Path:
         """The digest is of all settings: a method that was changed is run again."""
-        method = method_named(self.method)
-        parts: list[Any] = [asdict(setting_named(self.setting)), asdict(method)]
-        if method.family in _REVISIONS:
-            parts.append(_REVISIONS[method.family])
+        parts = [asdict(setting_named(self.setting)), asdict(method_named(self.method))]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
         name = re.sub(r"[^A-Za-z0-9.=-]", "_", self.method)
         seeds = f"r{self.reference_seed}-s{self.seed}"

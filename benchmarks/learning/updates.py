@@ -20,6 +20,7 @@ from .objectives import SpoObjective, sums
 
 _FINAL_RATE = 0.1  # share of the learning rate left at the end of the linear decay
 _BETAS = (0.9, 0.98)
+_LARGEST_WEIGHT = 5.0  # of a token of decoupled PPO
 
 
 class Critic:
@@ -38,7 +39,7 @@ class Critic:
     def values(self, rows: Rows) -> Tensor:
         """Of the state before each token, packed [N]."""
         if not self._started:  # so that the first advantages are not all of one sign
-            nn.init.constant_(self._head.bias, float(rows.rewards.mean()))
+            nn.init.constant_(self._head.bias, float(rows.rewards[rows.online].mean()))
             self._started = True
         states = self._body(**rows.tokens.model_inputs, use_cache=False).last_hidden_state
         found: Tensor = self._head(states.flatten(0, 1)[rows.tokens.index]).squeeze(-1)
@@ -71,12 +72,16 @@ class Updater:
             self._critic = Critic(policy, method.value_learning_rate)
         self._seen: Rows | None = None
         self._targets: tuple[Tensor, Tensor] | None = None
+        self._first: tuple[Rows, Tensor] | None = None
 
     def update(self, rows: Rows, step: int) -> dict[str, float]:
         """steps count from 1. Returns what to log."""
         rate = self._method.learning_rate * self._schedule(step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        if self._critic is not None:
+            for group in self._critic.optimizer.param_groups:
+                group["lr"] = self._method.value_learning_rate * self._schedule(step)
         logprobs, _ = completion_logprobs(self._policy, rows.tokens)
         losses = {
             "spo": self._spo_loss,
@@ -150,6 +155,10 @@ class Updater:
         new, mask = padded(logprobs, cut)
         old = padded(_known(rows), cut)[0]
         sampled = mask * rows.online[:, None]
+        if self._method.decoupled:
+            before = self._before(new.detach(), rows)
+            advantages = advantages * (before - old).exp().clamp(max=_LARGEST_WEIGHT)
+            old = before
         loss = baselines.clipped_loss(new, old, advantages, sampled, self._method.clip)
         if self._method.offline_weight:
             offline = (~rows.online & (rows.rewards >= 0)).to(logprobs)
@@ -162,6 +171,12 @@ class Updater:
             "log_ratio": float(sums(logprobs.detach() - rows.ref_logprobs, cut).mean()),
         }
         return loss, values
+
+    def _before(self, logprobs: Tensor, rows: Rows) -> Tensor:
+        """Those of the policy as it was when it first saw the batch."""
+        if self._first is None or self._first[0] is not rows:
+            self._first = (rows, logprobs)
+        return self._first[1]
 
 
 def _known(rows: Rows) -> Tensor:
