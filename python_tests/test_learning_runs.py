@@ -66,8 +66,8 @@ def test_the_same_run_gives_the_same_curve_and_another_seed_another(tmp_path, ca
     assert without_times(first) == without_times(again)
     assert without_times(first) != without_times(other)
     record = json.loads(first.read_text(encoding="utf-8"))
-    assert [point["step"] for point in record["curve"]] == [0, 2]
-    assert [point["sampled"] for point in record["curve"]] == [0, 12]
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2]
+    assert [point["sampled"] for point in record["curve"]] == [0, 6, 12]
     assert len(record["curve"][-1]["pass_at"]) == TINY.config.evaluation_samples
     assert record["commit"] and record["method_settings"]["offline_share"] == 0.5
     stages = {"sampling", "judging", "store", "scoring", "update", "evaluation"}

@@ -29,6 +29,7 @@ from .settings import Setting, setting_named
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine  # noqa: E402
 
+_EVALUATIONS = 4  # of a run, beside the one before it: they cost as much as training does
 _EARLIER_SEED = 1_000  # of the run whose trajectories are the "own" offline data
 
 
@@ -95,7 +96,7 @@ def _record(run: Run, cache: Path) -> dict[str, Any]:
 
         def after_step(step: int, values: dict[str, float]) -> None:
             curve.note(values)
-            if step % setting.config.evaluate_every == 0 or step == run.steps:
+            if step % max(1, run.steps // _EVALUATIONS) == 0 or step == run.steps:
                 look(step)
 
         look(0)

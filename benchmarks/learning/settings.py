@@ -65,7 +65,6 @@ _TINY = replace(
     prompts_per_batch=3,
     programs_per_prompt=4,
     reference_samples=4,
-    evaluate_every=2,
     kl_problems=4,
 )
 

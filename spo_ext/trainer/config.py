@@ -60,8 +60,7 @@ class SPOConfig(TrainingArguments):
     sync_every: int = _field(1, "steps between publications of the behaviour policy")
     replay_ratio: float = _field(
         1.0,
-        "embedded rollouts: steps that learn from as many completions as one of them draws, at most "
-        "sync_every; 4 reaches what 1 does with a third of the completions (docs/learning.md)",
+        "embedded rollouts: steps for each batch of completions sampled, at most sync_every",
     )
     samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
     rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
