@@ -240,3 +240,10 @@ def test_options_that_would_break_or_be_ignored(folder: Path, name: str, value: 
 def test_a_replay_that_cannot_be(folder: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SPOConfig(**settings(folder, **changes))
+
+
+def test_failures_are_tapered_where_the_policy_has_left_them(folder: Path) -> None:
+    config = SPOConfig(**settings(folder, reward_range=[-1.0, 3.0]))
+    assert config.taper_threshold == 1.0
+    assert SPOConfig(**settings(folder, taper_below=0.25)).taper_threshold == 0.25
+    assert SPOConfig(**settings(folder, taper=False)).taper_threshold is None

@@ -39,8 +39,13 @@ class SPOConfig(TrainingArguments):
     temperature: float = _field(1.0, "of sampling and of all log-probabilities")
     top_p: float = _field(1.0, "of sampling; q0 is looked up by it")
     learning_rate: float = _field(1e-6, "peak learning rate")
+    taper: bool = _field(
+        True,
+        "weight failures by min(1, pi / behaviour), where that is known: without it, policies that "
+        "lag behind harm (docs/learning.md)",
+    )
     taper_below: float | None = _field(
-        None, "weight rows of a lower reward by min(1, pi / behaviour), where that is known"
+        None, "what a failure is: a reward below it (default: the middle of reward_range)"
     )
 
     mixture: str | dict[str, float] = _field(
@@ -139,6 +144,8 @@ class SPOConfig(TrainingArguments):
             check_integer(owner, "max_tokens", self.max_tokens, 2)
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
+        if self.taper_below is not None:
+            number(owner, "taper_below", self.taper_below)
         if self.per_device_train_batch_size % self.group_size:
             refuse(
                 owner,
@@ -171,6 +178,12 @@ class SPOConfig(TrainingArguments):
     @property
     def needs_q0(self) -> bool:
         return self.objective in _NEED_Q0
+
+    @property
+    def taper_threshold(self) -> float | None:
+        """Rows of a lower reward are tapered; None for none."""
+        middle = sum(self.reward_range) / 2
+        return (middle if self.taper_below is None else self.taper_below) if self.taper else None
 
     @property
     def step_batch_size(self) -> int:

@@ -169,7 +169,8 @@ class SPOTrainer(Trainer):
         self, meter: Meter, logprobs: Tensor, batch: MicroBatch, cu_seqlens: Tensor
     ) -> Tensor | None:
         """Tapers failures that the policy has moved away from, where the behaviour is known."""
-        if self.args.taper_below is None:
+        threshold = self.args.taper_threshold
+        if threshold is None:
             return None
         ends = torch.cat([logprobs.new_zeros(1), logprobs.detach().double().cumsum(0)])
         sums = ends[cu_seqlens].diff()
@@ -178,7 +179,7 @@ class SPOTrainer(Trainer):
             sums,
             torch.where(behaviour.isnan(), sums, behaviour),
             batch.rewards.to(sums.device),
-            threshold=self.args.taper_below,
+            threshold=threshold,
         )
         meter.add("spo/weight", weights)
         return weights
