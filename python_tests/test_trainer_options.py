@@ -17,9 +17,10 @@ from test_trainer_model import LAYOUTS, answer, by_logits, sequences
 from trainer_cases import fill, make_model, make_tokenizer, with_adapters
 from trainer_process import settings
 
-from spo_ext.store import PromptValue, TrajectoryStore
+from spo_ext.store import Origin, PromptValue, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
-from spo_ext.trainer.model import HeadSettings, answer_logprobs
+from spo_ext.trainer.batches import Tokens, collate
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
 from spo_ext.trainer.score import score_store
 
 SQUARED = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
@@ -247,3 +248,26 @@ def test_failures_are_tapered_where_the_policy_has_left_them(folder: Path) -> No
     assert config.taper_threshold == 1.0
     assert SPOConfig(**settings(folder, taper_below=0.25)).taper_threshold == 0.25
     assert SPOConfig(**settings(folder, taper=False)).taper_threshold is None
+
+
+def test_a_tapered_failure_counts_as_much_as_the_policy_would_still_write_it(folder: Path) -> None:
+    """Behaviour log-probabilities of 0 say that it was certain of what it wrote."""
+    with TrajectoryStore(folder / "store.db") as store:
+        prompts = list(store.prompts("train"))
+        origin = Origin("model", model="certain")
+        for prompt in prompts:
+            rows = [
+                Trajectory(prompt.id, [5, 6], reward, origin, "eos", behaviour_logprobs=[0.0, 0.0])
+                for reward in (0.0, 1.0)
+            ]
+            store.append(rows)
+    only = {"mixture": {"model:certain": 1.0}, "max_steps": 1, "per_device_train_batch_size": 16}
+    found = {taper: learn(folder, str(taper), taper=taper, **only) for taper in (True, False)}
+    model, tokens = make_model(), [Tokens(p.token_ids or [], [5, 6]) for p in prompts]
+    answer_logprobs(model, HeadSettings())
+    logprobs, _ = completion_logprobs(model, collate(tokens, "padded"))
+    failed = logprobs.detach().view(-1, 2).sum(1).exp()
+    weight = lines(found[True])[0]["spo/weight"]
+    assert weight == pytest.approx((1 + float(failed.mean())) / 2, rel=1e-4) and weight < 0.9
+    assert "spo/weight" not in lines(found[False])[0]
+    assert float(found[True].first["loss"]) != pytest.approx(float(found[False].first["loss"]))
