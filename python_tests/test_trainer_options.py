@@ -257,8 +257,8 @@ def test_a_tapered_failure_counts_as_much_as_the_policy_would_still_write_it(fol
         origin = Origin("model", model="certain")
         for prompt in prompts:
             rows = [
-                Trajectory(prompt.id, [5, 6], reward, origin, "eos", behaviour_logprobs=[0.0, 0.0])
-                for reward in (0.0, 1.0)
+                Trajectory(prompt.id, ids, reward, origin, "eos", behaviour_logprobs=[0.0, 0.0])
+                for ids, reward in (([5, 6], 0.0), ([6, 5], 1.0))
             ]
             store.append(rows)
     only = {"mixture": {"model:certain": 1.0}, "max_steps": 1, "per_device_train_batch_size": 16}
