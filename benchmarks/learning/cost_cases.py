@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from spo_ext.quickstart.vocabulary import TOKENS
 from spo_ext.trainer.batches import Tokens, collate
 from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
 
@@ -52,8 +53,24 @@ class Size:
         )
 
 
+def _harness() -> Size:
+    config = SETTINGS["standard"].config
+    return Size(
+        "policy and batch of the experiment",
+        vocabulary=len(TOKENS),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        layers=config.layers,
+        heads=config.heads,
+        rows=config.prompts_per_batch * config.programs_per_prompt,
+        prompt_tokens=19,  # the mean over its problems
+        shortest=8,
+        longest=config.max_program_tokens,
+    )
+
+
 SIZES = {
-    "harness": Size("policy and batch of the experiment", 327, 128, 320, 3, 4, 128, 24, 8, 36),
+    "harness": _harness(),
     "large": Size("where the vocabulary weighs", 32768, 512, 1408, 8, 8, 32, 32, 96, 96),
     "small": Size("for tests", 4096, 64, 96, 2, 2, 16, 4, 6, 12),
     "least": Size("before the memory of another is measured", 64, 16, 16, 1, 1, 8, 2, 1, 2),
@@ -81,7 +98,7 @@ CASES = {
 }
 
 
-class LogitsPolicy(Qwen2ForCausalLM):
+class LogitsPolicy(Qwen2ForCausalLM):  # type: ignore[no-untyped-call]
     """Answers `completion_logprobs` out of logits [B, K, V] that it writes down."""
 
     def forward(
@@ -117,7 +134,7 @@ def make_rows(size: Size, policy: Qwen2ForCausalLM, seed: int = 1) -> Rows:
     rng = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(size.vocabulary, (n,), generator=rng).tolist()  # noqa: E731
     lengths = torch.linspace(size.shortest, size.longest, size.rows).round().int().tolist()
-    texts = [Tokens(draw(size.prompt_tokens), draw(length)) for length in lengths]
+    texts = [Tokens(draw(size.prompt_tokens), draw(length)) for length in lengths]  # type: ignore[no-untyped-call]
     tokens = collate(texts, "padded")
     with torch.no_grad():
         logprobs, _ = completion_logprobs(policy, tokens)
