@@ -91,11 +91,15 @@ def test_shares_are_of_spo_over_the_other(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cost.machine, "report", lambda: {"commit": "abc"})
     assert cost.main(["--sizes", "small", "--out", str(tmp_path / "a" / "cost.json")]) == 0
     result = json.loads((tmp_path / "a" / "cost.json").read_text())
-    ppo = result["sizes"]["small"]["cases"]["PPO"]
-    assert result["machine"] == {"commit": "abc"} and result["sizes"]["small"]["vocabulary"] == 4096
+    small = result["sizes"]["small"]
+    ppo = small["cases"]["PPO"]
+    assert small["machine"] == {"commit": "abc"} and small["vocabulary"] == 4096
     assert ppo["spo_share_of_peak_mib"] == pytest.approx(1 / 3)
     assert ppo["spo_share_of_held_mib"] == pytest.approx(1 / 3)
     assert ppo["spo_share_of_seconds"] == 1.0 and ppo["seconds"] == [1.0, 3.0, 18.0]
+    assert cost.main(["--sizes", "least", "--out", str(tmp_path / "a" / "cost.json")]) == 0
+    again = json.loads((tmp_path / "a" / "cost.json").read_text())["sizes"]
+    assert again.keys() == {"small", "least"} and again["small"] == small
     printed = capsys.readouterr().out
     assert "| PPO | 30.0 | 12.0 | 3 | 0.33 | 0.33 | 1.00 |" in printed
     assert "SPO's peak is 0.33 of PPO's" in printed

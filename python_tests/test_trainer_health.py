@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from spo_ext.trainer.episodes import Episode
 from spo_ext.trainer.health import Health, HealthWarning
 
 # As logged at the start of a healthy run with rewards 0 and 1.
@@ -85,7 +86,16 @@ def test_short_of_the_limit_there_is_no_warning(name: str, good: float, close: f
 def test_one_bad_interval_is_noise_and_three_are_not() -> None:
     values = [1.2] * 6 + [0.01, 0.01, 1.2] * 5
     assert not feed(monitor(), series("entropy", values))
-    assert feed(monitor(), series("entropy", [1.2, 0.01, 0.01, 0.01]))  # from the first steps on
+    assert feed(monitor(), series("entropy", [1.2, 0.01, 0.01, 0.01]))
+    # From the first steps on: what is in trouble is no part of the start.
+    assert names(feed(monitor(), series("entropy", [1.2] + [0.1] * 3))) == [(3, "entropy")]
+
+
+def test_an_episode_begins_and_ends_after_three() -> None:
+    episode = Episode()
+    severities = [1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 2.0, 0.5, 0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    begun = [episode.begins(severity) for severity in [*severities, 1.0, 1.0, 1.0]]
+    assert [i for i, new in enumerate(begun) if new] == [5, 17]
 
 
 def test_a_second_episode_warns_again_and_hovering_does_not() -> None:
@@ -143,6 +153,10 @@ def test_residuals_have_the_scale_of_the_rewards() -> None:
 
 
 def test_cross_entropy_has_limits_of_its_own() -> None:
+    narrow = {"objective": "cross_entropy", "beta": 1.0, "reward_range": (-0.1, 0.0)}
+    probabilities = series("spo/residual_abs", [0.1] * 6 + [0.9] * 6, **{"store/reward_std": 0.04})
+    assert not feed(Health(**narrow), probabilities)  # type: ignore[arg-type]
+    assert feed(Health(**narrow | {"objective": "group"}), probabilities)  # type: ignore[arg-type]
     failing = series("spo/log_ratio", [-1.0] * 6 + [-400.0] * 6, **{"spo/residual_abs": 0.9})
     assert not feed(monitor("cross_entropy", 1.0), failing)
     rising = series("spo/terminal_q", [-2.0] * 6 + [2.9] * 6 + [3.1] * 3)

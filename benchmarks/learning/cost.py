@@ -115,11 +115,19 @@ def table(name: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _write(out: Path, size: str, found: dict[str, Any]) -> None:
+    """Beside the sizes that the file has already, each with what it was measured on."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(out.read_text(encoding="utf-8"))["sizes"] if out.exists() else {}
+    result = {"target": _TARGET, "sizes": known | {size: {"machine": machine.report(), **found}}}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learning.cost", description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["harness", "large"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["harness", "medium", "large"])
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--out", type=Path, help="JSON; a size that it has already is replaced")
     parser.add_argument("--alone", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -127,16 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.alone is not None:
         print(json.dumps(memory(options.sizes[0], options.alone)))
         return 0
-    found: dict[str, Any] = {}
     for size in options.sizes:
-        found[size] = measure(size, options.rounds)
-        print(table(size, found[size]), end="\n\n")
-        share = found[size]["cases"]["PPO"]["spo_share_of_peak_mib"]
+        found = measure(size, options.rounds)
+        print(table(size, found), end="\n\n")
+        share = found["cases"]["PPO"]["spo_share_of_peak_mib"]
         print(f"SPO's peak is {share:.2f} of PPO's; the target is at most {_TARGET}.\n", flush=True)
-    if options.out is not None:
-        result = {"machine": machine.report(), "target": _TARGET, "sizes": found}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.out is not None:
+            _write(options.out, size, found)
     return 0
 
 

@@ -71,7 +71,8 @@ def _harness() -> Size:
 
 SIZES = {
     "harness": _harness(),
-    "large": Size("where the vocabulary weighs", 32768, 512, 1408, 8, 8, 32, 32, 96, 96),
+    "medium": Size("where the vocabulary weighs", 32768, 256, 704, 4, 4, 32, 32, 96, 96),
+    "large": Size("where the body weighs as well", 32768, 512, 1408, 8, 8, 32, 32, 96, 96),
     "small": Size("for tests", 4096, 64, 96, 2, 2, 16, 4, 6, 12),
     "least": Size("before the memory of another is measured", 64, 16, 16, 1, 1, 8, 2, 1, 2),
 }
@@ -132,9 +133,12 @@ def make_rows(size: Size, policy: Qwen2ForCausalLM, seed: int = 1) -> Rows:
     """Groups of eight with successes and failures. The reference is the policy as it is: its
     log-probabilities come out of the store, so no update holds its weights."""
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(size.vocabulary, (n,), generator=rng).tolist()  # noqa: E731
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(size.vocabulary, (count,), generator=rng).tolist()
+
     lengths = torch.linspace(size.shortest, size.longest, size.rows).round().int().tolist()
-    texts = [Tokens(draw(size.prompt_tokens), draw(length)) for length in lengths]  # type: ignore[no-untyped-call]
+    texts = [Tokens(draw(size.prompt_tokens), draw(length)) for length in lengths]
     tokens = collate(texts, "padded")
     with torch.no_grad():
         logprobs, _ = completion_logprobs(policy, tokens)
