@@ -207,7 +207,8 @@ def test_producers_that_miscount_are_refused(store: TrajectoryStore) -> None:
 
 def test_metrics_have_the_names_of_trl() -> None:
     tally = Tally(appended=3)
-    long, short = Generation((1, 2, 3), "truncated"), Generation((1, END), "eos")
+    long = Generation((1, 2, 3), "truncated")
+    short = Generation((1, END), "eos", logprobs=(-0.5, -2.0))
     tally.add_prompt([long, short], [1.0, 4.0])
     tally.add_prompt([short, short], [2.0])
     tally.add_prompt([long, long], [])
@@ -224,6 +225,7 @@ def test_metrics_have_the_names_of_trl() -> None:
         "completions/clipped_ratio": 0.5,
         "rollout/appended": 3.0,
         "rollout/unjudged": 3.0,
+        "rollout/entropy": 1.25,
         "rollout/tokens": 15.0,
         "rollout/tokens_per_second": 7.5,
     }
@@ -233,6 +235,7 @@ def test_metrics_have_the_names_of_trl() -> None:
     )
     tally.add_prompt([short], [-math.inf])
     assert tally.stats(1.0).mean_reward == -math.inf and tally.stats(1.0).reward_std == math.inf
+    assert math.isnan(Tally().stats(0.0).entropy)
     assert math.isnan(Tally().stats(0.0).mean_reward) and Tally().stats(0.0).tokens_per_second == 0
 
 

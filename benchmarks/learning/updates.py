@@ -74,6 +74,11 @@ class Updater:
         self._targets: tuple[Tensor, Tensor] | None = None
         self._first: tuple[Rows, Tensor] | None = None
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The policy's, and the value network's if there is one."""
+        return [self._optimizer, *([self._critic.optimizer] if self._critic else [])]
+
     def update(self, rows: Rows, step: int) -> dict[str, float]:
         """steps count from 1. Returns what to log."""
         rate = self._method.learning_rate * self._schedule(step)

@@ -18,6 +18,7 @@ class RolloutStats:
     reward_*: of the judged ones; NaN if there are none. -inf counts as it is, so that a mean may
         be -inf. *_length: tokens of all completions, the end token included.
     frac_reward_zero_std: share of the prompts whose judged completions have one reward.
+    entropy: nats a token, by the log-probabilities of what was drawn; NaN if they are not known.
     """
 
     prompts: int
@@ -32,6 +33,7 @@ class RolloutStats:
     max_length: int
     mean_terminated_length: float
     truncated_share: float
+    entropy: float
     tokens: int
     seconds: float
 
@@ -52,6 +54,7 @@ class RolloutStats:
             "rollout/appended": float(self.appended),
             "rollout/duplicates": float(self.duplicates),
             "rollout/unjudged": float(self.unjudged),
+            "rollout/entropy": self.entropy,
             "rollout/tokens": float(self.tokens),
             "rollout/tokens_per_second": self.tokens_per_second,
             "rollout/seconds": self.seconds,
@@ -73,6 +76,8 @@ class Tally:
     groups: list[list[float]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     terminated: list[int] = field(default_factory=list)
+    logprob_sum: float = 0.0
+    logprob_count: int = 0
     appended: int = 0
     duplicates: int = 0
     unjudged: int = 0
@@ -83,6 +88,9 @@ class Tally:
         self.unjudged += len(generations) - len(rewards)
         self.lengths += [len(each.token_ids) for each in generations]
         self.terminated += [len(each.token_ids) for each in generations if each.finish == "eos"]
+        for each in generations:
+            self.logprob_sum += math.fsum(each.logprobs or ())
+            self.logprob_count += len(each.logprobs or ())
 
     def stats(self, seconds: float) -> RolloutStats:
         rewards = [reward for group in self.groups for reward in group]
@@ -101,6 +109,7 @@ class Tally:
             max_length=max(self.lengths, default=0),
             mean_terminated_length=_mean(self.terminated),
             truncated_share=_mean([0.0] * len(self.terminated) + [1.0] * self._truncated()),
+            entropy=-self.logprob_sum / self.logprob_count if self.logprob_count else math.nan,
             tokens=sum(self.lengths),
             seconds=seconds,
         )

@@ -104,6 +104,9 @@ class SPOConfig(TrainingArguments):
         None,
         "log the entropy of tokens (default: unless the head is frozen: it doubles that pass)",
     )
+    health_checks: bool = _field(
+        True, "warn of collapse, explosion and drift, from what is logged (spo_ext.trainer.health)"
+    )
 
     eval_split: Split = _field("dev", "prompts that evaluation samples: train, dev or test")
     eval_prompts: int = _field(64, "how many of them")

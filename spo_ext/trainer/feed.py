@@ -27,8 +27,9 @@ _POLL_SECONDS = 1.0
 class MicroBatch:
     """S of a step's trajectories; tensors on the CPU, per token [N] or per sequence [S].
 
-    behaviour_sums: of the policy that wrote each, nan where it is not known. floor: the lowest
-    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
+    behaviour_sums: of the policy that wrote each, nan where it is not known. online: bool, written
+    by the policy of this run; truncated: bool, cut at a limit of length. floor: the lowest reward
+    of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
     place of a micro-batch without a sequence, which a rank must compute all the same, because the
     others wait for its part of their collectives.
     """
@@ -39,6 +40,8 @@ class MicroBatch:
     groups: Tensor
     q0: Tensor | None
     behaviour_sums: Tensor
+    online: Tensor
+    truncated: Tensor
     floor: float
     share: float
 
@@ -177,6 +180,8 @@ class Feed:
             groups=batch.groups[places],
             q0=None if self._values is None else self._values.of(rows),
             behaviour_sums=torch.tensor([_behaviour_sum(row) for row in rows]),
+            online=batch.online[places],
+            truncated=torch.tensor([row.finish == "truncated" for row in rows]),
             floor=float(rewards[list(kept)].min()),
             share=1 / len(kept) if mine else 0.0,
         )

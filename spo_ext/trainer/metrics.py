@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spo_ext import LossStats
+from spo_ext.trainer.feed import MicroBatch
 
 
 class Meter:
@@ -85,6 +86,17 @@ def add_loss(meter: Meter, stats: LossStats, rewards: Tensor, floor: float) -> N
         meter.add(f"_{name}", values, where=finite)
 
 
+def add_online(meter: Meter, batch: MicroBatch) -> None:
+    """Of the rows that the policy of this run wrote: what `Health` watches."""
+    online, lengths = batch.online, batch.tokens.cu_seqlens.diff()
+    meter.add("store/online_length", lengths, where=online)
+    meter.add("store/online_truncated", batch.truncated, where=online)
+    meter.add("store/online_reward", batch.rewards, where=online & batch.rewards.isfinite())
+    known = online & batch.behaviour_sums.isfinite()
+    meter.add("_surprise", -batch.behaviour_sums, where=known)
+    meter.add("_surprise_tokens", lengths, where=known)
+
+
 def _derived(means: dict[str, float]) -> dict[str, float]:
     """Second moments become what people read; names with an underscore go."""
     q, r = means.get("_q", 0.0), means.get("_r", 0.0)
@@ -92,6 +104,9 @@ def _derived(means: dict[str, float]) -> dict[str, float]:
     if spread > 1e-12:
         # The slope of r on Q_T: 1 if a unit of Q_T is worth a unit of reward.
         means["spo/calibration"] = (means["_qr"] - q * r) / spread
+    if "_surprise" in means:
+        # A mean over tokens; -log-prob of what a policy wrote is an unbiased estimate of entropy.
+        means["store/behaviour_entropy"] = means["_surprise"] / means["_surprise_tokens"]
     if "_rr" in means:
         means["store/reward"] = r
         means["store/reward_std"] = max(0.0, means["_rr"] - r * r) ** 0.5

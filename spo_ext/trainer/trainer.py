@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,13 @@ from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
-from spo_ext.trainer.metrics import Meter, add_loss, add_tokens
+from spo_ext.trainer.health import Health
+from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
 from spo_ext.trainer.model import base_model, completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
+
+logger = logging.getLogger(__name__)
 
 _OF_DATA = {
     "train_dataset",
@@ -48,6 +52,9 @@ class SPOTrainer(Trainer):
 
     Resuming (`train(resume_from_checkpoint=True)`) continues from the last checkpoint that was
     written to its end, with the batches that were drawn after it.
+
+    With health_checks, what is logged is watched by `Health`: the main process warns, with advice,
+    of collapse, explosion and drift, once per episode; `health/warnings` counts.
 
     Raises:
         ValueError: for settings that do not fit each other, the model or the store.
@@ -77,6 +84,7 @@ class SPOTrainer(Trainer):
             **options,
         )
         self.meter = Meter()
+        self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
         self._parts = Parts(self, ref_model, reward)
         head = base_model(model).get_output_embeddings().weight
@@ -103,6 +111,8 @@ class SPOTrainer(Trainer):
                 if getattr(self.args, name) != state[name]:
                     expected = f"{state[name]!r} as in the checkpoint"
                     refuse("SPOConfig", name, expected, getattr(self.args, name))
+            if "health" in state:
+                self._health.load_state_dict(state["health"])
         self._parts.start(step, resume)
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._parts.finish()
@@ -162,6 +172,7 @@ class SPOTrainer(Trainer):
         )
         add_tokens(meter, logprobs, ref_logprobs, entropy)
         add_loss(meter, stats, rewards, batch.floor)
+        add_online(meter, batch)
         scaled: Tensor = loss * share
         return scaled
 
@@ -186,8 +197,13 @@ class SPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the interval over all ranks."""
-        means = self.meter.drain(self.accelerator) if "loss" in logs else {}
-        super().log({**logs, **means}, start_time)
+        line = logs | self.meter.drain(self.accelerator) if "loss" in logs else logs
+        if self.args.health_checks and "loss" in line:
+            for found in self._health.check(line):
+                if self.accelerator.is_main_process:
+                    logger.warning("step %d: %s", self.state.global_step, found.message)
+            line["health/warnings"] = float(self._health.count)
+        super().log(line, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -221,8 +237,8 @@ class SPOTrainer(Trainer):
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            settings = {"run": self.args.run, "sync_every": self.args.sync_every}
-            state = {"global_step": self.state.global_step, **settings}
+            state = {name: getattr(self.args, name) for name in ("run", "sync_every")}
+            state |= {"global_step": self.state.global_step, "health": self._health.state_dict()}
             checkpoints.mark_complete(folder, state)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(self._output), keep, best, use_mtime=True)
