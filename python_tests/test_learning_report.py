@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+from learning.__main__ import main  # noqa: E402
 from learning.evaluation import calibrate  # noqa: E402
-from learning.report import read_records, write_report  # noqa: E402
+from learning.report import read_records, save_records, write_report  # noqa: E402
 from learning.tables import (  # noqa: E402
     Series,
     by_method,
@@ -93,8 +94,21 @@ def test_report_of_made_up_runs(tmp_path):
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert len(pictures) == page.count("data:image/png") == 5
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    save_records(RECORDS, tmp_path / "all.jsonl")
+    assert read_records([tmp_path / "all.jsonl", files[0]]) == [*RECORDS, RECORDS[0]]
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path, "ppo")
+
+
+def test_the_command_reports_on_files_that_are_there(tmp_path, monkeypatch, capsys):
+    save_records(RECORDS, tmp_path / "all.jsonl")
+    out = ["--out", str(tmp_path / "out"), "--save", str(tmp_path / "again.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["learning", "--records", str(tmp_path / "all.jsonl"), *out])
+    assert main() == 0
+    assert "0.400 [0.300, 0.500]" in capsys.readouterr().out
+    assert read_records([tmp_path / "again.jsonl"]) == RECORDS
+    monkeypatch.setattr(sys, "argv", ["learning", "--records", str(tmp_path / "none.json")])
+    assert main() == 2 and "learning: --records:" in capsys.readouterr().err
 
 
 def test_calibration_by_hand():

@@ -243,11 +243,21 @@ def test_a_replay_that_cannot_be(folder: Path, changes: dict[str, Any], words: s
         SPOConfig(**settings(folder, **changes))
 
 
-def test_failures_are_tapered_where_the_policy_has_left_them(folder: Path) -> None:
-    config = SPOConfig(**settings(folder, reward_range=[-1.0, 3.0]))
-    assert config.taper_threshold == 1.0
-    assert SPOConfig(**settings(folder, taper_below=0.25)).taper_threshold == 0.25
-    assert SPOConfig(**settings(folder, taper=False)).taper_threshold is None
+def test_what_a_failure_is(folder: Path) -> None:
+    assert SPOConfig(**settings(folder, reward_range=[-1.0, 3.0])).failure_below == 1.0
+    assert SPOConfig(**settings(folder, taper_below=0.25)).failure_below == 0.25
+
+
+def test_rarely_solved_prompts_count_more(folder: Path) -> None:
+    """One of four is right everywhere, so rarity 2 scales the group's loss by (3/4)^2."""
+    group = {"objective": "group", "group_size": 4, "max_steps": 1, "taper": False}
+    even, rare = (learn(folder, f"r{n}", rarity=n, **group) for n in (0.0, 2.0))
+    assert "spo/weight" not in lines(even)[0]
+    assert lines(rare)[0]["spo/weight"] == pytest.approx(9 / 16)
+    loss = float(even.first["loss"])
+    assert float(rare.first["loss"]) == pytest.approx(9 / 16 * loss, rel=1e-5)
+    with pytest.raises(ValueError, match="group_size must be at least 2 for a rarity > 0, got 1"):
+        SPOConfig(**settings(folder, **SQUARED, rarity=1.0))
 
 
 def test_a_tapered_failure_counts_as_much_as_the_policy_would_still_write_it(folder: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from spo_ext.quickstart.config import Split
 
 from .methods import METHODS
-from .report import read_records, write_report
+from .report import read_records, save_records, write_report
 from .settings import SETTINGS
 from .sweep import plan, sweep
+from .tables import Record
 
 _SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
 # The controls are always among them.
@@ -24,6 +25,14 @@ _METHODS = (
 
 def main() -> int:
     options = _parser().parse_args()
+    if options.records:
+        try:
+            records = read_records(options.records)
+        except (OSError, ValueError) as error:
+            print(f"learning: --records: {error}", file=sys.stderr)
+            return 2
+        _report(records, options)
+        return 0
     try:
         runs = plan(
             options.settings,
@@ -43,9 +52,15 @@ def main() -> int:
     if outcome.left:
         print(f"learning: {len(outcome.left)} runs were not begun in the budget", file=sys.stderr)
     if outcome.files:
-        print(write_report(read_records(outcome.files), options.out, options.control))
-        print(f"\nReport: {options.out / 'report.html'}")
+        _report(read_records(outcome.files), options)
     return 1 if outcome.failed or not outcome.files else 0
+
+
+def _report(records: list[Record], options: argparse.Namespace) -> None:
+    if options.save:
+        save_records(records, options.save)
+    print(write_report(records, options.out, options.control))
+    print(f"\nReport: {options.out / 'report.html'}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=float, help="minutes in all, beyond the references")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--control", default="ppo", help="what every method is compared with")
+    add("--records", type=Path, nargs="+", help="report on these files, and run nothing")
+    add("--save", type=Path, help="a .jsonl file for all that is reported")
     add("--out", type=Path, default=Path("build/learning"))
     return parser
 

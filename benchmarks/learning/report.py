@@ -31,8 +31,21 @@ _PAIRED = 3  # columns from the left whose difference to the control is shown
 
 
 def read_records(files: Iterable[Path]) -> list[Record]:
-    """Of finished runs, in the order of the files."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    """Of finished runs, in the order of the files: one each, or one a line where it ends in .jsonl.
+
+    Raises OSError or ValueError for a file that cannot be read.
+    """
+    records: list[Record] = []
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        records += map(json.loads, text.splitlines() if file.suffix == ".jsonl" else [text])
+    return records
+
+
+def save_records(records: Sequence[Record], path: Path) -> None:
+    """As .jsonl, for `read_records`."""
+    text = "".join(f"{json.dumps(record)}\n" for record in records).encode()
+    write_whole(path, lambda file: file.write(text))
 
 
 def write_report(records: Sequence[Record], out: Path, control: str) -> str:

@@ -47,6 +47,11 @@ class SPOConfig(TrainingArguments):
     taper_below: float | None = _field(
         None, "what a failure is: a reward below it (default: the middle of reward_range)"
     )
+    rarity: float = _field(
+        0.0,
+        "weight groups by (1 - share of them that did not fail) to this power: 2 gains pass@10 and "
+        "costs pass@1",
+    )
 
     mixture: str | dict[str, float] = _field(
         "online", "online, offline, half-online, or a fraction for each pool"
@@ -147,6 +152,9 @@ class SPOConfig(TrainingArguments):
             check_integer(owner, "max_tokens", self.max_tokens, 2)
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
+        number(owner, "rarity", self.rarity, at_least=0.0)
+        if self.rarity and self.group_size < 2:
+            refuse(owner, "group_size", "at least 2 for a rarity > 0", self.group_size)
         if self.taper_below is not None:
             number(owner, "taper_below", self.taper_below)
         if self.per_device_train_batch_size % self.group_size:
@@ -183,10 +191,10 @@ class SPOConfig(TrainingArguments):
         return self.objective in _NEED_Q0
 
     @property
-    def taper_threshold(self) -> float | None:
-        """Rows of a lower reward are tapered; None for none."""
-        middle = sum(self.reward_range) / 2
-        return (middle if self.taper_below is None else self.taper_below) if self.taper else None
+    def failure_below(self) -> float:
+        """A completion with a lower reward has failed."""
+        middle: float = sum(self.reward_range) / 2
+        return middle if self.taper_below is None else self.taper_below
 
     @property
     def step_batch_size(self) -> int:

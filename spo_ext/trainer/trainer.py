@@ -24,6 +24,7 @@ from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
 from spo_ext.trainer.model import base_model, completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
+from spo_ext.trainer.weights import sequence_weights
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class SPOTrainer(Trainer):
         ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
+        weights = sequence_weights(self.args, logprobs, batch)
         loss, stats = spo_ext.loss(
             logprobs,
             ref_logprobs,
@@ -166,34 +168,17 @@ class SPOTrainer(Trainer):
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
             groups=batch.groups.to(device) if self.args.objective == "group" else None,
-            weights=self._weights(meter, logprobs, batch, cu_seqlens),
+            weights=weights,
             return_stats=True,
             **self.args.loss_options(),
         )
+        if weights is not None:
+            meter.add("spo/weight", weights)
         add_tokens(meter, logprobs, ref_logprobs, entropy)
         add_loss(meter, stats, rewards, batch.floor)
         add_online(meter, batch)
         scaled: Tensor = loss * share
         return scaled
-
-    def _weights(
-        self, meter: Meter, logprobs: Tensor, batch: MicroBatch, cu_seqlens: Tensor
-    ) -> Tensor | None:
-        """Tapers failures that the policy has moved away from, where the behaviour is known."""
-        threshold = self.args.taper_threshold
-        if threshold is None:
-            return None
-        ends = torch.cat([logprobs.new_zeros(1), logprobs.detach().double().cumsum(0)])
-        sums = ends[cu_seqlens].diff()
-        behaviour = batch.behaviour_sums.to(sums)
-        weights = spo_ext.taper_weights(
-            sums,
-            torch.where(behaviour.isnan(), sums, behaviour),
-            batch.rewards.to(sums.device),
-            threshold=threshold,
-        )
-        meter.add("spo/weight", weights)
-        return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the interval over all ranks."""
