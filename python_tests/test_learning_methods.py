@@ -77,7 +77,7 @@ def test_every_method_takes_two_steps_and_learns_something(name):
     ("name", "sampled", "updates"),
     [
         ("group", 3 * ROWS, 3),
-        ("replay-4", 3 * ROWS, 12),
+        ("replay", 3 * ROWS, 12),
         ("ppo-4", 3 * ROWS, 12),
         ("half-near", 3 * ROWS // 2, 3),
         ("sft", 0, 3),
@@ -142,12 +142,12 @@ def test_spo_draws_again_for_every_update_and_ppo_goes_over_its_batch_again(draw
     learn(METHODS["ppo-4"], 3)
     assert len(drawn) == 3
     drawn.clear()
-    learn(METHODS["replay-4"], 3)
+    learn(METHODS["replay"], 3)
     assert len(drawn) == 12 and drawn[-1] != drawn[-2]
 
 
 def test_recent_batches_only(drawn):
-    learner, _, _ = learn(replace(METHODS["replay-4"], updates=2, max_age=1), 3)
+    learner, _, _ = learn(replace(METHODS["replay"], updates=2, max_age=1), 3)
     for batch in range(3):
         fresh = sorted(row.program for row in learner.sampled[batch * ROWS : (batch + 1) * ROWS])
         assert drawn[2 * batch] == drawn[2 * batch + 1] == fresh

@@ -20,6 +20,7 @@ from learning.tables import (  # noqa: E402
     columns_of,
     difference,
     mean,
+    mean_curve,
     samples_to_reach,
     shown,
 )
@@ -76,6 +77,15 @@ def test_samples_to_reach_a_level_along_the_curve():
     assert samples_to_reach(group, 0.35, 2) == pytest.approx(200)
     assert samples_to_reach(group, 0.1, 2) == 0
     assert samples_to_reach(group, 0.6, 2) is None
+
+
+def test_a_mean_curve_has_the_steps_that_all_runs_evaluated():
+    group = by_method(RECORDS)[0]
+    first, *rest = group.runs
+    start, end = first["curve"]
+    longer = {**first, "curve": [start, {**start, "step": 1, "sampled": 13}, end]}
+    found = mean_curve(Series("group", (longer, *rest)), "sampled", lambda point: point["kl"])
+    assert found == [(0, 0.5), (400, 0.5)]
 
 
 def test_report_of_made_up_runs(tmp_path):

@@ -18,7 +18,7 @@ from .tables import Record
 _SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
 # The controls are always among them.
 _METHODS = (
-    "group", "group-0.1", "squared", "cross-entropy", "half-near", "sft-group",
+    "replay", "replay-rare", "group-0.1", "squared", "cross-entropy", "half-near", "sft-group",
     "sft", "sft-ppo", "expert", "ppo", "grpo",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 from typing import Any
 
 from matplotlib import colormaps
@@ -14,6 +15,7 @@ from spo_ext.evaluation.plot import GREY, PALETTE, new_figure, plain, png_bytes
 from .tables import Series, last, mean_curve, pass_at
 
 _STAGES = ("sampling", "judging", "store", "scoring", "update")
+_NAME_WIDTH = 28  # letters
 Colour = str | tuple[float, ...]
 
 
@@ -45,7 +47,7 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
         found = [estimate([pass_at(last(run), k) for run in series.runs]) for k in ks]
         known = [value for value in found if value is not None]
         means = [value.mean for value in known]
-        axes.plot(ks, means, color=colour, label=series.method)
+        axes.plot(ks, means, color=colour, label=_name(series))
         low = [value.mean if value.low is None else value.low for value in known]
         high = [value.mean if value.high is None else value.high for value in known]
         axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -93,7 +95,7 @@ def calibration(methods: Sequence[Series]) -> bytes | None:
             continue
         bins = zip(*(one["bins"] for one in found), strict=True)
         points = [[sum(xy[i] for xy in bin_) / len(bin_) for i in (0, 1)] for bin_ in bins]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=series.method)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=_name(series))
         drawn = True
     if not drawn:
         return None
@@ -118,12 +120,17 @@ def time_split(methods: Sequence[Series]) -> bytes:
         ]
         axes.barh(places, width, left=start, color=colour, label=stage, height=0.7)
         start = [a + b for a, b in zip(start, width, strict=True)]
-    axes.set_yticks(places, [series.method for series in methods])
+    axes.set_yticks(places, [_name(series) for series in methods])
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a run, without evaluation")
     plain(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return png_bytes(figure)
+
+
+def _name(series: Series) -> str:
+    """A variation names all that it changes, which is too much for one line beside a chart."""
+    return "\n".join(wrap(series.method.replace(",", ", ").replace(":", ": "), _NAME_WIDTH))
 
 
 def _reader(k: int) -> Callable[[dict[str, Any]], float]:
@@ -142,7 +149,7 @@ def _lines(
 ) -> None:
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         points = mean_curve(series, against, read)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, label=series.method)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, label=_name(series))
     plain(axes)
 
 

@@ -128,6 +128,7 @@ class Method:
 
 
 _GROUP = Method("group")
+_REPLAY = Method("replay", beta=0.1, updates=4)
 _SQUARED = Method("squared", objective="squared", baseline="smoothed", beta=0.1)
 _ENTROPY = Method("cross-entropy", objective="cross_entropy", baseline="smoothed", beta=1.0)
 _PPO = Method("ppo", family="ppo")
@@ -162,9 +163,10 @@ METHODS = {
         _vary(_GROUP, "half-near-online-q0", offline="near", offline_share=0.5,
               baseline="online_group"),
         _vary(_GROUP, "half-own", offline="own", offline_share=0.5),
-        _vary(_GROUP, "replay-4", updates=4),
-        _vary(_GROUP, "replay-16", updates=16),
-        _vary(_GROUP, "replay-4-recent", updates=4, max_age=8),
+        _REPLAY,
+        _vary(_REPLAY, "replay-rare", rare_power=2.0),
+        _vary(_REPLAY, "replay-16", updates=16),
+        _vary(_REPLAY, "replay-recent", max_age=8),
         _vary(_GROUP, "guided", offline="near", guided_share=0.5),
         _vary(_GROUP, "sft-group", beta=0.1, **_START),
         _vary(_GROUP, "sft-group-rare", beta=0.1, rare_power=2.0, **_START),

@@ -119,10 +119,11 @@ def samples_to_reach(series: Series, level: float, k: int) -> float | None:
 def mean_curve(
     series: Series, against: str, read: Callable[[dict[str, Any]], float]
 ) -> list[tuple[float, float]]:
-    """Mean over the runs of (what was used, what was read) at every evaluation."""
-    curves = [run["curve"] for run in series.runs]
+    """Mean over the runs of (what was used, what was read) at every step that all evaluated."""
+    curves = [{point["step"]: point for point in run["curve"]} for run in series.runs]
     points = []
-    for column in zip(*curves, strict=False):
+    for step in sorted(set.intersection(*map(set, curves))):
+        column = [curve[step] for curve in curves]
         used = sum(point[against] for point in column) / len(column)
         points.append((used, sum(map(read, column)) / len(column)))
     return points
