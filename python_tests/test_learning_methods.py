@@ -1,5 +1,6 @@
 """Every method for two tiny steps, what it learns from and what it uses up."""
 
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from learning.feed import Feed, Rows  # noqa: E402
 from learning.learner import Learner, Task  # noqa: E402
 from learning.methods import METHODS, Method  # noqa: E402
 from learning.objectives import pass_rates, sums  # noqa: E402
+from learning.outcomes import Outcomes  # noqa: E402
 from learning.sampling import Sampled  # noqa: E402
 from learning.settings import SETTINGS  # noqa: E402
 
@@ -201,3 +203,30 @@ def test_random_state_of_the_caller_decides():
     assert torch.equal(weights(first.policy), weights(again.policy))
     assert not torch.equal(weights(first.policy), weights(other.policy))
     assert first.sampled == again.sampled != other.sampled
+
+
+def test_outcomes_of_problems():
+    """Problem 1 has both, problem 2 only failures; what another wrote counts for no rate."""
+    method = replace(METHODS["replay"], replay="mixed", replay_size=4)
+    outcomes = Outcomes(method, 2, random.Random(0))
+    for key in range(6):
+        outcomes.add(1, key, passed=key == 0, sampled=True)
+        outcomes.add(2, 10 + key, passed=False, sampled=True)
+    assert sorted(outcomes.draw())[0] == 0 and len(outcomes.draw()) == 4
+    assert all(key < 6 for key in outcomes.draw())
+    outcomes.add(1, 20, passed=True, sampled=False)
+    assert {0, 20} < set(outcomes.draw()), "half of the rows have passed"
+    # One of six passed, with one of each added two of eight.
+    both = [(1, True), (1, False), (1, True), (1, False), (1, False), (2, False)]
+    expected = [0.125, 0.25, 0.125, 0.25, 0.25, 1.0]
+    assert outcomes.shares(both).tolist() == pytest.approx(expected)
+
+
+def test_rarely_solved_problems_are_replayed_first():
+    method = replace(METHODS["replay"], replay="mixed", replay_size=2, replay_rare=3.0)
+    outcomes = Outcomes(method, 1, random.Random(0))
+    for key in range(10):
+        outcomes.add(1, key, passed=key > 0, sampled=True)
+        outcomes.add(2, 10 + key, passed=key == 0, sampled=True)
+    drawn = [min(outcomes.draw()) >= 10 for _ in range(40)]
+    assert 32 < sum(drawn), "weights are .1^3 and .9^3"

@@ -42,6 +42,17 @@ def group_mean(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return torch.stack(means)
 
 
+def test_a_natural_baseline_counts_rows_by_their_shares():
+    logprobs, rows, ratios = case()
+    shares = torch.tensor([0.2, 0.5, 0.3, 0.9, 0.1], dtype=torch.float64)
+    method = replace(METHODS["group"], baseline="natural", beta=BETA, taper=False)
+    loss, _, _ = SpoObjective(method, None).loss(logprobs, replace(rows, shares=shares))
+    gain = rows.rewards - BETA * ratios
+    q0 = 2 * group_mean(shares * gain, ONLINE | True)
+    q0 = torch.where(GROUPS == GROUPS[0], q0 * 1.5, q0)  # three rows and two
+    assert loss.item() == pytest.approx(float((q0 - gain).square().mean() / (2 * BETA)), rel=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["squared", "group"])
 @pytest.mark.parametrize("baseline", ["group", "online_group", "leave_one_out"])
 def test_group_baselines(objective, baseline):

@@ -26,6 +26,7 @@ from spo_ext.trainer.model import completion_logprobs
 
 from .clock import Clock
 from .methods import Method
+from .outcomes import Outcomes
 from .sampling import Sampled
 from .shared_prompts import collate_shared
 
@@ -38,7 +39,9 @@ class Rows:
     """S trajectories; per token packed [N] at tokens.cu_seqlens, per program [S].
 
     behaviour_logprobs: of who wrote them, nan where nobody knows. groups: the index of the problem.
-    online: written by the policy in this run.
+    online: written by the policy in this run. shares: of each program in its problem, 1 in all: of
+    passed ones together the problem's pass rate so far, of failed ones the rest; only the baseline
+    "natural" needs them.
     """
 
     tokens: TokenBatch
@@ -47,6 +50,7 @@ class Rows:
     rewards: Tensor
     groups: Tensor
     online: Tensor
+    shares: Tensor | None = None
 
 
 class Feed:
@@ -145,6 +149,7 @@ class Feed:
             rewards=torch.tensor([row.reward for row in drawn]),
             groups=torch.tensor([self._index[row.prompt_id] for row in drawn]),
             online=torch.tensor([row.origin.run == _RUN for row in drawn]),
+            shares=self._known.shares([(row.prompt_id, row.reward >= 0) for row in drawn]),
         )
 
     def _same_problems(self, drawn: Sequence[StoredTrajectory]) -> list[StoredTrajectory]:
@@ -162,7 +167,7 @@ class Feed:
         with self._clock.stage("store"):
             ids = list(self._store.append(rows).ids)
         for row, key in zip(rows, ids, strict=True):
-            self._known.add(row.prompt_id, key, row.reward >= 0)
+            self._known.add(row.prompt_id, key, row.reward >= 0, row.origin.run == _RUN)
         if self._reference is not None:
             self._score(self._reference, ids)
         return ids
@@ -200,39 +205,6 @@ class Feed:
             behaviour_logprobs=row.logprobs,
             temperature=1.0,
         )
-
-
-class Outcomes:
-    """Which programs of each problem passed and which failed."""
-
-    def __init__(self, method: Method, prompts_per_batch: int, rng: random.Random) -> None:
-        self._method, self._prompts, self._rng = method, prompts_per_batch, rng
-        self._ids: dict[int, tuple[list[int], list[int]]] = {}
-
-    def add(self, prompt: int, key: int, passed: bool) -> None:
-        """key: of the trajectory in the store."""
-        ids = self._ids.setdefault(prompt, ([], []))[passed]
-        if key not in ids:
-            ids.append(key)
-
-    def draw(self) -> list[int]:
-        """Groups of half passed and half failed programs, or what is nearest to it."""
-        size, drawn = self._method.replay_size, list[int]()
-        for prompt in self._choose():
-            failed, passed = self._ids[prompt]
-            good = max(size // 2, size - len(failed))
-            chosen = self._rng.sample(passed, min(good, len(passed)))
-            drawn += chosen + self._rng.sample(failed, min(size - len(chosen), len(failed)))
-        return drawn
-
-    def _choose(self) -> list[int]:
-        """Problems with both, without replacement: the largest u^(1 / weight), u uniform."""
-        keys = {}
-        for prompt, (failed, passed) in self._ids.items():
-            if failed and passed:
-                rate = len(passed) / (len(passed) + len(failed))
-                keys[prompt] = self._rng.random() ** ((1 - rate) ** -self._method.replay_rare)
-        return sorted(keys, key=keys.__getitem__, reverse=True)[: self._prompts]
 
 
 def _behaviour(row: StoredTrajectory) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from spo_ext.losses import Objective
 
 Family = Literal["spo", "ppo", "grpo", "sft", "expert"]
-Baseline = Literal["group", "leave_one_out", "online_group", "running", "reference", "smoothed"]
+Baseline = Literal[
+    "group", "leave_one_out", "online_group", "natural", "running", "reference", "smoothed"
+]
 Offline = Literal["none", "diverse", "near", "own"]
 Replay = Literal["uniform", "mixed"]
 
@@ -25,8 +27,9 @@ class Method:
         objective, beta: of `spo_ext.loss`.
         baseline: the prompt value Q_0. "group", "leave_one_out" and "running" are the estimators
             group, leave_one_out and ema of `spo_ext.prompt_value`; "online_group" leaves offline
-            rows out of the group's mean; "reference" is Monte Carlo before training, "smoothed"
-            the same with half a success and half a failure more.
+            rows out of the group's mean; "natural" is a mean in which passed and failed programs
+            count as often as the policy wrote them, however many were drawn; "reference" is Monte
+            Carlo before training, "smoothed" the same with half a success and half a failure more.
         taper: failures fade by `spo_ext.taper_weights`.
         rare_power: a group weighs (1 - its pass rate) to this power.
     Data:
@@ -94,7 +97,8 @@ class Method:
         if self.offline == "none" and (self.needs_offline or self.offline_weight):
             self._refuse("offline", "diverse, near or own where offline programs are used")
         if self.objective == "group" and self.baseline in ("running", "reference", "smoothed"):
-            self._refuse("baseline", "group, leave_one_out or online_group for objective group")
+            words = "group, leave_one_out, online_group or natural for objective group"
+            self._refuse("baseline", words)
         if self.family == "sft" and self.offline_share != 1:
             self._refuse("offline_share", "1 for sft")
         if self.family == "spo" and self.offline_share == 1 and not self.estimates_q0:

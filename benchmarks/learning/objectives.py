@@ -42,7 +42,8 @@ class SpoObjective:
         log_ratios = sums(logprobs.detach() - rows.ref_logprobs, cu_seqlens)
         weights = self._weights(sums(logprobs.detach(), cu_seqlens), rows)
         # With a mean over other rows than its own, the group's objective is the squared one.
-        own_mean = method.objective == "group" and method.baseline != "online_group"
+        other_mean = method.baseline in ("online_group", "natural")
+        own_mean = method.objective == "group" and not other_mean
         objective = "squared" if method.objective == "group" and not own_mean else method.objective
         loss, stats = spo_ext.loss(
             logprobs,
@@ -92,6 +93,11 @@ class SpoObjective:
                 decay=_DECAY,
             )
             return self._values[rows.groups]
+        if method.baseline == "natural":
+            assert rows.shares is not None
+            values = rows.rewards - method.beta * log_ratios
+            size = int(groups.max()) + 1
+            return values.new_zeros(size).index_add(0, groups, rows.shares * values)[groups]
         keep = rows.online if method.baseline == "online_group" else torch.ones_like(rows.online)
         values = spo_ext.prompt_value(
             rows.rewards[keep],
