@@ -53,7 +53,7 @@ def names(found: list[tuple[int, HealthWarning]]) -> list[tuple[int, str]]:
         ("entropy", 1.2, 0.11, "entropy", ["0.11 nats", "1.2 at first", "raise beta"]),
         ("spo/residual_abs", 0.3, 1.3, "residual", ["1.3", "0.3 until now", "sync_every"]),
         ("spo/log_ratio", 2.0, 31.0, "drift", ["31", "it 3.1", "rewards span 1"]),
-        ("spo/log_ratio", -2.0, -31.0, "drift", ["-31", "it -3.1", "taper_below"]),
+        ("spo/log_ratio", -2.0, -31.0, "drift", ["-31", "it -3.1", "(taper)"]),
         ("store/online_length", 40.0, 9.0, "length", ["9 tokens, 40 at", "rewards of 0.3 (0.3)"]),
         ("store/online_truncated", 0.5, 0.97, "truncated", ["97%", "max_new_tokens"]),
     ],

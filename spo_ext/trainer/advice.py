@@ -12,12 +12,12 @@ ADVICE = {
     ),
     "residual": (
         "Lower learning_rate. Where batches hold old rows, sync more often (sync_every), leave out "
-        "the oldest (max_age) and let failures fade (taper_below). Look for outliers of the "
+        "the oldest (max_age) and let failures fade (taper). Look for outliers of the "
         "reward; where q0 is estimated, reward_range must be that of the rewards."
     ),
     "drift": (
         "Lower learning_rate. If the number falls, failures are pushed down without end: let them "
-        "fade (taper_below) and sync more often (sync_every). If it rises, raise beta and read "
+        "fade (taper) and sync more often (sync_every). If it rises, raise beta and read "
         "what is rewarded."
     ),
     "length": (
