@@ -1,5 +1,6 @@
 """The SPO loss of each baseline against its formula, in float64."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -120,3 +121,24 @@ def test_monte_carlo_values_with_and_without_smoothing():
         _, stats, _ = SpoObjective(method, sampled).loss(logprobs, rows)
         expected = [float(first)] * 3 + [float(other)] * 2
         assert stats.q0.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_beta_moves_in_equal_ratios():
+    method = replace(METHODS["group"], beta=0.4, final_beta=0.1)
+    assert [method.beta_at(share) for share in (0, 0.5, 1)] == pytest.approx([0.4, 0.2, 0.1])
+    assert METHODS["group"].beta_at(0.7) == METHODS["group"].beta
+    logprobs, rows, ratios = case()
+    moved, plain = SpoObjective(method, None), SpoObjective(replace(method, beta=0.2), None)
+    moved.beta = 0.2
+    assert moved.loss(logprobs, rows)[0].item() == plain.loss(logprobs, rows)[0].item()
+
+
+def test_values_may_have_a_softness_of_their_own():
+    logprobs, rows, ratios = case()
+    rewards = torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    method = replace(METHODS["squared-raw"], beta=0.5, value_beta=0.1, taper=False)
+    loss, stats, _ = SpoObjective(method, rewards).loss(logprobs, rows)
+    value = 0.1 * math.log((1 + math.exp(-10)) / 2)
+    assert stats.q0.tolist() == pytest.approx([value if g == 0 else 0 for g in GROUPS.tolist()])
+    terminal = stats.q0 + 0.5 * ratios
+    assert loss.item() == pytest.approx(float((terminal - rows.rewards).square().mean()), rel=1e-6)

@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from learning import runs as runs_module  # noqa: E402
 from learning import sweep as sweep_module  # noqa: E402
 from learning.evaluation import evaluate  # noqa: E402
+from learning.methods import method_named  # noqa: E402
 from learning.references import make_reference, write_whole  # noqa: E402
-from learning.runs import Run, perform  # noqa: E402
+from learning.runs import Run, perform, restore  # noqa: E402
 from learning.settings import SETTINGS  # noqa: E402
 from learning.sweep import plan, sweep  # noqa: E402
 from sandbox_cases import WHY_NOT  # noqa: E402
@@ -191,3 +193,21 @@ def test_curve_keeps_means_since_the_last_evaluation():
         {"loss": 2.0, "pass_rate": 0.5},
         {"loss": 7.0},
     ]
+
+
+def test_committed_runs_count_as_done_while_their_settings_are_the_same(tmp_path):
+    run = Run("tiny", "group:beta=0.3", 1, 2, 5, "test")
+    method = asdict(method_named(run.method))
+    del method["final_beta"]  # a setting that there was not when it ran
+    record = {**asdict(run), "method_settings": method, "setting_settings": asdict(TINY)}
+    record["curve"] = [{"step": 0}]
+    others = [
+        {**record, "seed": 3, "method_settings": {**method, "beta": 0.2}},
+        {**record, "seed": 4, "setting_settings": {**asdict(TINY), "offline_solutions": 9}},
+    ]
+    config = {**asdict(TINY.config), "layers": 9}
+    others.append({**record, "seed": 5, "setting_settings": {**asdict(TINY), "config": config}})
+    assert restore([record, *others], tmp_path) == 1
+    assert json.loads(run.file(tmp_path).read_text(encoding="utf-8")) == record
+    assert restore([record], tmp_path) == 0
+    assert perform(run, tmp_path, tmp_path) == run.file(tmp_path)

@@ -11,6 +11,7 @@ from spo_ext.quickstart.config import Split
 
 from .methods import METHODS
 from .report import read_records, save_records, write_report
+from .runs import restore
 from .settings import SETTINGS
 from .sweep import plan, sweep
 from .tables import Record
@@ -46,6 +47,11 @@ def main() -> int:
         print(f"learning: {error}", file=sys.stderr)
         return 2
     results, cache = options.out / "runs", options.out / "references"
+    try:
+        restore(read_records(options.known), results)
+    except (OSError, ValueError) as error:
+        print(f"learning: --known: {error}", file=sys.stderr)
+        return 2
     outcome = sweep(runs, results, cache, options.workers, options.budget)
     for name, reason in outcome.failed.items():
         print(f"learning: {name} failed: {reason}", file=sys.stderr)
@@ -81,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--control", default="ppo", help="what every method is compared with")
     add("--records", type=Path, nargs="+", help="report on these files, and run nothing")
+    add("--known", type=Path, nargs="+", default=[], help="records of runs that need not run again")
     add("--save", type=Path, help="a .jsonl file for all that is reported")
     add("--out", type=Path, default=Path("build/learning"))
     return parser

@@ -24,12 +24,13 @@ class Method:
         "grpo": clipped ratios, rewards normalised in the group, kl in the loss. "sft": likelihood
         of the offline solutions. "expert": likelihood of its own correct programs.
     SPO:
-        objective, beta: of `spo_ext.loss`.
+        objective, beta: of `spo_ext.loss`. final_beta: beta goes there in equal ratios.
         baseline: the prompt value Q_0. "group", "leave_one_out" and "running" are the estimators
             group, leave_one_out and ema of `spo_ext.prompt_value`; "online_group" leaves offline
             rows out of the group's mean; "natural" is a mean in which passed and failed programs
             count as often as the policy wrote them, however many were drawn; "reference" is Monte
             Carlo before training, "smoothed" the same with half a success and half a failure more.
+        value_beta: of baselines that sample the reference, as in A*-PO; None for that of the loss.
         taper: failures fade by `spo_ext.taper_weights`.
         rare_power: a group weighs (1 - its pass rate) to this power.
     Data:
@@ -59,7 +60,9 @@ class Method:
     learning_rate: float = 3e-4
     objective: Objective = "group"
     beta: float = 0.03
+    final_beta: float | None = None
     baseline: Baseline = "group"
+    value_beta: float | None = None
     taper: bool = True
     rare_power: float = 0.0
     offline: Offline = "none"
@@ -103,6 +106,11 @@ class Method:
             self._refuse("offline_share", "1 for sft")
         if self.family == "spo" and self.offline_share == 1 and not self.estimates_q0:
             self._refuse("baseline", "reference or smoothed where no group is sampled")
+
+    def beta_at(self, share: float) -> float:
+        """share: of the training that is done, in [0, 1]."""
+        end = self.beta if self.final_beta is None else self.final_beta
+        return float(self.beta * (end / self.beta) ** share)
 
     @property
     def needs_offline(self) -> bool:
@@ -214,8 +222,10 @@ def _parse(text: str, field: str, kind: str, value: str) -> object:
     try:
         if kind == "bool":
             return {"True": True, "False": False}[value]
+        if value == "None" and "None" in kind:
+            return None
         if kind.startswith("int"):
-            return None if value == "None" and "None" in kind else int(value)
-        return float(value) if kind == "float" else value
+            return int(value)
+        return float(value) if kind.startswith("float") else value
     except (KeyError, ValueError):
         raise ValueError(f"method {text}: {field} must be a {kind}, got {value!r}") from None

@@ -17,7 +17,7 @@ _REWARD_RANGE = (-1.0, 0.0)
 
 
 class SpoObjective:
-    """Keeps the prompt values of all training problems between updates.
+    """Keeps the prompt values of all training problems between updates. beta may be changed.
 
     Args:
         reference_rewards: [problems, n] of the reference's samples, None for a method that
@@ -26,11 +26,12 @@ class SpoObjective:
 
     def __init__(self, method: Method, reference_rewards: Tensor | None) -> None:
         self._method = method
+        self.beta = method.beta
         self._values: Tensor | None = None
         if reference_rewards is not None:
             self._values = spo_ext.prompt_value(
                 reference_rewards,
-                beta=method.beta,
+                beta=method.beta if method.value_beta is None else method.value_beta,
                 smoothing=0.0 if method.baseline == "reference" else _SMOOTHING,
                 reward_range=None if method.baseline == "reference" else _REWARD_RANGE,
             )
@@ -50,7 +51,7 @@ class SpoObjective:
             rows.ref_logprobs if objective == "advantage" else sums(rows.ref_logprobs, cu_seqlens),
             rows.rewards,
             None if own_mean else self._prompt_values(log_ratios, rows),
-            beta=method.beta,
+            beta=self.beta,
             objective=objective,
             groups=rows.groups if own_mean else None,
             leave_one_out=own_mean and method.baseline == "leave_one_out",
@@ -63,7 +64,7 @@ class SpoObjective:
     def _scale(self) -> float:
         """d/dR of (Q_T - r)^2 is 2 beta (Q_T - r): without the factor 2 beta the step is the same
         for every beta. cross_entropy, a function of Q_T / beta, has no such factor."""
-        return 1.0 if self._method.objective == "cross_entropy" else 1.0 / (2.0 * self._method.beta)
+        return 1.0 if self._method.objective == "cross_entropy" else 1.0 / (2.0 * self.beta)
 
     def _prompt_values(self, log_ratios: Tensor, rows: Rows) -> Tensor:
         """Q_0 [S] of each row's problem."""
@@ -75,7 +76,7 @@ class SpoObjective:
         if method.baseline == "leave_one_out":
             return spo_ext.prompt_value(
                 rows.rewards,
-                beta=method.beta,
+                beta=self.beta,
                 groups=groups,
                 estimator="leave_one_out",
                 log_ratios=log_ratios,
@@ -84,7 +85,7 @@ class SpoObjective:
             assert self._values is not None
             self._values = spo_ext.prompt_value(
                 rows.rewards,
-                beta=method.beta,
+                beta=self.beta,
                 groups=rows.groups,
                 num_prompts=len(self._values),
                 estimator="ema",
@@ -95,13 +96,13 @@ class SpoObjective:
             return self._values[rows.groups]
         if method.baseline == "natural":
             assert rows.shares is not None
-            values = rows.rewards - method.beta * log_ratios
+            values = rows.rewards - self.beta * log_ratios
             size = int(groups.max()) + 1
             return values.new_zeros(size).index_add(0, groups, rows.shares * values)[groups]
         keep = rows.online if method.baseline == "online_group" else torch.ones_like(rows.online)
         values = spo_ext.prompt_value(
             rows.rewards[keep],
-            beta=method.beta,
+            beta=self.beta,
             groups=groups[keep],
             num_prompts=int(groups.max()) + 1,
             estimator="group",

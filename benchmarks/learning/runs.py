@@ -7,9 +7,11 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -55,6 +57,42 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.setting} {self.method} r{self.reference_seed} s{self.seed}"
+
+
+def restore(records: Iterable[dict[str, Any]], results: Path) -> int:
+    """Makes runs of committed records count as done; returns how many.
+
+    Left out are those whose method or setting has meant something else since.
+    """
+    restored = 0
+    for record in records:
+        run = Run(**{field.name: record[field.name] for field in fields(Run)})
+        path, setting = run.file(results), setting_named(run.setting)
+        then = record["setting_settings"]
+        now: list[tuple[Any, dict[str, Any]]] = [
+            (method_named(run.method), record["method_settings"]),
+            (setting, {**then, "config": setting.config}),
+            (setting.config, then["config"]),
+        ]
+        if path.exists() or not all(_agree(*pair) for pair in now):
+            continue
+        text = json.dumps(record, indent=1).encode()
+        write_whole(path, partial(_write, text))
+        restored += 1
+    return restored
+
+
+def _agree(now: Any, then: dict[str, Any]) -> bool:
+    """A field that there was not then has to be as it is by default."""
+    return all(
+        getattr(now, field.name) == then.get(field.name, field.default)
+        for field in fields(now)
+        if field.name not in ("name", "about")
+    )
+
+
+def _write(text: bytes, file: BinaryIO) -> None:
+    file.write(text)
 
 
 def perform(run: Run, results: Path, cache: Path) -> Path:

@@ -87,6 +87,8 @@ class Updater:
         if self._critic is not None:
             for group in self._critic.optimizer.param_groups:
                 group["lr"] = self._method.value_learning_rate * self._schedule(step)
+        if self._spo is not None:
+            self._spo.beta = self._method.beta_at(step / self._steps)
         logprobs, _ = completion_logprobs(self._policy, rows.tokens)
         losses = {
             "spo": self._spo_loss,
