@@ -142,3 +142,24 @@ def test_values_may_have_a_softness_of_their_own():
     assert stats.q0.tolist() == pytest.approx([value if g == 0 else 0 for g in GROUPS.tolist()])
     terminal = stats.q0 + 0.5 * ratios
     assert loss.item() == pytest.approx(float((terminal - rows.rewards).square().mean()), rel=1e-6)
+
+
+def test_equal_programs_of_a_group_count_as_one():
+    """Rows 0 and 2 are the same program; row 3 is too, but of another problem."""
+    logprobs, rows, ratios = case()
+    sizes = [2, 1, 2, 2, 2]
+    tokens = replace(
+        rows.tokens,
+        targets=torch.tensor([7, 8, 9, 7, 8, 7, 8, 5, 5]),
+        cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
+    )
+    rows = replace(rows, tokens=tokens)
+    ratios = torch.stack([part.sum() for part in (logprobs - rows.ref_logprobs).split(sizes)])
+    method = replace(METHODS["group"], baseline="distinct", beta=BETA, taper=False)
+    loss, _, weights = SpoObjective(method, None).loss(logprobs, rows)
+    assert weights.tolist() == [0.5, 1, 0.5, 1, 1]
+    gain = rows.rewards - BETA * ratios
+    first = (gain[0] / 2 + gain[1] + gain[2] / 2) / 2
+    q0 = torch.stack([first, first, first, *[gain[3:].mean()] * 2])
+    expected = (weights * (q0 - gain).square()).mean() / (2 * BETA)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -9,7 +9,14 @@ from spo_ext.losses import Objective
 
 Family = Literal["spo", "ppo", "grpo", "sft", "expert"]
 Baseline = Literal[
-    "group", "leave_one_out", "online_group", "natural", "running", "reference", "smoothed"
+    "group",
+    "leave_one_out",
+    "online_group",
+    "natural",
+    "distinct",
+    "running",
+    "reference",
+    "smoothed",
 ]
 Offline = Literal["none", "diverse", "near", "own"]
 Replay = Literal["uniform", "mixed"]
@@ -28,8 +35,10 @@ class Method:
         baseline: the prompt value Q_0. "group", "leave_one_out" and "running" are the estimators
             group, leave_one_out and ema of `spo_ext.prompt_value`; "online_group" leaves offline
             rows out of the group's mean; "natural" is a mean in which passed and failed programs
-            count as often as the policy wrote them, however many were drawn; "reference" is Monte
-            Carlo before training, "smoothed" the same with half a success and half a failure more.
+            count as often as the policy wrote them, however many were drawn; with "distinct" equal
+            programs of a group count as one, in it and in the loss, as a store has it that sees no
+            difference; "reference" is Monte Carlo before training, "smoothed" the same with half a
+            success and half a failure more.
         value_beta: of baselines that sample the reference, as in A*-PO; None for that of the loss.
         taper: failures fade by `spo_ext.taper_weights`.
         rare_power: a group weighs (1 - its pass rate) to this power.
@@ -100,7 +109,7 @@ class Method:
         if self.offline == "none" and (self.needs_offline or self.offline_weight):
             self._refuse("offline", "diverse, near or own where offline programs are used")
         if self.objective == "group" and self.baseline in ("running", "reference", "smoothed"):
-            words = "group, leave_one_out, online_group or natural for objective group"
+            words = "group, leave_one_out, online_group, natural or distinct for objective group"
             self._refuse("baseline", words)
         if self.family == "sft" and self.offline_share != 1:
             self._refuse("offline_share", "1 for sft")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ class SpoObjective:
         log_ratios = sums(logprobs.detach() - rows.ref_logprobs, cu_seqlens)
         weights = self._weights(sums(logprobs.detach(), cu_seqlens), rows)
         # With a mean over other rows than its own, the group's objective is the squared one.
-        other_mean = method.baseline in ("online_group", "natural")
+        other_mean = method.baseline in ("online_group", "natural", "distinct")
         own_mean = method.objective == "group" and not other_mean
         objective = "squared" if method.objective == "group" and not own_mean else method.objective
         loss, stats = spo_ext.loss(
@@ -94,11 +96,13 @@ class SpoObjective:
                 decay=_DECAY,
             )
             return self._values[rows.groups]
-        if method.baseline == "natural":
-            assert rows.shares is not None
-            values = rows.rewards - self.beta * log_ratios
-            size = int(groups.max()) + 1
-            return values.new_zeros(size).index_add(0, groups, rows.shares * values)[groups]
+        if method.baseline in ("natural", "distinct"):
+            shares = rows.shares
+            if method.baseline == "distinct":
+                once = 1 / copies(rows)
+                shares = once / group_sums(once, groups)
+            assert shares is not None
+            return group_sums(shares * (rows.rewards - self.beta * log_ratios), groups)
         keep = rows.online if method.baseline == "online_group" else torch.ones_like(rows.online)
         values = spo_ext.prompt_value(
             rows.rewards[keep],
@@ -120,9 +124,25 @@ class SpoObjective:
                 rows.rewards,
                 threshold=0.0,  # rewards are 0 and -1
             )
+        if self._method.baseline == "distinct":
+            weights = weights / copies(rows)
         if self._method.rare_power:
             weights = weights * (1 - pass_rates(rows)) ** self._method.rare_power
         return weights
+
+
+def copies(rows: Rows) -> Tensor:
+    """[S]: how many rows of its problem in the batch are the same program as this one."""
+    sizes = rows.tokens.cu_seqlens.diff().tolist()
+    programs = [tuple(part.tolist()) for part in torch.split(rows.tokens.targets, sizes)]
+    keys = list(zip(rows.groups.tolist(), programs, strict=True))
+    counts = Counter(keys)
+    return torch.tensor([counts[key] for key in keys]).to(rows.rewards)
+
+
+def group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """[S]: for each row the sum of the values [S] of its group; groups count from 0."""
+    return values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)[groups]
 
 
 def pass_rates(rows: Rows) -> Tensor:
