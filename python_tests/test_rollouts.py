@@ -102,15 +102,17 @@ def test_a_prompt_that_comes_twice_gets_twice_as_many(store: TrajectoryStore) ->
     assert make(store, Scripted()).drawn([a, b], 0) == {a.id: 12, b.id: 4}
 
 
-def test_a_completion_drawn_twice_counts_twice(store: TrajectoryStore) -> None:
+def test_a_completion_drawn_twice_is_two_trajectories(store: TrajectoryStore) -> None:
     class Monotonous(Scripted):
         def write(self, prompt: Prompt, sampling: Sampling, k: int) -> Generation:
             return Generation((1, END), "eos")
 
     [prompt] = stored(store, 1)
     stats = make(store, Monotonous()).collect([prompt], 0)
-    assert (stats.appended, stats.duplicates) == (1, 3)
+    assert (stats.appended, stats.duplicates) == (4, 0)
     assert make(store, Monotonous()).drawn([prompt], 0) == {prompt.id: 4}
+    make(store, Monotonous()).collect([prompt, prompt], 0)
+    assert [row.draw for row in store.trajectories()] == list(range(12))
 
 
 def test_what_has_no_judgement_is_counted_and_not_stored(store: TrajectoryStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,15 @@ def test_trajectories_come_back_as_they_went_in(store: TrajectoryStore, data: An
         assert (got.reward, got.reason) == (want.reward, want.reason)
         assert (got.behaviour_logprobs is None) == (logprobs is None)
         assert logprobs is None or got.behaviour_logprobs.tolist() == logprobs
+
+
+def test_equal_completions_of_two_draws_are_two_rows(store: TrajectoryStore) -> None:
+    [prompt] = add_prompts(store, 1)
+    rows = [replace(trajectory(prompt, 1, policy(3)), draw=draw) for draw in (0, 1, 2)]
+    assert (store.append(rows).new, store.append(rows[1:]).duplicates) == (3, 2)
+    assert [(row.draw, row.duplicates) for row in store.trajectories()] == [(0, 0), (1, 1), (2, 1)]
+    with pytest.raises(ValueError, match="Trajectory: draw must be .* got -1"):
+        replace(rows[0], draw=-1)
 
 
 def test_the_same_trajectory_twice_is_one_row(store: TrajectoryStore) -> None:

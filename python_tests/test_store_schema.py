@@ -74,7 +74,7 @@ def test_a_store_of_version_1_is_migrated_with_its_rows(version_1: str) -> None:
         assert first.origin == Origin("policy", "first", 3)
         assert first.behaviour_logprobs is not None
         assert first.behaviour_logprobs.tolist() == [-0.5, -0.25]
-        assert (first.duplicates, first.conflicts) == (1, 0)
+        assert (first.duplicates, first.conflicts, first.draw) == (1, 0, 0)
         assert (second.token_ids, second.finish) == ((70000, 1), "truncated")
         assert third.origin == Origin("human")
         [cached] = store.ref_logprobs([first.id], "frozen")

@@ -32,7 +32,7 @@ def draws(
 ) -> dict[int, int]:
     """How many completions of each prompt were drawn so; a prompt without any is left out.
 
-    A completion that was drawn twice is stored once, as a duplicate, and counts twice.
+    One that was appended twice, as by a producer that was run again, counts twice.
     """
     table = schema.trajectories.c
     drawn = sa.func.sum(1 + table.duplicates)

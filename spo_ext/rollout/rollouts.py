@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from spo_ext.rollout.counts import draws
@@ -23,7 +24,15 @@ from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
 from spo_ext.store.checks import check_integer, check_name, refuse
 
 Decode = Callable[[Sequence[int]], str]
-_Batch = tuple[list[StoredPrompt], Sampling]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Of a generator: the prompts, how to sample, and how many completions each had before."""
+
+    prompts: list[StoredPrompt]
+    sampling: Sampling
+    drawn: int
 
 
 class Rollouts:
@@ -84,19 +93,20 @@ class Rollouts:
         tally, started = Tally(), time.perf_counter()
         with ThreadPoolExecutor(1, thread_name_prefix="spo-generate") as thread:
 
-            def next_batch() -> tuple[_Batch, Future[list[list[Generation]]]] | None:
-                batch = None if stop is not None and stop() else next(batches, None)
-                return batch and (batch, thread.submit(self._generator.generate, *batch))
+            def next_call() -> tuple[Call, Future[list[list[Generation]]]] | None:
+                call = None if stop is not None and stop() else next(calls, None)
+                generate = self._generator.generate
+                return call and (call, thread.submit(generate, call.prompts, call.sampling))
 
-            batches = self._batches(prompts, origin, policy_version)
-            at_hand = next_batch()
+            calls = self._calls(prompts, origin, policy_version)
+            at_hand = next_call()
             while at_hand is not None:
-                (batch, sampling), future = at_hand
+                call, future = at_hand
                 generations = future.result()
-                at_hand = next_batch()  # generated while this one is judged
-                self._store_batch(batch, sampling, generations, origin, tally)
+                at_hand = next_call()  # generated while this one is judged
+                self._store_batch(call, generations, origin, tally)
                 if progress is not None:
-                    progress(len(batch))
+                    progress(len(call.prompts))
         return tally.stats(time.perf_counter() - started)
 
     def origin(self, policy_version: int) -> Origin:
@@ -112,13 +122,13 @@ class Rollouts:
         ids = [prompt.id for prompt in prompts]
         return draws(self._store, ids, origin, sampling.temperature, sampling.top_p)
 
-    def plan(self, prompts: Sequence[StoredPrompt], policy_version: int) -> list[_Batch]:
-        """The calls of the generator that `collect` would make now: prompts, and how to sample."""
-        return list(self._batches(prompts, self.origin(policy_version), policy_version))
+    def plan(self, prompts: Sequence[StoredPrompt], policy_version: int) -> list[Call]:
+        """The calls of the generator that `collect` would make now."""
+        return list(self._calls(prompts, self.origin(policy_version), policy_version))
 
-    def _batches(
+    def _calls(
         self, prompts: Sequence[StoredPrompt], origin: Origin, policy_version: int
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Call]:
         """Prompts with as many completions as each other, and a seed that those did not have.
 
         So a rollout that is run again draws more completions, not the same ones, and one that was
@@ -137,16 +147,12 @@ class Rollouts:
             sampling = replace(self._sampling, seed=seed)
             members = [prompt for _, prompt in group]
             for start in range(0, len(members), self._prompts_per_batch):
-                yield members[start : start + self._prompts_per_batch], sampling
+                yield Call(members[start : start + self._prompts_per_batch], sampling, count)
 
     def _store_batch(
-        self,
-        prompts: list[StoredPrompt],
-        sampling: Sampling,
-        generations: list[list[Generation]],
-        origin: Origin,
-        tally: Tally,
+        self, call: Call, generations: list[list[Generation]], origin: Origin, tally: Tally
     ) -> None:
+        prompts, sampling = call.prompts, call.sampling
         if [len(group) for group in generations] != [sampling.n] * len(prompts):
             got = [len(group) for group in generations]
             refuse("collect", "generator", f"one that returns {sampling.n} for each prompt", got)
@@ -154,11 +160,15 @@ class Rollouts:
         trajectories: list[Trajectory] = []
         for prompt, group in zip(prompts, generations, strict=True):
             judgements = [next(judged) for _ in group]
-            new = [
-                _trajectory(prompt, each, judgement, origin, sampling)
-                for each, judgement in zip(group, judgements, strict=True)
-                if judgement is not None
-            ]
+            seen = Counter[tuple[int, ...]]()
+            new = []
+            for each, judgement in zip(group, judgements, strict=True):
+                if judgement is not None:
+                    ids = tuple(each.token_ids)
+                    # Above all draws before, since equal ones of those have numbers below it.
+                    draw = call.drawn + seen[ids]
+                    new.append(_trajectory(prompt, each, judgement, origin, sampling, draw))
+                    seen[ids] += 1
             tally.add_prompt(group, [each.reward for each in new])
             trajectories += new
         result = self._store.append(trajectories)
@@ -191,6 +201,7 @@ def _trajectory(
     judgement: Judgement,
     origin: Origin,
     sampling: Sampling,
+    draw: int,
 ) -> Trajectory:
     return Trajectory(
         prompt.id,
@@ -202,4 +213,5 @@ def _trajectory(
         behaviour_logprobs=generation.logprobs,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        draw=draw,
     )

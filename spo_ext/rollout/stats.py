@@ -13,8 +13,8 @@ from spo_ext.rollout.generation import Generation
 class RolloutStats:
     """Of the completions of one call of `Rollouts.collect`.
 
-    appended, duplicates: trajectories new to the store, and drawn before (their draws are counted
-        there). unjudged: completions without a reward, which are not stored.
+    appended, duplicates: trajectories new to the store, and those that it had already, of a
+        rollout that was run again. unjudged: completions without a reward, which are not stored.
     reward_*: of the judged ones; NaN if there are none. -inf counts as it is, so that a mean may
         be -inf. *_length: tokens of all completions, the end token included.
     frac_reward_zero_std: share of the prompts whose judged completions have one reward.

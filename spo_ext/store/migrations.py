@@ -30,9 +30,16 @@ def _add_sampling(connection: sa.Connection) -> None:
     run("CREATE INDEX ix_draws_trajectory_id ON draws (trajectory_id)")
 
 
+def _add_draw(connection: sa.Connection) -> None:
+    """2 to 3: equal completions that were drawn one after the other are trajectories each."""
+    connection.exec_driver_sql(
+        "ALTER TABLE trajectories ADD COLUMN draw BIGINT DEFAULT '0' NOT NULL"
+    )
+
+
 # Step i leads from version i + 1 to i + 2. A step is SQL that both databases understand, and never
 # changes; schema.py is only ever the newest version.
-STEPS: tuple[Step, ...] = (_add_sampling,)
+STEPS: tuple[Step, ...] = (_add_sampling, _add_draw)
 CURRENT = len(STEPS) + 1
 
 

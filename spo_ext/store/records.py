@@ -101,6 +101,8 @@ class Trajectory:
         finish: "eos", or "truncated" at a limit of length.
         behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32.
         temperature, top_p: of the sampling; None if unknown, as for a human's.
+        draw: tells equal completions of one origin apart, which would be one row otherwise: 0 for
+            the first that was drawn, 1 for the second of them and so on.
     """
 
     prompt_id: int
@@ -112,6 +114,7 @@ class Trajectory:
     behaviour_logprobs: Tensor | Sequence[float] | None = None
     temperature: float | None = None
     top_p: float | None = None
+    draw: int = 0
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -136,6 +139,7 @@ class Trajectory:
             put("temperature", number("Trajectory", "temperature", self.temperature, at_least=0.0))
         if self.top_p is not None:
             put("top_p", number("Trajectory", "top_p", self.top_p, above=0.0, at_most=1.0))
+        check_integer("Trajectory", "draw", self.draw, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

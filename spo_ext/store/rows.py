@@ -56,9 +56,11 @@ def trajectory_row(trajectory: Trajectory, prompt_hash: bytes) -> Row:
     token_ids = encode_tokens(trajectory.token_ids)
     who = (origin.kind, origin.run, origin.policy_version, origin.model)
     how = (trajectory.temperature, trajectory.top_p, trajectory.finish)
+    # A first draw has the hash that all had before draws were told apart.
+    again = (trajectory.draw,) if trajectory.draw else ()
     behaviour = trajectory.behaviour_logprobs
     return {
-        "hash": content_hash(prompt_hash, token_ids, encode_json([*who, *how])),
+        "hash": content_hash(prompt_hash, token_ids, encode_json([*who, *how, *again])),
         "prompt_id": trajectory.prompt_id,
         "token_ids": token_ids,
         "num_tokens": len(trajectory.token_ids),
@@ -72,6 +74,7 @@ def trajectory_row(trajectory: Trajectory, prompt_hash: bytes) -> Row:
         "behaviour_logprobs": None if behaviour is None else encode_floats(behaviour),
         "temperature": trajectory.temperature,
         "top_p": trajectory.top_p,
+        "draw": trajectory.draw,
         "created_at": time.time(),
     }
 
@@ -88,6 +91,7 @@ def stored_trajectory(row: sa.Row[Any]) -> StoredTrajectory:
         behaviour_logprobs=None if behaviour is None else decode_floats(behaviour),
         temperature=row.temperature,
         top_p=row.top_p,
+        draw=row.draw,
         id=row.id,
         created_at=row.created_at,
         duplicates=row.duplicates,

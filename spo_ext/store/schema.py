@@ -57,6 +57,7 @@ trajectories = sa.Table(
     sa.Column("top_p", sa.Double),
     sa.Column("created_at", sa.Double, nullable=False),
     # How often it was appended again, and how often of those with another reward.
+    sa.Column("draw", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("duplicates", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("conflicts", sa.BigInteger, nullable=False, server_default="0"),
 )

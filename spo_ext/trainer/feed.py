@@ -155,8 +155,8 @@ class Feed:
                 raise SampleShortfall(f"{words}; rollouts add to online alone", lacking)
             if not self._produce(policy_version):
                 raise SampleShortfall(
-                    f"{words}; rolling out more prompts gave too few new completions: a policy "
-                    "that always writes the same needs a smaller group_size or a larger max_age",
+                    f"{words}; rolling out more prompts gave too few completions with a reward: "
+                    "see why they have none, or lower group_size",
                     lacking,
                 )
 

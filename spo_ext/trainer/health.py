@@ -20,8 +20,7 @@ _RESIDUAL_FACTOR = 4.0
 _LEVEL_RATE = 0.1
 _FAR_SPANS = 3.0
 _FINITE = ("loss", "grad_norm", "spo/log_ratio", "entropy")
-# Of all that the policy has just written; then of the online rows of batches: new and old ones, no
-# two alike, so that a policy that always writes the same hardly shows there.
+# Of all that the policy has just written; then of the online rows of batches, old ones among them.
 _ENTROPIES = ("rollout/entropy", "entropy", "store/behaviour_entropy")
 _LENGTHS = {"completions/mean_length": "reward", "store/online_length": "store/online_reward"}
 _CUTS = {"completions/clipped_ratio": "reward", "store/online_truncated": "store/online_reward"}

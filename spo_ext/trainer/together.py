@@ -43,8 +43,8 @@ class SharedRollouts:
         accelerator.wait_for_everyone()  # all have read what there is before any adds to it
         metrics: dict[str, float] = {}
         if self._replicated and not accelerator.is_main_process:
-            for prompts, sampling in self._rollouts.plan(missing, version):
-                self._generator.generate(prompts, sampling)  # its part of the collectives
+            for call in self._rollouts.plan(missing, version):
+                self._generator.generate(call.prompts, call.sampling)  # its part of the collectives
         elif missing:
             metrics = self._rollouts.collect(missing, version).metrics()
         accelerator.wait_for_everyone()
