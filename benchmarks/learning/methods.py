@@ -36,8 +36,8 @@ class Method:
             group, leave_one_out and ema of `spo_ext.prompt_value`; "online_group" leaves offline
             rows out of the group's mean; "natural" is a mean in which passed and failed programs
             count as often as the policy wrote them, however many were drawn; with "distinct" equal
-            programs of a group count as one, in it and in the loss; "reference" is Monte Carlo before training, "smoothed" the same with half a
-            success and half a failure more.
+            programs of a group count as one, in it and in the loss; "reference" is Monte Carlo
+            before training, "smoothed" the same with half a success and half a failure more.
         value_beta: of baselines that sample the reference, as in A*-PO; None for that of the loss.
         taper: failures fade by `spo_ext.taper_weights`.
         rare_power: a group weighs (1 - its pass rate) to this power.
