@@ -95,8 +95,10 @@ class Rollouts:
 
             def next_call() -> tuple[Call, Future[list[list[Generation]]]] | None:
                 call = None if stop is not None and stop() else next(calls, None)
+                if call is None:
+                    return None
                 generate = self._generator.generate
-                return call and (call, thread.submit(generate, call.prompts, call.sampling))
+                return call, thread.submit(generate, call.prompts, call.sampling)
 
             calls = self._calls(prompts, origin, policy_version)
             at_hand = next_call()
