@@ -148,11 +148,8 @@ def group_sums(values: Tensor, groups: Tensor) -> Tensor:
 def pass_rates(rows: Rows) -> Tensor:
     """Of the sampled rows of each row's group, [S]; 0 for a group without any."""
     online = rows.online.to(rows.rewards)
-    passed = online * (rows.rewards >= 0)
-    size = int(rows.groups.max()) + 1
-    counts = rows.rewards.new_zeros(size).index_add(0, rows.groups, online)
-    total = rows.rewards.new_zeros(size).index_add(0, rows.groups, passed)
-    return (total / counts.clamp(min=1))[rows.groups]
+    passed = group_sums(online * (rows.rewards >= 0), rows.groups)
+    return passed / group_sums(online, rows.groups).clamp(min=1)
 
 
 def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:

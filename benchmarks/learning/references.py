@@ -86,8 +86,7 @@ def make_reference(setting: Setting, seed: int, cache: Path, quiet: bool = True)
             problems = setting.problems("development", seed)
             found = evaluate(policy, policy, policy, problems, session.grader, config, 0, None)
         write_whole(path, lambda file: torch.save(policy.state_dict(), file))
-        text = json.dumps({**found, "seconds": log.seconds}).encode()
-        write_whole(facts, lambda file: file.write(text))
+        write_text(facts, json.dumps({**found, "seconds": log.seconds}))
     answer: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
     return answer
 
@@ -103,6 +102,11 @@ def write_whole(path: Path, write: Any) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole` does."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _path(setting: Setting, seed: int, cache: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from spo_ext.evaluation import html
 
 from . import figures
-from .references import write_whole
+from .references import write_text, write_whole
 from .tables import (
     Record,
     Series,
@@ -44,8 +44,7 @@ def read_records(files: Iterable[Path]) -> list[Record]:
 
 def save_records(records: Sequence[Record], path: Path) -> None:
     """As .jsonl, for `read_records`."""
-    text = "".join(f"{json.dumps(record)}\n" for record in records).encode()
-    write_whole(path, lambda file: file.write(text))
+    write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def write_report(records: Sequence[Record], out: Path, control: str) -> str:
@@ -69,8 +68,7 @@ def write_report(records: Sequence[Record], out: Path, control: str) -> str:
             body += [f"<h2>Paired differences to {escape(control)}</h2>", html.table(*paired)]
         body += _figures(title, methods, evaluation_k(runs), out)
     body += [f"<footer>{escape(_origin(records))}</footer>"]
-    page = html.page("Learning", body).encode()
-    write_whole(out / "report.html", lambda file: file.write(page))
+    write_text(out / "report.html", html.page("Learning", body))
     return "\n\n".join([_lead(records), *texts, _origin(records)])
 
 

@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +23,7 @@ from .clock import Clock
 from .evaluation import evaluate
 from .learner import Learner, Task
 from .methods import METHODS, Method, method_named
-from .references import load_reference, reference_key, write_whole
+from .references import load_reference, reference_key, write_text
 from .sampling import Sampled
 from .settings import Setting, setting_named
 
@@ -76,8 +75,7 @@ def restore(records: Iterable[dict[str, Any]], results: Path) -> int:
         ]
         if path.exists() or not all(_agree(*pair) for pair in now):
             continue
-        text = json.dumps(record, indent=1).encode()
-        write_whole(path, partial(_write, text))
+        write_text(path, json.dumps(record, indent=1))
         restored += 1
     return restored
 
@@ -91,10 +89,6 @@ def _agree(now: Any, then: dict[str, Any]) -> bool:
     )
 
 
-def _write(text: bytes, file: BinaryIO) -> None:
-    file.write(text)
-
-
 def perform(run: Run, results: Path, cache: Path) -> Path:
     """Runs it unless its file is there. The same run gives the same curve on one machine.
 
@@ -102,8 +96,7 @@ def perform(run: Run, results: Path, cache: Path) -> Path:
     """
     path = run.file(results)
     if not path.exists():
-        text = json.dumps(_record(run, cache), indent=1).encode()
-        write_whole(path, lambda file: file.write(text))
+        write_text(path, json.dumps(_record(run, cache), indent=1))
     return path
 
 
@@ -196,8 +189,7 @@ def _earlier(run: Run, setting: Setting, cache: Path, grader: Grader) -> list[Sa
         earlier = replace(run, method=method.name, seed=_EARLIER_SEED)
         learner = _learner(earlier, setting, method, cache, grader, Clock())
         learner.run(run.steps, _nothing)
-        text = json.dumps([asdict(row) for row in learner.sampled]).encode()
-        write_whole(path, lambda file: file.write(text))
+        write_text(path, json.dumps([asdict(row) for row in learner.sampled]))
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [
         Sampled(**{**row, "program": tuple(row["program"]), "logprobs": tuple(row["logprobs"])})

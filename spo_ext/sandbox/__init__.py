@@ -20,7 +20,7 @@ from spo_ext.sandbox.records import (
     Verdict,
 )
 from spo_ext.sandbox.sandbox import Sandbox, probe_levels
-from spo_ext.sandbox.verdict import judge
+from spo_ext.sandbox.verdict import agree, judge
 
 __all__ = [
     "Level",
@@ -34,6 +34,7 @@ __all__ = [
     "StdinProgram",
     "Submission",
     "Verdict",
+    "agree",
     "judge",
     "probe_levels",
 ]

@@ -101,8 +101,8 @@ class Trajectory:
         finish: "eos", or "truncated" at a limit of length.
         behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32.
         temperature, top_p: of the sampling; None if unknown, as for a human's.
-        draw: tells equal completions of one origin apart, which would be one row otherwise: 0 for
-            the first that was drawn, 1 for the second of them and so on.
+        draw: a number that tells equal completions of one origin apart, which would be one row
+            otherwise; 0 where there is only one.
     """
 
     prompt_id: int

@@ -160,7 +160,7 @@ class SPOTrainer(Trainer):
         ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
-        weights = sequence_weights(self.args, logprobs, batch)
+        weights = sequence_weights(self.args, logprobs, rewards, cu_seqlens, batch)
         loss, stats = spo_ext.loss(
             logprobs,
             ref_logprobs,

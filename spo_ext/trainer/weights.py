@@ -10,15 +10,17 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 
 
-def sequence_weights(config: SPOConfig, logprobs: Tensor, batch: MicroBatch) -> Tensor | None:
+def sequence_weights(
+    config: SPOConfig, logprobs: Tensor, rewards: Tensor, cu_seqlens: Tensor, batch: MicroBatch
+) -> Tensor | None:
     """[S] on the device of logprobs [N], without a gradient; None where all count alike.
 
     The product of two: `taper_weights` of failures that the policy has moved away from, where the
-    behaviour is known, and (1 - the group's pass rate)^rarity.
+    behaviour is known, and (1 - the group's pass rate)^rarity. rewards [S] and cu_seqlens [S + 1]
+    are those of the batch, on that device.
     """
-    rewards, weights = batch.rewards.to(logprobs.device), None
+    weights = None
     if config.taper:
-        cu_seqlens = batch.tokens.cu_seqlens.to(logprobs.device)
         ends = torch.cat([logprobs.new_zeros(1), logprobs.detach().double().cumsum(0)])
         sums = ends[cu_seqlens].diff()
         behaviour = batch.behaviour_sums.to(sums)
@@ -29,11 +31,14 @@ def sequence_weights(config: SPOConfig, logprobs: Tensor, batch: MicroBatch) -> 
             threshold=config.failure_below,
         )
     if config.rarity:
-        _, groups = torch.unique(batch.groups.to(logprobs.device), return_inverse=True)
-        passed = (rewards >= config.failure_below).float()
-        rates = torch.zeros(len(passed), device=passed.device).scatter_reduce(
-            0, groups, passed, "mean", include_self=False
-        )
-        rare = (1 - rates[groups]) ** config.rarity
+        rare = _rarity(config, batch).to(logprobs.device)
         weights = rare if weights is None else weights * rare
     return weights
+
+
+def _rarity(config: SPOConfig, batch: MicroBatch) -> Tensor:
+    """On the CPU, where the batch is: to number groups on a device would wait for it."""
+    _, groups = torch.unique(batch.groups, return_inverse=True)
+    passed = (batch.rewards >= config.failure_below).float()
+    rates = torch.zeros(len(passed)).scatter_reduce(0, groups, passed, "mean", include_self=False)
+    return (1 - rates[groups]) ** config.rarity
