@@ -101,8 +101,7 @@ class Trajectory:
         finish: "eos", or "truncated" at a limit of length.
         behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32.
         temperature, top_p: of the sampling; None if unknown, as for a human's.
-        draw: a number that tells equal completions of one origin apart, which would be one row
-            otherwise; 0 where there is only one.
+        draw: tells equal completions of one origin apart, which would be one row otherwise.
     """
 
     prompt_id: int
