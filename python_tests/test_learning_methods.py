@@ -23,6 +23,7 @@ from learning.settings import SETTINGS  # noqa: E402
 
 from spo_ext.quickstart.judging import Grade  # noqa: E402
 from spo_ext.quickstart.policy import Samples, make_policy  # noqa: E402
+from spo_ext.quickstart.vocabulary import encode_prompt  # noqa: E402
 
 TINY = SETTINGS["tiny"]
 PROBLEMS = TINY.problems("train", 0)
@@ -99,6 +100,30 @@ def test_a_supervised_start_takes_its_share_of_the_steps():
     assert torch.equal(weights(kept.reference), weights(reference()))
 
 
+def test_a_sharpened_policy_is_the_reference_and_its_head_is_divided():
+    method = replace(METHODS["sft-ppo"], sharpen=0.5, learning_rate=0.0)
+    plain, _, _ = learn(replace(method, sharpen=1.0), 4)
+    sharp, _, _ = learn(method, 4)
+    for model in (sharp.policy, sharp.reference):
+        torch.testing.assert_close(model.lm_head.weight, 2 * plain.policy.lm_head.weight)
+        assert torch.equal(weights(model.model), weights(plain.policy.model))
+    unstarted, _, _ = learn(replace(METHODS["ppo"], sharpen=0.5, learning_rate=0.0), 1)
+    assert torch.equal(unstarted.reference.lm_head.weight, 2 * reference().lm_head.weight)
+    assert torch.equal(weights(unstarted.origin), weights(reference()))
+
+
+def test_behaviour_logprobs_are_those_at_the_temperature():
+    cold = learn(replace(METHODS["group"], temperature=0.5, learning_rate=0.0), 1)[0].sampled
+    hot = learn(replace(METHODS["group"], learning_rate=0.0), 1)[0].sampled
+    assert [row.program for row in cold] != [row.program for row in hot]
+    prompt = encode_prompt(PROBLEMS[cold[0].problem])
+    ids = torch.tensor([prompt + list(cold[0].program)])
+    with torch.no_grad():
+        logits = reference()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    expected = (2 * logits).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(cold[0].logprobs), expected, atol=1e-4, rtol=0)
+
+
 def test_rare_syncing_samples_ahead_from_the_policy_as_it_was():
     stale = replace(TINY, sync_every=2)
     learner, clock, _ = learn(METHODS["group"], 3, setting=stale)
@@ -158,7 +183,7 @@ def test_recent_batches_only(drawn):
 def test_equal_programs_of_one_problem_all_count(drawn, monkeypatch):
     always = [3, 4, 1]
 
-    def sample(policy, prompts, per_prompt, max_tokens):
+    def sample(policy, prompts, per_prompt, max_tokens, temperature):
         count = len(prompts) * per_prompt
         return Samples([always] * count, -torch.ones(count, 3))
 

@@ -246,10 +246,11 @@ def test_padding_does_not_change_logprobs(policy) -> None:
     torch.testing.assert_close(batched, drawn.logprob_sums, atol=1e-4, rtol=0)
 
 
-def test_samples_say_the_log_probability_of_every_token(policy) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_say_the_log_probability_of_every_token(temperature: float, policy) -> None:
     prompts = [encode_prompt(problem) for problem in problems_of("train", 3)]
     torch.manual_seed(1)
-    drawn = sample(policy, prompts, per_prompt=2, max_tokens=9)
+    drawn = sample(policy, prompts, per_prompt=2, max_tokens=9, temperature=temperature)
     assert (
         drawn.logprobs.shape == (6, max(map(len, drawn.programs))) and drawn.logprobs.shape[1] < 10
     )
@@ -259,7 +260,7 @@ def test_samples_say_the_log_probability_of_every_token(policy) -> None:
             logits = policy(input_ids=torch.tensor([prompt + program])).logits[0]
         ids = torch.tensor(program)[:, None]
         places = slice(len(prompt) - 1, len(prompt) - 1 + len(program))
-        expected = logits.log_softmax(-1)[places].gather(1, ids)[:, 0]
+        expected = (logits / temperature).log_softmax(-1)[places].gather(1, ids)[:, 0]
         torch.testing.assert_close(logprobs[: len(program)], expected, atol=1e-4, rtol=0)
         assert not logprobs[len(program) :].any()
 
@@ -279,13 +280,15 @@ def test_scores_are_those_of_the_full_logits(policy) -> None:
     assert float(actual) == pytest.approx(expected, abs=1e-4)
 
 
-def test_sampling_follows_the_policy(policy) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampling_follows_the_policy(temperature: float, policy) -> None:
     """First tokens of many draws occur as often as their probability says."""
     prompt = encode_prompt(problems_of("train", 1)[0])
     torch.manual_seed(0)
-    drawn = sample(policy, [prompt], per_prompt=2000)
+    drawn = sample(policy, [prompt], per_prompt=2000, temperature=temperature)
     with torch.no_grad():
-        expected = policy(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        logits = policy(input_ids=torch.tensor([prompt])).logits[0, -1]
+        expected = (logits / temperature).softmax(-1)
     counts = torch.zeros_like(expected)
     for program in drawn.programs:
         counts[program[0]] += 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -78,8 +79,11 @@ class Learner:
                 updates=1,
             )
             self._stage(supervised, start, 0, after_step)
-            if self._method.reset_reference:
-                self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        if self._method.sharpen != 1:
+            with torch.no_grad():
+                self.policy.lm_head.weight.div_(self._method.sharpen)
+        if self._method.reset_reference and (start or self._method.sharpen != 1):
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         if steps > start:
             self._stage(self._method, steps - start, start, after_step)
 
@@ -126,7 +130,7 @@ class Learner:
     def _sample(self, feed: Feed, method: Method, drawn: list[int], batch: int) -> None:
         guided = round(method.guided_share * feed.online_size)
         version = batch * self._task.setting.config.programs_per_prompt
-        writer = self._writer(batch)
+        writer = replace(self._writer(batch), temperature=method.temperature)
         rows = writer.write(self.policy, drawn, feed.online_size - guided, guided, version)
         feed.add_online(rows)
         self.sampled += rows

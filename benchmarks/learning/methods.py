@@ -45,6 +45,8 @@ class Method:
         offline: correct programs in all styles alike ("diverse") or in those that the reference
             prefers ("near"), or all that an earlier run of the method "group" sampled ("own").
         offline_share: of the rows of a batch.
+        temperature: of the sampled programs and their behaviour log-probabilities; evaluations are
+            always at 1.
         guided_share: of the sampled programs of a prompt, those that begin as an offline one does.
         updates: per sampled batch. SPO draws a batch from the store for each; ppo and grpo go over
             the sampled batch again.
@@ -55,7 +57,8 @@ class Method:
         sync_every: batches sampled before the policy is looked at again.
     A supervised start:
         sft_share: of all steps, on offline programs at sft_learning_rate. reset_reference: the
-            result is the reference of the rest.
+            result is the reference of the rest. sharpen: the temperature whose policy it is then
+            made into, by dividing the head.
     Controls:
         kl: price of a nat, as beta is. clip: of the ratio. gae_lambda: of ppo's advantages.
         decoupled: the ratio is to the policy before the batch's first update, and a token counts by
@@ -75,6 +78,7 @@ class Method:
     rare_power: float = 0.0
     offline: Offline = "none"
     offline_share: float = 0.0
+    temperature: float = 1.0
     guided_share: float = 0.0
     updates: int = 1
     replay: Replay = "uniform"
@@ -85,6 +89,7 @@ class Method:
     sft_share: float = 0.0
     sft_learning_rate: float = 1e-3
     reset_reference: bool = True
+    sharpen: float = 1.0
     kl: float = 0.05
     clip: float = 0.2
     gae_lambda: float = 1.0
@@ -102,6 +107,9 @@ class Method:
         for name in ("offline_share", "guided_share", "sft_share"):
             if not 0 <= getattr(self, name) <= 1:
                 self._refuse(name, "in [0, 1]")
+        for name in ("temperature", "sharpen"):
+            if getattr(self, name) <= 0:
+                self._refuse(name, "greater than 0")
         for name in ("updates", "sync_every", "replay_size"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")

@@ -24,9 +24,11 @@ from .tables import (
     mean,
     pass_at,
     samples_to_reach,
+    series_named,
     shown,
 )
 
+Table = tuple[list[str], list[list[str]]]  # the header, and the rows
 _PAIRED = 3  # columns from the left whose difference to the control is shown
 
 
@@ -50,8 +52,8 @@ def save_records(records: Sequence[Record], path: Path) -> None:
 def write_report(records: Sequence[Record], out: Path, control: str) -> str:
     """report.html and PNG files in `out`. Returns the tables as Markdown.
 
-    control: the method that all others are compared with; left out where it was not run. Raises
-    ValueError without records.
+    control: the method that all others are compared with, its longest runs unless the name says
+    "ppo @40"; left out where it was not run. Raises ValueError without records.
     """
     if not records:
         raise ValueError("records must hold at least one run, got none")
@@ -59,13 +61,14 @@ def write_report(records: Sequence[Record], out: Path, control: str) -> str:
     texts = []
     for title, runs in by_setting(records).items():
         methods = by_method(runs)
-        header, rows = _table(methods, control)
-        paired = _paired_table(methods, control)
+        against = series_named(methods, control)
+        header, rows = _table(methods, against)
         texts += [f"## {title}", _markdown(header, rows)]
         body += [f"<h2>{escape(title)}</h2>", html.table(header, rows)]
-        if paired is not None:
-            texts += [f"Paired differences to {control}:", _markdown(*paired)]
-            body += [f"<h2>Paired differences to {escape(control)}</h2>", html.table(*paired)]
+        if against is not None and len(methods) > 1:
+            paired, heading = _paired_table(methods, against), f"Differences to {against.method}"
+            texts += [f"{heading}, paired:", _markdown(*paired)]
+            body += [f"<h2>{escape(heading)}, paired</h2>", html.table(*paired)]
         body += _figures(title, methods, evaluation_k(runs), out)
     body += [f"<footer>{escape(_origin(records))}</footer>"]
     write_text(out / "report.html", html.page("Learning", body))
@@ -81,12 +84,12 @@ def _lead(records: Sequence[Record]) -> str:
     )
 
 
-def _table(methods: Sequence[Series], control: str) -> tuple[list[str], list[list[str]]]:
+def _table(methods: Sequence[Series], control: Series | None) -> Table:
     """The reference first, as it was before the first step."""
     k = evaluation_k(methods[0].runs)
     columns = columns_of(k)
     header = ["method", "pairs", *(column.title for column in columns), "samples to control"]
-    level = _final(methods, control, k)
+    level = None if control is None else _final(control, k)
     before = Series("reference", tuple(_start(run) for run in methods[0].runs))
     rows = []
     for series in (before, *methods):
@@ -101,25 +104,18 @@ def _start(run: Record) -> Record:
     return {**run, "curve": run["curve"][:1]}
 
 
-def _final(methods: Sequence[Series], control: str, k: int) -> float | None:
-    """Mean pass@k of the control after its last step."""
-    found = [series for series in methods if series.method == control]
-    if not found:
-        return None
-    values = [pass_at(last(run), k) for run in found[0].runs]
+def _final(series: Series, k: int) -> float:
+    """Mean pass@k after the last step."""
+    values = [pass_at(last(run), k) for run in series.runs]
     return sum(values) / len(values)
 
 
-def _paired_table(
-    methods: Sequence[Series], control: str
-) -> tuple[list[str], list[list[str]]] | None:
-    against = next((series for series in methods if series.method == control), None)
-    others = [series for series in methods if series.method != control]
-    if against is None or not others:
-        return None
+def _paired_table(methods: Sequence[Series], against: Series) -> Table:
     columns = columns_of(evaluation_k(against.runs))[:_PAIRED]
     rows = []
-    for series in others:
+    for series in methods:
+        if series is against:
+            continue
         shared = len(series.by_pair.keys() & against.by_pair.keys())
         cells = [
             shown(difference(series, against, column), column.digits, signed=True)

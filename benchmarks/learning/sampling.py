@@ -49,6 +49,7 @@ class Writer:
     config: QuickstartConfig
     clock: Clock
     rng: random.Random
+    temperature: float = 1.0
 
     def write(
         self, policy: Qwen2ForCausalLM, drawn: Sequence[int], free: int, guided: int, version: int
@@ -112,6 +113,7 @@ class Writer:
                 prompts[start : start + _PROMPTS_PER_PASS],
                 per_prompt,
                 self.config.max_program_tokens,
+                self.temperature,
             )
             for start in range(0, len(prompts), _PROMPTS_PER_PASS)
         ]

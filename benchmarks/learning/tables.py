@@ -23,7 +23,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Series:
-    """All runs of one method in one setting."""
+    """All runs of one method and one length in one setting. method: its name in tables."""
 
     method: str
     runs: tuple[Record, ...]
@@ -67,19 +67,31 @@ def evaluation_k(runs: Sequence[Record]) -> int:
 
 
 def by_method(records: Sequence[Record]) -> list[Series]:
-    """Records of one setting, in the order in which methods first appear."""
-    methods = dict.fromkeys(record["method"] for record in records)
+    """Records of one setting, in the order in which methods first appear.
+
+    Where runs differ in length, a method's name says how many batches it had: "ppo @120".
+    """
+    found: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        found.setdefault((record["method"], record["steps"]), []).append(record)
+    one_length = len({steps for _, steps in found}) == 1
     return [
-        Series(method, tuple(record for record in records if record["method"] == method))
-        for method in methods
+        Series(method if one_length else f"{method} @{steps}", tuple(runs))
+        for (method, steps), runs in found.items()
     ]
 
 
+def series_named(methods: Sequence[Series], name: str) -> Series | None:
+    """By its name in tables, or the longest runs of the method; None if there are none."""
+    found = [series for series in methods if name in (series.method, series.runs[0]["method"])]
+    return max(found, key=lambda one: (one.method == name, one.runs[0]["steps"]), default=None)
+
+
 def by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """In order of appearance. Runs of different lengths or problems are different settings."""
+    """In order of appearance. Runs on different problems are different settings."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        title = f"{record['setting']}, {record['steps']} steps, {record['split']} problems"
+        title = f"{record['setting']}, {record['split']} problems"
         found.setdefault(title, []).append(record)
     return found
 

@@ -95,12 +95,14 @@ def sample(
     prompts: Sequence[Sequence[int]],
     per_prompt: int,
     max_tokens: int = MAX_PROGRAM_TOKENS,
+    temperature: float = 1.0,
 ) -> Samples:
-    """Draws programs at temperature 1 from torch's current random state.
+    """Draws programs from torch's current random state.
 
     `policy.generate` would read a prompt once per program and carry finished rows to the end of
     the longest one; a prompt is read once here and finished rows leave, a third of the time.
-    A program that reaches max_tokens comes back without an end token.
+    A program that reaches max_tokens comes back without an end token. The log-probabilities are
+    those of the policy at the temperature.
     """
     ids, mask = pad_prompts(prompts)
     cache = DynamicCache(config=policy.config)
@@ -111,7 +113,7 @@ def sample(
     drawn = torch.full((len(hidden), max_tokens), PAD)
     taken = torch.zeros(len(hidden), max_tokens)
     for column in range(max_tokens):
-        logprobs = policy.lm_head(hidden).log_softmax(dim=-1)
+        logprobs = (policy.lm_head(hidden) / temperature).log_softmax(dim=-1)
         tokens = torch.multinomial(logprobs.exp(), 1)
         drawn[rows, column] = tokens.squeeze(1)
         taken[rows, column] = logprobs.gather(1, tokens).squeeze(1)
