@@ -23,8 +23,10 @@ def output_of(*command: str) -> str:
 
 
 def commit() -> str:
-    """SPO_COMMIT where there is no repository, as on a lent machine."""
-    return os.environ.get("SPO_COMMIT") or output_of("git", "rev-parse", "HEAD") or "unknown"
+    """With "-dirty" if tracked files differ from it; SPO_COMMIT where there is no repository, as on
+    a lent machine."""
+    found = output_of("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    return os.environ.get("SPO_COMMIT") or found or "unknown"
 
 
 def processor() -> str:
