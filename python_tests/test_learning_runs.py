@@ -150,6 +150,11 @@ def test_a_plan_takes_whole_rows_of_methods_and_refuses_unknown_names():
     assert [(run.reference_seed, run.seed) for run in planned[::2]] == [
         (0, 0), (0, 1), (1, 0), (1, 1),
     ]  # fmt: skip
+    lengths = plan(["tiny"], ["group:beta=0.1@5", "ppo"], [0], [0], 2, "test")
+    assert [(run.method, run.steps) for run in lengths] == [("group:beta=0.1", 5), ("ppo", 2)]
+    for wrong in ("ppo@", "ppo@0", "ppo@many"):
+        with pytest.raises(ValueError, match="must be followed by a number of steps"):
+            plan(["tiny"], [wrong], [0], [0], 2, "test")
     for settings, methods in ((["huge"], ["ppo"]), (["tiny"], ["magic"])):
         with pytest.raises(ValueError, match="must be one of"):
             plan(settings, methods, [0], [0], 2, "test")

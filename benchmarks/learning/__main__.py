@@ -17,10 +17,11 @@ from .sweep import plan, sweep
 from .tables import Record
 
 _SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
-# The controls are always among them.
+# The controls are always among them, and come first: a budget may end in the middle.
 _METHODS = (
-    "replay", "replay-rare", "group-0.1", "squared", "cross-entropy", "half-near", "sft-group",
-    "sft", "sft-ppo", "expert", "ppo", "grpo",
+    "ppo", "replay-rare:sharpen=0.8@40", "ppo:sharpen=0.8,kl=0.1", "sft-ppo",
+    "sft-group-rare:updates=4", "sft", "grpo", "group-0.1", "half-near", "squared",
+    "cross-entropy", "expert",
 )  # fmt: skip
 
 
@@ -77,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         default=list(_METHODS),
-        help=f"of {', '.join(METHODS)}; NAME:field=value,... is a variation of one",
+        help=f"of {', '.join(METHODS)}; NAME:field=value,... is a variation of one, NAME@40 takes "
+        "40 steps",
     )
     add("--reference-seeds", nargs="+", type=int, default=[0, 1])
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the learning itself")

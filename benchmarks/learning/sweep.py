@@ -42,20 +42,29 @@ def plan(
 ) -> list[Run]:
     """All runs, those of the first seeds first: a sweep that is cut short has whole rows of them.
 
-    Raises ValueError for an unknown setting or method, before anything runs.
+    A method "ppo@40" takes 40 steps instead. Raises ValueError for an unknown setting or method, or
+    a number of steps that is none, before anything runs.
     """
     for setting in settings:
         setting_named(setting)
-    for method in methods:
+    lengths = [_length(method, steps) for method in methods]
+    for method, _ in lengths:
         method_named(method)
     # Both seeds change together first, so that two pairs already vary both.
     pairs = sorted(product(reference_seeds, seeds), key=lambda pair: (max(pair), pair))
     return [
-        Run(setting, method, reference_seed, seed, steps, split)
+        Run(setting, method, reference_seed, seed, length, split)
         for reference_seed, seed in pairs
         for setting in settings
-        for method in methods
+        for method, length in lengths
     ]
+
+
+def _length(method: str, steps: int) -> tuple[str, int]:
+    name, at, own = method.partition("@")
+    if at and not (own.isdecimal() and int(own) > 0):
+        raise ValueError(f"method {method}: @ must be followed by a number of steps, got {own!r}")
+    return name, int(own) if at else steps
 
 
 def sweep(
