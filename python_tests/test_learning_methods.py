@@ -112,10 +112,18 @@ def test_a_sharpened_policy_is_the_reference_and_its_head_is_divided():
     assert torch.equal(weights(unstarted.origin), weights(reference()))
 
 
-def test_behaviour_logprobs_are_those_at_the_temperature():
+def test_behaviour_logprobs_are_those_at_the_temperature(monkeypatch):
+    stored, add_online = [], Feed.add_online
+
+    def record(feed, sampled):
+        add_online(feed, sampled)
+        stored.append({row.temperature for row in feed._store.trajectories()})
+
+    monkeypatch.setattr(Feed, "add_online", record)
     cold = learn(replace(METHODS["group"], temperature=0.5, learning_rate=0.0), 1)[0].sampled
     hot = learn(replace(METHODS["group"], learning_rate=0.0), 1)[0].sampled
     assert [row.program for row in cold] != [row.program for row in hot]
+    assert stored == [{0.5}, {1.0}]
     prompt = encode_prompt(PROBLEMS[cold[0].problem])
     ids = torch.tensor([prompt + list(cold[0].program)])
     with torch.no_grad():

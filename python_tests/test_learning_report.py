@@ -83,14 +83,16 @@ def test_samples_to_reach_a_level_along_the_curve():
 def test_runs_of_several_lengths_share_a_table(tmp_path):
     short = [{**made, "steps": 2} for made in RECORDS[:2]]
     methods = by_method([*RECORDS, *short])
-    assert [one.method for one in methods] == ["group @4", "ppo @4", "sft @4", "group @2"]
+    assert [one.method for one in methods] == ["group@4", "ppo@4", "sft@4", "group@2"]
     assert series_named(methods, "group") is methods[0], "the longest"
-    assert series_named(methods, "group @2") is methods[3]
+    assert series_named(methods, "group@2") is methods[3]
     assert series_named(methods, "grpo") is None
     text = write_report([*RECORDS, *short], tmp_path, "ppo")
-    assert text.count("## tiny, test problems") == 1 and "Differences to ppo @4, paired" in text
+    assert text.count("## tiny, test problems") == 1 and "Differences to ppo@4, paired" in text
+    before = next(line for line in text.splitlines() if line.startswith("| reference"))
+    assert before.split("|")[2].strip() == "2", "every pair of seeds once, whatever was run of it"
     # The short runs reach the control's .5 with their last samples.
-    row = next(line for line in text.splitlines() if line.startswith("| group @2"))
+    row = next(line for line in text.splitlines() if line.startswith("| group@2"))
     assert row.split("|")[-2].strip() == "400"
 
 

@@ -75,6 +75,7 @@ class Feed:
         self.offline_size = round(method.offline_share * group_size)
         self.online_size = group_size - self.offline_size
         self._store, self._reference, self._clock = store, reference, clock
+        self._temperature = method.temperature
         self._rng = random.Random(f"{seed} offline rows")
         self._texts = [encode_prompt(problem) for problem in problems]
         self._prompts = store.add_prompts(
@@ -203,7 +204,7 @@ class Feed:
             Origin("policy", run=run, policy_version=row.version),
             "eos" if row.finished else "truncated",
             behaviour_logprobs=row.logprobs,
-            temperature=1.0,
+            temperature=self._temperature,
         )
 
 

@@ -53,7 +53,7 @@ def write_report(records: Sequence[Record], out: Path, control: str) -> str:
     """report.html and PNG files in `out`. Returns the tables as Markdown.
 
     control: the method that all others are compared with, its longest runs unless the name says
-    "ppo @40"; left out where it was not run. Raises ValueError without records.
+    "ppo@40"; left out where it was not run. Raises ValueError without records.
     """
     if not records:
         raise ValueError("records must hold at least one run, got none")
@@ -90,7 +90,8 @@ def _table(methods: Sequence[Series], control: Series | None) -> Table:
     columns = columns_of(k)
     header = ["method", "pairs", *(column.title for column in columns), "samples to control"]
     level = None if control is None else _final(control, k)
-    before = Series("reference", tuple(_start(run) for run in methods[0].runs))
+    pairs = {pair: run for series in methods for pair, run in series.by_pair.items()}
+    before = Series("reference", tuple(map(_start, pairs.values())))
     rows = []
     for series in (before, *methods):
         cells = [shown(mean(series, column), column.digits) for column in columns]

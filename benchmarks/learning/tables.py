@@ -69,14 +69,14 @@ def evaluation_k(runs: Sequence[Record]) -> int:
 def by_method(records: Sequence[Record]) -> list[Series]:
     """Records of one setting, in the order in which methods first appear.
 
-    Where runs differ in length, a method's name says how many batches it had: "ppo @120".
+    Where runs differ in length, a method's name says how many batches it had: "ppo@120".
     """
     found: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         found.setdefault((record["method"], record["steps"]), []).append(record)
     one_length = len({steps for _, steps in found}) == 1
     return [
-        Series(method if one_length else f"{method} @{steps}", tuple(runs))
+        Series(method if one_length else f"{method}@{steps}", tuple(runs))
         for (method, steps), runs in found.items()
     ]
 
