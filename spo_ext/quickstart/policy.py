@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
+from .cache import roomy_cache
 from .config import QuickstartConfig
 from .programs import MAX_PROGRAM_TOKENS
 from .vocabulary import EOS, GO, PAD, TOKENS
@@ -105,7 +106,7 @@ def sample(
     those of the policy at the temperature.
     """
     ids, mask = pad_prompts(prompts)
-    cache = DynamicCache(config=policy.config)
+    cache = roomy_cache(policy.config, max_tokens)
     hidden = _read(policy, ids, mask, cache).repeat_interleave(per_prompt, dim=0)
     cache.batch_repeat_interleave(per_prompt)
     mask = mask.repeat_interleave(per_prompt, dim=0)
