@@ -130,7 +130,9 @@ class Learner:
     def _sample(self, feed: Feed, method: Method, drawn: list[int], batch: int) -> None:
         guided = round(method.guided_share * feed.online_size)
         version = batch * self._task.setting.config.programs_per_prompt
-        writer = replace(self._writer(batch), temperature=method.temperature)
+        writer = replace(
+            self._writer(batch), temperature=method.temperature, distinct=method.distinct
+        )
         rows = writer.write(self.policy, drawn, feed.online_size - guided, guided, version)
         feed.add_online(rows)
         self.sampled += rows

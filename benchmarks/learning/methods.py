@@ -47,6 +47,8 @@ class Method:
         offline_share: of the rows of a batch.
         temperature: of the sampled programs and their behaviour log-probabilities; evaluations are
             always at 1.
+        distinct: the sampled programs of a prompt are drawn without replacement, see
+            `sample_distinct`; ppo and grpo then take them for draws from the policy.
         guided_share: of the sampled programs of a prompt, those that begin as an offline one does.
         updates: per sampled batch. SPO draws a batch from the store for each; ppo and grpo go over
             the sampled batch again.
@@ -79,6 +81,7 @@ class Method:
     offline: Offline = "none"
     offline_share: float = 0.0
     temperature: float = 1.0
+    distinct: bool = False
     guided_share: float = 0.0
     updates: int = 1
     replay: Replay = "uniform"

@@ -16,6 +16,7 @@ from spo_ext.quickstart.problems import Problem
 from spo_ext.quickstart.vocabulary import EOS, encode_prompt
 
 from .clock import Clock
+from .distinct import sample_distinct
 
 _PROMPTS_PER_PASS = 80
 
@@ -41,7 +42,11 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Writer:
-    """Samples for training problems. solutions: offline programs of each, for guidance."""
+    """Samples for training problems.
+
+    solutions: offline programs of each, for guidance. distinct: without replacement, except for
+    guided ones.
+    """
 
     problems: Sequence[Problem]
     solutions: Sequence[Sequence[Sequence[int]]]
@@ -50,6 +55,7 @@ class Writer:
     clock: Clock
     rng: random.Random
     temperature: float = 1.0
+    distinct: bool = False
 
     def write(
         self, policy: Qwen2ForCausalLM, drawn: Sequence[int], free: int, guided: int, version: int
@@ -107,8 +113,9 @@ class Writer:
     def _sample(
         self, policy: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], per_prompt: int
     ) -> list[Samples]:
+        draw = sample_distinct if self.distinct and per_prompt > 1 else sample
         return [
-            sample(
+            draw(
                 policy,
                 prompts[start : start + _PROMPTS_PER_PASS],
                 per_prompt,

@@ -44,6 +44,8 @@ class _RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order."""
         length = self.get_seq_length()
+        if not length:
+            return
         size = length + self._room if not self._buffers else self._buffers[0].shape[-2]
         kept = []
         for held in (self.keys, self.values):

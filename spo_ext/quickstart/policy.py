@@ -107,7 +107,7 @@ def sample(
     """
     ids, mask = pad_prompts(prompts)
     cache = roomy_cache(policy.config, max_tokens)
-    hidden = _read(policy, ids, mask, cache).repeat_interleave(per_prompt, dim=0)
+    hidden = read(policy, ids, mask, cache).repeat_interleave(per_prompt, dim=0)
     cache.batch_repeat_interleave(per_prompt)
     mask = mask.repeat_interleave(per_prompt, dim=0)
     rows = torch.arange(len(hidden))
@@ -125,16 +125,16 @@ def sample(
             cache.batch_select_indices(running)
         rows, tokens, mask = rows[running], tokens[running], mask[running]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = _read(policy, tokens, mask, cache)
-    programs = [_up_to_end(row) for row in drawn.tolist()]
+        hidden = read(policy, tokens, mask, cache)
+    programs = [up_to_end(row) for row in drawn.tolist()]
     return Samples(programs, taken[:, : max(map(len, programs))])
 
 
-def _up_to_end(row: list[int]) -> list[int]:
+def up_to_end(row: list[int]) -> list[int]:
     return row[: row.index(EOS) + 1] if EOS in row else row
 
 
-def _read(policy: Qwen2ForCausalLM, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+def read(policy: Qwen2ForCausalLM, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Appends ids [B, n] to the cache; the last hidden state [B, d]. mask [B, all columns]."""
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     output = policy.model(
