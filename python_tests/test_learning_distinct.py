@@ -1,4 +1,4 @@
-"""Programs drawn without replacement: different, scored rightly, and as likely as they should be."""
+"""Programs drawn without replacement: different, scored rightly, and as likely as they should."""
 
 import sys
 from dataclasses import replace

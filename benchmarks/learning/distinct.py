@@ -1,8 +1,8 @@
-"""Different programs for every prompt: stochastic beam search (Kool et al. 2019, arXiv 1903.06059).
+"""Different programs for every prompt: stochastic beam search (Kool et al. 2019, 1903.06059).
 
-A policy that is sure of itself writes the same program again and again, and to judge it twice teaches
-nothing. Drawn without replacement, n programs are n different ones, and the policy's likelier ones come
-more often, as they should. They are not n draws from the policy, which an on-policy loss needs.
+A policy that is sure of itself writes the same program again and again, and to judge it twice
+teaches nothing. Drawn without replacement, n programs are n different ones, of which the policy's
+likelier ones come more often. They are not n draws from it, as an on-policy loss needs them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sample_distinct(
     temperature: float = 1.0,
 ) -> Samples:
     """As `spo_ext.quickstart.policy.sample`, but the programs of a prompt are drawn without
-    replacement, from torch's current random state. The first of them is one draw from the policy."""
+    replacement, from torch's current random state. The first is one draw from the policy."""
     ids, mask = pad_prompts(prompts)
     cache = roomy_cache(policy.config, max_tokens)
     hidden = read(policy, ids, mask, cache)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """keys and values [B, heads, tokens, d] are views of buffers with room for more tokens.
 
     `DynamicLayer` copies all that it holds for every token that is added, which is a third of the
@@ -18,9 +18,9 @@ class _RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
-        self._buffers: list[Tensor] = []
+        self._buffers: list[Tensor] = []  # of keys and of values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -48,24 +48,29 @@ class _RoomyLayer(DynamicLayer):
             return
         size = length + self._room if not self._buffers else self._buffers[0].shape[-2]
         kept = []
-        for held in (self.keys, self.values):
+        for held in self._held:
             buffer = held.new_empty(len(indices), held.shape[1], size, held.shape[3])
             torch.index_select(held, 0, indices, out=buffer[:, :, :length])
             kept.append(buffer)
         self._buffers = kept
         self._show(length)
 
+    @property
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def _grow(self, states: Tensor, begin: int, end: int) -> None:
         batch, heads, _, width = states.shape
         size = end + self._room
         self._buffers = [states.new_empty(batch, heads, size, width) for _ in range(2)]
         if begin:
-            for buffer, held in zip(self._buffers, (self.keys, self.values), strict=True):
+            for buffer, held in zip(self._buffers, self._held, strict=True):
                 buffer[:, :, :begin] = held
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        return self.keys, self.values
+        return self._held
 
 
 def roomy_cache(config: PreTrainedConfig, room: int) -> DynamicCache:
