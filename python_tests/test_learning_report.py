@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from learning.__main__ import main  # noqa: E402
 from learning.evaluation import calibrate  # noqa: E402
+from learning import figures  # noqa: E402
 from learning.report import read_records, save_records, write_report  # noqa: E402
 from learning.tables import (  # noqa: E402
     Series,
@@ -46,7 +47,8 @@ def record(method, seed, final, **changes):
         "split": "test", "curve": [point(0, 0.1), point(4, final)], "commit": "abc",
         "processor": "one", "torch": "2", "transformers": "5",
         "seconds": {"sampling": 1.0, "update": 2.0},
-        "setting_settings": {"config": {"evaluation_k": 2}}, **changes,
+        "setting_settings": {"config": {"evaluation_k": 2}},
+        "method_settings": {"family": "spo" if method == "group" else method}, **changes,
     }  # fmt: skip
 
 
@@ -119,12 +121,21 @@ def test_report_of_made_up_runs(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "0.400 [0.300, 0.500]" in page and "://" not in page
     pictures = sorted((tmp_path / "out").glob("*.png"))
-    assert len(pictures) == page.count("data:image/png") == 5
+    assert len(pictures) == page.count("data:image/png") == 6
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     save_records(RECORDS, tmp_path / "all.jsonl")
     assert read_records([tmp_path / "all.jsonl", files[0]]) == [*RECORDS, RECORDS[0]]
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path, "ppo")
+
+
+def test_charts_leave_out_what_was_run_too_seldom_and_tell_spo_from_controls(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "trade_off", lambda methods, k: drawn.extend(methods))
+    more = [record("group", seed, 0.5) for seed in (2, 3)]
+    write_report([*RECORDS, *more], tmp_path, "ppo")
+    assert [(one.method, len(one.runs)) for one in drawn] == [("group", 4), ("ppo", 2)]
+    assert [figures._line(one) for one in drawn] == ["-", "--"]
 
 
 def test_the_command_reports_on_files_that_are_there(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""The charts of the report as PNG bytes; a line is the mean over pairs of seeds."""
+"""The charts of the report as PNG bytes.
+
+A line is the mean over pairs of seeds: solid for SPO, dashed for controls.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from spo_ext.evaluation.estimates import estimate
 from spo_ext.evaluation.plot import GREY, PALETTE, new_figure, plain, png_bytes
@@ -38,6 +42,23 @@ def learning_curves(methods: Sequence[Series], k: int) -> bytes:
     return png_bytes(figure)
 
 
+def trade_off(methods: Sequence[Series], k: int) -> bytes:
+    """pass@k against pass@1 on the way, from the second evaluation on; the last has a large dot."""
+    figure = new_figure(8, 4.6, dpi=120)
+    axes = figure.subplots()
+    for series, colour in zip(methods, _colours(len(methods)), strict=True):
+        ones = mean_curve(series, "updates", _reader(1))[1:]
+        points = mean_curve(series, "updates", _reader(k))[1:]
+        xs, ys = [x for _, x in ones], [y for _, y in points]
+        axes.plot(xs, ys, "o", ls=_line(series), color=colour, ms=3, label=_name(series))
+        axes.plot(xs[-1:], ys[-1:], "o", color=colour, ms=8)
+    axes.set_xlabel("pass@1")
+    axes.set_ylabel(f"pass@{k}")
+    plain(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return png_bytes(figure)
+
+
 def pass_curve(methods: Sequence[Series]) -> bytes:
     """pass@k for every k after the last step, with 95% intervals over pairs of seeds."""
     figure = new_figure(8, 4.2, dpi=120)
@@ -47,7 +68,7 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
         found = [estimate([pass_at(last(run), k) for run in series.runs]) for k in ks]
         known = [value for value in found if value is not None]
         means = [value.mean for value in known]
-        axes.plot(ks, means, color=colour, label=_name(series))
+        axes.plot(ks, means, ls=_line(series), color=colour, label=_name(series))
         low = [value.mean if value.low is None else value.low for value in known]
         high = [value.mean if value.high is None else value.high for value in known]
         axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -95,7 +116,8 @@ def calibration(methods: Sequence[Series]) -> bytes | None:
             continue
         bins = zip(*(one["bins"] for one in found), strict=True)
         points = [[sum(xy[i] for xy in bin_) / len(bin_) for i in (0, 1)] for bin_ in bins]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=_name(series))
+        style = {"ls": _line(series), "color": colour, "ms": 4, "label": _name(series)}
+        axes.plot(*zip(*points, strict=True), "o", **style)
         drawn = True
     if not drawn:
         return None
@@ -133,6 +155,10 @@ def _name(series: Series) -> str:
     return "\n".join(wrap(series.method.replace(",", ", ").replace(":", ": "), _NAME_WIDTH))
 
 
+def _line(series: Series) -> str:
+    return "-" if series.runs[0]["method_settings"]["family"] == "spo" else "--"
+
+
 def _reader(k: int) -> Callable[[dict[str, Any]], float]:
     return lambda point: pass_at(point, k)
 
@@ -149,7 +175,9 @@ def _lines(
 ) -> None:
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         points = mean_curve(series, against, read)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, label=_name(series))
+        style = {"ls": _line(series), "color": colour, "ms": 3, "label": _name(series)}
+        axes.plot(*zip(*points, strict=True), "o", **style)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     plain(axes)
 
 

@@ -127,8 +127,12 @@ def _paired_table(methods: Sequence[Series], against: Series) -> Table:
 
 
 def _figures(title: str, methods: Sequence[Series], k: int, out: Path) -> list[str]:
+    """Of methods with at least half as many pairs as any has: one pair draws a line like ten."""
+    most = max(len(series.runs) for series in methods)
+    methods = [series for series in methods if 2 * len(series.runs) >= most]
     drawn = {
         "learning curves": figures.learning_curves(methods, k),
+        "trade-off": figures.trade_off(methods, k),
         "pass curve": figures.pass_curve(methods),
         "cost": figures.cost_of_gain(methods),
         "calibration": figures.calibration(methods),
