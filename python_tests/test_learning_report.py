@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+from learning import figures  # noqa: E402
 from learning.__main__ import main  # noqa: E402
 from learning.evaluation import calibrate  # noqa: E402
-from learning import figures  # noqa: E402
 from learning.report import read_records, save_records, write_report  # noqa: E402
 from learning.tables import (  # noqa: E402
     Series,
