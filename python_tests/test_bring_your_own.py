@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
+pytest.importorskip("trl")
 
 from sandbox_cases import WHY_NOT
 from store_cases import ROOT
@@ -94,7 +95,7 @@ def check_rows(mine: Path) -> None:
 
 
 def check_runs(mine: Path) -> None:
-    for name, steps in {"first": 30, "external": 8}.items():
+    for name, steps in {"first": 30, "second": 20, "external": 8}.items():
         lines = [json.loads(line) for line in (mine / name / "metrics.jsonl").open()]
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         assert sorted(losses) == list(range(1, steps + 1))
@@ -103,8 +104,10 @@ def check_runs(mine: Path) -> None:
         versions = {row.origin.policy_version for row in store.trajectories(run="external")}
         assert versions >= {0, 1}
         rewards = [row.reward for row in store.trajectories(run="first")]
+        started = [row.reward for row in store.trajectories(run="second")][: len(rewards) // 4]
     early, late = rewards[: len(rewards) // 4], rewards[-len(rewards) // 4 :]
     assert sum(late) / len(late) > 2 * sum(early) / len(early), "training raises the reward"
+    assert sum(started) / len(started) > 2 * sum(early) / len(early), "and so does a better start"
 
 
 def check_results(mine: Path) -> None:

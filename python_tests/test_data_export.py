@@ -109,6 +109,10 @@ def test_exports_of_a_run_and_of_a_split(tmp_path: Path) -> None:
     assert export_rows(store, tmp_path / "run.jsonl", run="r") == 2
     assert export_rows(store, tmp_path / "dev.jsonl", split="dev") == 1
     assert json.loads((tmp_path / "dev.jsonl").read_text())["prompt"] == "b"
+    assert export_rows(store, tmp_path / "good.jsonl", min_reward=0.1) == 2
+    rewards = [json.loads(row)["reward"] for row in (tmp_path / "good.jsonl").open()]
+    assert sorted(rewards) == [0.1, 1.0], "and no prompt without a trajectory"
+    assert export_rows(store, tmp_path / "both.jsonl", run="r", min_reward=0.1) == 1
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

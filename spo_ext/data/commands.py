@@ -60,6 +60,13 @@ def add_export(subparsers: Subparsers) -> None:
     _add_common(parser)
     parser.add_argument("--split", choices=_SPLITS, help="only its prompts")
     parser.add_argument("--only-run", metavar="RUN", help="only trajectories of this run")
+    parser.add_argument(
+        "--min-reward",
+        type=float,
+        metavar="REWARD",
+        help="only trajectories with this reward or more: what to begin with by supervised "
+        "training (examples/supervised_start.py)",
+    )
     parser.set_defaults(run=_export, error=parser.error)
 
 
@@ -147,6 +154,7 @@ def _export(options: argparse.Namespace) -> int:
                 split=options.split,
                 run=options.only_run,
                 tokenizer=tokenizer,
+                min_reward=options.min_reward,
             )
     except ImportError as error:
         return fail(error)

@@ -25,17 +25,19 @@ def export_rows(
     split: Split | None = None,
     run: str | None = None,
     tokenizer: Tokenizer | None = None,
+    min_reward: float | None = None,
 ) -> int:
     """Writes a row per trajectory, and one per prompt without any; returns how many.
 
     The file appears when it is complete. Without a tokenizer rows have completion_ids but no
-    completion. With a run, only its trajectories are written, and no prompts without.
+    completion. With a run, only its trajectories are written, and no prompts without; with
+    min_reward, only those with this reward or more.
 
     Raises ValueError for an unknown kind of file, or for Parquet if prompts are partly text and
     partly messages, or messages hold more than role and content; ImportError without pyarrow.
     """
     out = Path(out)
-    rows = _rows(store, split, run, tokenizer)
+    rows = _rows(store, split, run, tokenizer, min_reward)
     if out.suffix == ".parquet":
         chat = _prompts_are_messages(store, split)
         with _replaced(out) as path:
@@ -50,16 +52,22 @@ def export_rows(
 
 
 def _rows(
-    store: TrajectoryStore, split: Split | None, run: str | None, tokenizer: Tokenizer | None
+    store: TrajectoryStore,
+    split: Split | None,
+    run: str | None,
+    tokenizer: Tokenizer | None,
+    min_reward: float | None,
 ) -> Iterator[dict[str, Any]]:
     for prompt in store.prompts(split):
         empty = True
         for item in store.trajectories(prompt_id=prompt.id, run=run):
             empty = False
+            if min_reward is not None and item.reward < min_reward:
+                continue
             ids = tuple(item.token_ids)
             completion = tokenizer.completion(prompt.content, ids) if tokenizer else None
             yield trl_row(prompt, item, completion)
-        if empty and run is None:
+        if empty and run is None and min_reward is None:
             yield trl_row(prompt, None, None)
 
 
