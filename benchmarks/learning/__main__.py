@@ -19,9 +19,8 @@ from .tables import Record
 _SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
 # The controls are always among them, and come first: a budget may end in the middle.
 _METHODS = (
-    "ppo", "replay-rare:sharpen=0.8@40", "ppo:sharpen=0.8,kl=0.1", "sft-ppo",
-    "sft-group-rare:updates=4", "sft", "grpo", "group-0.1", "half-near", "squared",
-    "cross-entropy", "expert",
+    "ppo", "sft", "sft-ppo", "sft-group", "group-0.1", "grpo", "half-near",
+    "ppo:sharpen=0.8,kl=0.1", "replay-rare:sharpen=0.8@40", "squared", "cross-entropy", "expert",
 )  # fmt: skip
 
 

@@ -29,6 +29,10 @@ class SPOConfig(TrainingArguments):
 
     An optimiser step learns from per_device_train_batch_size x gradient_accumulation_steps x
     processes trajectories of the store. max_steps must be given.
+
+    The defaults of objective, beta, taper, sync_every, replay_ratio and rarity are the recipe that
+    did best in docs/learning.md: online batches, one step each, from a model that was trained on
+    stored solutions first (examples/supervised_start.py), where there are any.
     """
 
     store: str | None = _field(None, "trajectory store: a file, or postgresql://user@host/database")
