@@ -171,6 +171,7 @@ def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["import", path, "--store", tmp_path / "no" / "store"], "an existing folder"),
         (["export", tmp_path / "out.jsonl", "--store", tmp_path / "gone.db"], "there is no store"),
         (["export", tmp_path / "out.csv", "--store", store], "must end in .jsonl"),
+        (["export", tmp_path / "o.jsonl", "--store", store, "--min-reward", "nan"], "got nan"),
     ):
         status, _, err = run(capsys, *arguments)
         assert status == 1 and reason in err and err.startswith("spo: error: ")

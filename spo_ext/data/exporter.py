@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,13 @@ def export_rows(
     completion. With a run, only its trajectories are written, and no prompts without; with
     min_reward, only those with this reward or more.
 
-    Raises ValueError for an unknown kind of file, or for Parquet if prompts are partly text and
-    partly messages, or messages hold more than role and content; ImportError without pyarrow.
+    Raises ValueError for an unknown kind of file, a min_reward of nan, or for Parquet if prompts
+    are partly text and partly messages, or messages hold more than role and content; ImportError
+    without pyarrow.
     """
     out = Path(out)
+    if min_reward is not None and math.isnan(min_reward):
+        raise ValueError("export_rows: min_reward must be a number, got nan")
     rows = _rows(store, split, run, tokenizer, min_reward)
     if out.suffix == ".parquet":
         chat = _prompts_are_messages(store, split)
