@@ -36,11 +36,20 @@ def test_examples_are_short(name):
 
 
 def test_every_example_is_documented():
-    pages = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
+    files = ("integrations.md", "bring_your_own.md")
+    pages = "".join((EXAMPLES.parent / "docs" / file).read_text() for file in files)
     assert [name for name in NAMES if f"examples/{name}.py" not in pages] == []
     assert NAMES == [
-        "accelerate_loop", "fabric_loop", "plain_pytorch", "transformers_trainer", "trl_grpo",
+        "accelerate_loop", "fabric_loop", "plain_pytorch", "supervised_start",
+        "transformers_trainer", "trl_grpo",
     ]  # fmt: skip
+
+
+def test_a_supervised_start_learns_the_tokens_of_the_store():
+    """All of it runs in test_bring_your_own."""
+    pytest.importorskip("trl")
+    row = example("supervised_start").tokens({"prompt_ids": [5, 6], "completion_ids": [7, 8, 9]})
+    assert row == {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 1, 1, 1]}
 
 
 def test_plain_pytorch():
