@@ -134,7 +134,7 @@ def test_scores_fall_from_one_program_to_the_next(policy, monkeypatch):
 
 
 def test_a_method_samples_so_where_it_says_so():
-    plain, clock, _ = learn(replace(METHODS["group"]), 2)
+    plain, _, _ = learn(METHODS["group"], 2)
     learner, clock, _ = learn(replace(METHODS["group"], distinct=True), 2)
     assert clock.sampled == 2 * ROWS == len(learner.sampled)
     groups = {}

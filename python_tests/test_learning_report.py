@@ -135,7 +135,7 @@ def test_charts_leave_out_what_was_run_too_seldom_and_tell_spo_from_controls(tmp
     more = [record("group", seed, 0.5) for seed in (2, 3)]
     write_report([*RECORDS, *more], tmp_path, "ppo")
     assert [(one.method, len(one.runs)) for one in drawn] == [("group", 4), ("ppo", 2)]
-    assert [figures._line(one) for one in drawn] == ["-", "--"]
+    assert [figures._style(one, "red")["ls"] for one in drawn] == ["-", "--"]
 
 
 def test_the_command_reports_on_files_that_are_there(tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def trade_off(methods: Sequence[Series], k: int) -> bytes:
         ones = mean_curve(series, "updates", _reader(1))[1:]
         points = mean_curve(series, "updates", _reader(k))[1:]
         xs, ys = [x for _, x in ones], [y for _, y in points]
-        axes.plot(xs, ys, "o", ls=_line(series), color=colour, ms=3, label=_name(series))
+        axes.plot(xs, ys, "o", ms=3, **_style(series, colour))
         axes.plot(xs[-1:], ys[-1:], "o", color=colour, ms=8)
     axes.set_xlabel("pass@1")
     axes.set_ylabel(f"pass@{k}")
@@ -68,7 +68,7 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
         found = [estimate([pass_at(last(run), k) for run in series.runs]) for k in ks]
         known = [value for value in found if value is not None]
         means = [value.mean for value in known]
-        axes.plot(ks, means, ls=_line(series), color=colour, label=_name(series))
+        axes.plot(ks, means, **_style(series, colour))
         low = [value.mean if value.low is None else value.low for value in known]
         high = [value.mean if value.high is None else value.high for value in known]
         axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -116,8 +116,7 @@ def calibration(methods: Sequence[Series]) -> bytes | None:
             continue
         bins = zip(*(one["bins"] for one in found), strict=True)
         points = [[sum(xy[i] for xy in bin_) / len(bin_) for i in (0, 1)] for bin_ in bins]
-        style = {"ls": _line(series), "color": colour, "ms": 4, "label": _name(series)}
-        axes.plot(*zip(*points, strict=True), "o", **style)
+        axes.plot(*zip(*points, strict=True), "o", ms=4, **_style(series, colour))
         drawn = True
     if not drawn:
         return None
@@ -155,8 +154,9 @@ def _name(series: Series) -> str:
     return "\n".join(wrap(series.method.replace(",", ", ").replace(":", ": "), _NAME_WIDTH))
 
 
-def _line(series: Series) -> str:
-    return "-" if series.runs[0]["method_settings"]["family"] == "spo" else "--"
+def _style(series: Series, colour: Colour) -> dict[str, Any]:
+    spo = series.runs[0]["method_settings"]["family"] == "spo"
+    return {"ls": "-" if spo else "--", "color": colour, "label": _name(series)}
 
 
 def _reader(k: int) -> Callable[[dict[str, Any]], float]:
@@ -175,8 +175,7 @@ def _lines(
 ) -> None:
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         points = mean_curve(series, against, read)
-        style = {"ls": _line(series), "color": colour, "ms": 3, "label": _name(series)}
-        axes.plot(*zip(*points, strict=True), "o", **style)
+        axes.plot(*zip(*points, strict=True), "o", ms=3, **_style(series, colour))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     plain(axes)
 

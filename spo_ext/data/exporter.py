@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from spo_ext.data.readers import need_pyarrow
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.data.trl import json_line, trl_row
 from spo_ext.store import TrajectoryStore
+from spo_ext.store.checks import number
 from spo_ext.store.records import Split, StoredPrompt
 
 _ROWS = 256  # in memory, and in a row group of Parquet
@@ -34,13 +34,13 @@ def export_rows(
     completion. With a run, only its trajectories are written, and no prompts without; with
     min_reward, only those with this reward or more.
 
-    Raises ValueError for an unknown kind of file, a min_reward of nan, or for Parquet if prompts
-    are partly text and partly messages, or messages hold more than role and content; ImportError
-    without pyarrow.
+    Raises ValueError for an unknown kind of file, a min_reward that is not finite, or for Parquet
+    if prompts are partly text and partly messages, or messages hold more than role and content;
+    ImportError without pyarrow.
     """
     out = Path(out)
-    if min_reward is not None and math.isnan(min_reward):
-        raise ValueError("export_rows: min_reward must be a number, got nan")
+    if min_reward is not None:
+        number("export_rows", "min_reward", min_reward)
     rows = _rows(store, split, run, tokenizer, min_reward)
     if out.suffix == ".parquet":
         chat = _prompts_are_messages(store, split)

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """keys and values [B, heads, tokens, d] are views of buffers with room for more tokens.
 
-    `DynamicLayer` copies all that it holds for every token that is added, which is a third of the
-    time of sampling from a small policy.
+    `DynamicLayer` copies all that it holds for every token that is added, which is over
+    a quarter of the time of sampling from a small policy.
     """
 
     def __init__(self, room: int) -> None:
