@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from learning.clock import Clock  # noqa: E402
 from learning.feed import Feed, Rows  # noqa: E402
 from learning.learner import Learner, Task  # noqa: E402
-from learning.methods import METHODS, Method  # noqa: E402
+from learning.method import Method  # noqa: E402
+from learning.methods import METHODS  # noqa: E402
 from learning.objectives import pass_rates, sums  # noqa: E402
 from learning.outcomes import Outcomes  # noqa: E402
 from learning.sampling import Sampled  # noqa: E402

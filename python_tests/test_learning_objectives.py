@@ -91,6 +91,26 @@ def test_weights_taper_failures_and_favour_rare_success():
     assert not torch.allclose(fading[[1, 3, 4]], torch.ones(3, dtype=torch.float64))
 
 
+def test_a_program_may_weigh_by_its_length():
+    logprobs, rows, _ = case()
+    method = replace(METHODS["group"], per_token=True, taper=False)
+    _, _, weights = SpoObjective(method, None).loss(logprobs, rows)
+    assert weights.tolist() == pytest.approx([1.8 / size for size in SIZES])
+
+
+def test_a_large_residual_has_the_slope_of_one_that_is_straight_from():
+    logprobs, rows, ratios = case()
+    gain = REWARDS.double() - BETA * ratios.detach()
+    residual = group_mean(gain, torch.ones(5, dtype=torch.bool)) - gain
+    bound = residual.abs().median()
+    method = replace(METHODS["group"], beta=BETA, taper=False, straight_from=float(bound))
+    loss, _, _ = SpoObjective(method, None).loss(logprobs, rows)
+    loss.backward()
+    slopes = torch.repeat_interleave(residual.clamp(-bound, bound) / 5, torch.tensor(SIZES))
+    torch.testing.assert_close(logprobs.grad, slopes, rtol=1e-5, atol=1e-7)
+    assert (residual.abs() > bound).sum() == 2
+
+
 def test_running_values_start_at_the_reference_and_move_half_way():
     logprobs, rows, ratios = case()
     sampled = torch.tensor([[0.0, -1.0], [-1.0, -1.0], [0.0, 0.0], [-1.0, 0.0]])

@@ -25,7 +25,7 @@ from spo_ext.trainer.batches import TokenBatch, Tokens
 from spo_ext.trainer.model import completion_logprobs
 
 from .clock import Clock
-from .methods import Method
+from .method import Method
 from .outcomes import Outcomes
 from .sampling import Sampled
 from .shared_prompts import collate_shared

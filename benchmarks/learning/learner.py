@@ -21,7 +21,7 @@ from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
 from .clock import Clock
 from .feed import Feed
-from .methods import Method
+from .method import Method
 from .offline import write_solutions
 from .sampling import Sampled, Writer, sample_rewards
 from .settings import Setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ import spo_ext
 from spo_ext.stats import LossStats
 
 from .feed import Rows
-from .methods import Method
+from .method import Method
 
 _DECAY = 0.5  # of a running prompt value, which is seen once in some forty batches
 _SMOOTHING = 0.5
@@ -48,7 +49,8 @@ class SpoObjective:
         other_mean = method.baseline in ("online_group", "natural", "distinct")
         own_mean = method.objective == "group" and not other_mean
         objective = "squared" if method.objective == "group" and not own_mean else method.objective
-        loss, stats = spo_ext.loss(
+        weighted_loss = partial(
+            spo_ext.loss,
             logprobs,
             rows.ref_logprobs if objective == "advantage" else sums(rows.ref_logprobs, cu_seqlens),
             rows.rewards,
@@ -57,10 +59,14 @@ class SpoObjective:
             objective=objective,
             groups=rows.groups if own_mean else None,
             leave_one_out=own_mean and method.baseline == "leave_one_out",
-            weights=weights,
             cu_seqlens=cu_seqlens,
             return_stats=True,
         )
+        if method.straight_from is not None:
+            with torch.no_grad():
+                residual = weighted_loss()[1].residual
+            weights = weights * (method.straight_from / residual.abs()).clamp(max=1)
+        loss, stats = weighted_loss(weights=weights)
         return loss * self._scale(), stats, weights
 
     def _scale(self) -> float:
@@ -128,6 +134,9 @@ class SpoObjective:
             weights = weights / copies(rows)
         if self._method.rare_power:
             weights = weights * (1 - pass_rates(rows)) ** self._method.rare_power
+        if self._method.per_token:
+            lengths = rows.tokens.cu_seqlens.diff().to(weights)
+            weights = weights * lengths.mean() / lengths
         return weights
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .methods import Method
+from .method import Method
 
 
 class Outcomes:

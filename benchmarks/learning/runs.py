@@ -22,7 +22,8 @@ from spo_ext.sandbox import Sandbox
 from .clock import Clock
 from .evaluation import evaluate
 from .learner import Learner, Task
-from .methods import METHODS, Method, method_named
+from .method import Method
+from .methods import METHODS, method_named
 from .references import load_reference, reference_key, write_text
 from .sampling import Sampled
 from .settings import Setting, setting_named

@@ -15,7 +15,7 @@ from spo_ext.trainer.model import completion_logprobs
 from . import baselines
 from .baselines import padded
 from .feed import Rows
-from .methods import Method
+from .method import Method
 from .objectives import SpoObjective, sums
 
 _FINAL_RATE = 0.1  # share of the learning rate left at the end of the linear decay
