@@ -15,6 +15,7 @@ from learning import figures  # noqa: E402
 from learning.__main__ import main  # noqa: E402
 from learning.evaluation import calibrate  # noqa: E402
 from learning.report import read_records, save_records, write_report  # noqa: E402
+from learning.sensitivity import sensitivities  # noqa: E402
 from learning.tables import (  # noqa: E402
     Series,
     by_method,
@@ -105,6 +106,45 @@ def test_a_mean_curve_has_the_steps_that_all_runs_evaluated():
     longer = {**first, "curve": [start, {**start, "step": 1, "sampled": 13}, end]}
     found = mean_curve(Series("group", (longer, *rest)), "sampled", lambda point: point["kl"])
     assert found == [(0, 0.5), (400, 0.5)]
+
+
+def stale(method, seed, final, sync_every, rate=1e-3):
+    settings = {"config": {"evaluation_k": 2}, "name": f"stale-{sync_every}", "about": "of runs"}
+    return record(
+        method, seed, final, setting=f"stale-{sync_every}",
+        setting_settings={**settings, "sync_every": None if sync_every == 1 else sync_every},
+        method_settings={"family": "spo", "name": method, "learning_rate": rate},
+    )  # fmt: skip
+
+
+def test_sensitivity_is_over_pairs_that_all_methods_have_at_all_values(tmp_path):
+    group = [stale("group", seed, 0.5 - k / 100, k) for seed in (0, 1) for k in (1, 10, 40)]
+    ppo = [stale("ppo", seed, 0.4, k) for seed, k in ((0, 1), (0, 10), (0, 40), (1, 1), (1, 10))]
+    twice = [stale("grpo", seed, 0.4, k) for seed in (0, 1) for k in (1, 40)]
+    (found,) = sensitivities([*ppo, *group, *twice])
+    assert (found.title, list(found.curves)) == ("Stale behaviour, test problems", ["ppo", "group"])
+    assert [(x, len(one.runs)) for x, one in found.curves["group"]] == [(1, 1), (10, 1), (40, 1)]
+    text = write_report([*ppo, *group, *twice], tmp_path, "ppo")
+    row = next(line for line in text.splitlines() if line.startswith("| group  | 40"))
+    assert [cell.strip() for cell in row.split("|")[3:8]] == [
+        "1",
+        "0.100",
+        "0.200",
+        "2.00",
+        "-0.390",
+    ]
+    assert (tmp_path / "stale-behaviour-test-problems.png").exists()
+
+
+def test_sensitivity_to_the_learning_rate_needs_three_values_and_all_else_equal():
+    rates = [stale("ppo" if k == 2 else f"ppo:learning_rate={k}", 0, 0.4, 1, k) for k in (3, 2, 1)]
+    (found,) = sensitivities(rates)
+    assert (found.quantity, [x for x, _ in found.curves["ppo"]]) == ("learning rate", [1, 2, 3])
+    assert sensitivities(rates[:2]) == []
+    rates[0]["method_settings"]["beta"] = 0.7
+    assert sensitivities(rates) == []
+    rates[0]["method_settings"]["beta"] = 0.03  # as it is by default, where the others say nothing
+    assert len(sensitivities(rates)) == 1
 
 
 def test_report_of_made_up_runs(tmp_path):

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from spo_ext.evaluation.estimates import estimate
 from spo_ext.evaluation.plot import GREY, PALETTE, new_figure, plain, png_bytes
 
+from .sensitivity import Sensitivity
 from .tables import Series, last, mean_curve, pass_at
 
 _STAGES = ("sampling", "judging", "store", "scoring", "update")
@@ -65,13 +66,7 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
     axes = figure.subplots()
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         ks = range(1, len(last(series.runs[0])["pass_at"]) + 1)
-        found = [estimate([pass_at(last(run), k) for run in series.runs]) for k in ks]
-        known = [value for value in found if value is not None]
-        means = [value.mean for value in known]
-        axes.plot(ks, means, **_style(series, colour))
-        low = [value.mean if value.low is None else value.low for value in known]
-        high = [value.mean if value.high is None else value.high for value in known]
-        axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
+        _banded(axes, [(k, series, k) for k in ks], colour)
     axes.set_xlabel("k, programs per problem")
     axes.set_ylabel("pass@k")
     axes.set_ylim(bottom=0)
@@ -128,6 +123,26 @@ def calibration(methods: Sequence[Series]) -> bytes | None:
     return png_bytes(figure)
 
 
+def sensitivity(found: Sensitivity, k: int) -> bytes:
+    """pass@1 and pass@k against what is varied, with 95% intervals over pairs of seeds."""
+    figure = new_figure(12, 4.2, dpi=120)
+    axes = figure.subplots(1, 2)
+    values = sorted({x for curve in found.curves.values() for x, _ in curve})
+    for panel, depth in zip(axes, (1, k), strict=True):
+        for curve, colour in zip(found.curves.values(), _colours(len(found.curves)), strict=True):
+            _banded(panel, [(x, series, depth) for x, series in curve], colour, marker="o")
+        panel.set_xscale("log")
+        panel.set_xticks(values, [f"{x:g}" for x in values])
+        panel.minorticks_off()
+        panel.set_xlabel(found.quantity)
+        panel.set_ylabel(f"pass@{depth}")
+        plain(panel)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
+    )
+    return png_bytes(figure)
+
+
 def time_split(methods: Sequence[Series]) -> bytes:
     """Seconds of training by stage, mean over runs; evaluation is left out."""
     figure = new_figure(9, 1.2 + 0.32 * len(methods), dpi=120)
@@ -147,6 +162,22 @@ def time_split(methods: Sequence[Series]) -> bytes:
     plain(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return png_bytes(figure)
+
+
+def _banded(
+    axes: Axes, points: Sequence[tuple[float, Series, int]], colour: Colour, marker: str = ""
+) -> None:
+    """At each x the final pass@k of the runs, as a line in its interval over pairs of seeds."""
+    xs, means, lows, highs = [], [], [], []
+    for x, series, k in points:
+        value = estimate([pass_at(last(run), k) for run in series.runs])
+        assert value is not None, "a series has runs"
+        xs.append(x)
+        means.append(value.mean)
+        lows.append(value.mean if value.low is None else value.low)
+        highs.append(value.mean if value.high is None else value.high)
+    axes.plot(xs, means, marker=marker, ms=4, **_style(points[0][1], colour))
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.12, linewidth=0)
 
 
 def _name(series: Series) -> str:

@@ -12,6 +12,7 @@ from spo_ext.evaluation import html
 
 from . import figures
 from .references import write_text, write_whole
+from .sensitivity import Sensitivity, sensitivities
 from .tables import (
     Record,
     Series,
@@ -70,6 +71,12 @@ def write_report(records: Sequence[Record], out: Path, control: str) -> str:
             texts += [f"{heading}, paired:", _markdown(*paired)]
             body += [f"<h2>{escape(heading)}, paired</h2>", html.table(*paired)]
         body += _figures(title, methods, evaluation_k(runs), out)
+    for found in sensitivities(records):
+        k = evaluation_k(records)
+        header, rows = _sensitivity_table(found, k)
+        texts += [f"## {found.title}", _markdown(header, rows)]
+        body += [f"<h2>{escape(found.title)}</h2>", html.table(header, rows)]
+        body.append(_saved(figures.sensitivity(found, k), found.title, out))
     body += [f"<footer>{escape(_origin(records))}</footer>"]
     write_text(out / "report.html", html.page("Learning", body))
     return "\n\n".join([_lead(records), *texts, _origin(records)])
@@ -126,6 +133,22 @@ def _paired_table(methods: Sequence[Series], against: Series) -> Table:
     return ["method", "pairs", *(column.title for column in columns)], rows
 
 
+def _sensitivity_table(found: Sensitivity, k: int) -> Table:
+    """Differences are paired, to the same method at the lowest value."""
+    columns = columns_of(k)[:_PAIRED]
+    titles = [column.title for column in columns]
+    rows = []
+    for name, curve in found.curves.items():
+        lowest = curve[0][1]
+        for x, series in curve:
+            cells = [shown(mean(series, column), column.digits) for column in columns]
+            for column in columns:
+                change = difference(series, lowest, column) if series is not lowest else None
+                cells.append(shown(change, column.digits, signed=True))
+            rows.append([name, f"{x:g}", str(len(series.runs)), *cells])
+    return ["method", found.quantity, "pairs", *titles, *(f"{t}, change" for t in titles)], rows
+
+
 def _figures(title: str, methods: Sequence[Series], k: int, out: Path) -> list[str]:
     """Of methods with at least half as many pairs as any has: one pair draws a line like ten."""
     most = max(len(series.runs) for series in methods)
@@ -140,12 +163,16 @@ def _figures(title: str, methods: Sequence[Series], k: int, out: Path) -> list[s
     }
     parts = []
     for name, png in drawn.items():
-        if png is None:
-            continue
-        file = re.sub(r"[^a-z0-9]+", "-", f"{title} {name}".lower())
-        write_whole(out / f"{file}.png", lambda stream, png=png: stream.write(png))
-        parts.append(html.figure(png, f"{title}: {name}"))
+        if png is not None:
+            parts.append(_saved(png, f"{title}: {name}", out))
     return parts
+
+
+def _saved(png: bytes, title: str, out: Path) -> str:
+    """Also as a file of its own, named after the title."""
+    file = re.sub(r"[^a-z0-9]+", "-", title.lower())
+    write_whole(out / f"{file}.png", lambda stream: stream.write(png))
+    return html.figure(png, title)
 
 
 def _origin(records: Sequence[Record]) -> str:
