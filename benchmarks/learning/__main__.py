@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the learning itself")
     add("--steps", type=int, default=120, help="sampled batches")
     add("--split", choices=_SPLITS, default="dev", help="dev to choose, test to report")
-    add("--budget", type=float, help="minutes in all, beyond the references")
+    add("--budget", type=float, help="minutes in all; references take one or two first")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--control", default="ppo", help="what every method is compared with")
     add("--records", type=Path, nargs="+", help="report on these files, and run nothing")
