@@ -126,13 +126,8 @@ def test_sensitivity_is_over_pairs_that_all_methods_have_at_all_values(tmp_path)
     assert [(x, len(one.runs)) for x, one in found.curves["group"]] == [(1, 1), (10, 1), (40, 1)]
     text = write_report([*ppo, *group, *twice], tmp_path, "ppo")
     row = next(line for line in text.splitlines() if line.startswith("| group  | 40"))
-    assert [cell.strip() for cell in row.split("|")[3:8]] == [
-        "1",
-        "0.100",
-        "0.200",
-        "2.00",
-        "-0.390",
-    ]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:8] == ["1", "0.100", "0.200", "2.00", "-0.390"]
     assert (tmp_path / "stale-behaviour-test-problems.png").exists()
 
 
@@ -140,6 +135,9 @@ def test_sensitivity_to_the_learning_rate_needs_three_values_and_all_else_equal(
     rates = [stale("ppo" if k == 2 else f"ppo:learning_rate={k}", 0, 0.4, 1, k) for k in (3, 2, 1)]
     (found,) = sensitivities(rates)
     assert (found.quantity, [x for x, _ in found.curves["ppo"]]) == ("learning rate", [1, 2, 3])
+    short = [{**made, "steps": 2} for made in rates]
+    (both,) = sensitivities([*rates, *short])
+    assert list(both.curves) == ["ppo", "ppo (stale-1, 2 steps)"]
     assert sensitivities(rates[:2]) == []
     rates[0]["method_settings"]["beta"] = 0.7
     assert sensitivities(rates) == []

@@ -52,6 +52,8 @@ def _curves(
             # A variation is called by what it varies: the shortest name is the method's.
             runs = [run for column in values.values() for run in column]
             name = min((run["method"] for run in runs), key=len)
+            if name in curves:  # in another setting, or of another length
+                name += f" ({runs[0]['setting']}, {runs[0]['steps']} steps)"
             curves[name] = [(x, Series(name, tuple(values[x]))) for x in sorted(values)]
     return _on_common_pairs(curves)
 
