@@ -25,7 +25,33 @@ NOW = 4  # the learner's policy version
 
 
 @st.composite
+def mixed_configs(draw: Any) -> SamplerConfig:
+    thirds: dict[str, float] = {"online": 1 / 3, "human": 1 / 3, "model:m": 1 / 3}
+    size, mixture = draw(
+        st.sampled_from(
+            [
+                (2, {"online": 0.5, "offline": 0.5}),
+                (4, {"online": 0.25, "human": 0.75}),
+                (3, thirds),
+            ]
+        )
+    )
+    return SamplerConfig(
+        batch_size=size * draw(st.integers(1, 3)),
+        mixture=mixture,
+        run="run",
+        seed=draw(st.integers(0, 3)),
+        max_age=draw(st.none() | st.integers(0, 3)),
+        max_uses=draw(st.none() | st.integers(1, 3)),
+        group_size=size,
+        mixed_groups=True,
+    )
+
+
+@st.composite
 def configs(draw: Any) -> SamplerConfig:
+    if draw(st.booleans()) and draw(st.booleans()):
+        return draw(mixed_configs())
     size = draw(st.sampled_from([1, 1, 2, 3]))
     strata = [Stratum(0.4, low=1.0), Stratum(0.2, high=0.5)]
     return SamplerConfig(
@@ -75,7 +101,11 @@ def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
     prompts = columns.prompt_key[rows].reshape(-1, config.group_size)
     assert bool((prompts == prompts[:, :1]).all())
     units = pool[rows].reshape(-1, config.group_size)
-    assert bool((units == units[:, :1]).all())
+    if config.mixed_groups:
+        for i, count in enumerate(config.rows_per_group.values()):
+            assert (units == i).sum(1).tolist() == [count] * len(units)
+    else:
+        assert bool((units == units[:, :1]).all())
     if config.group_size > 1:
         assert len(set(prompts[:, 0].tolist())) == len(prompts)
     drawn = Counter(pool[rows].tolist())

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from conftest import relative_error
 from trainer_cases import dev_prompts, fill, make_model, make_tokenizer, with_adapters
 from trainer_process import settings, train
 
@@ -97,9 +98,11 @@ def test_accumulation_is_one_big_batch(folder: Path) -> None:
     parts |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     # The seed of the sampler is that of the run's data, not of its name.
     found = train(parts)
-    assert losses(found) == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(found)[0] == pytest.approx(losses(whole)[0], rel=1e-6)
+    # Adam divides by the gradient's size, so that the rounding of a small one moves a weight.
+    assert losses(found) == pytest.approx(losses(whole), rel=1e-4)
     for name, weight in whole["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-6)
+        assert relative_error(found["weights"][name], weight) < 1e-3, name
 
 
 def test_packed_is_padded_through_the_trainer(folder: Path) -> None:

@@ -51,6 +51,9 @@ class SamplerConfig:
     max_uses: draw a trajectory at most so often.
     strata: least fractions by reward, if there are such trajectories. They may not overlap.
     group_size: draw so many trajectories of a prompt at a time, all from one pool.
+    mixed_groups: or from all pools of the mixture, by its fractions: rows of the others join online
+        ones of the same prompt, those that were drawn least first. Prompts that have too few in a
+        pool are never drawn.
     split: of the prompts.
     on_shortfall: "raise" if a pool has too few trajectories, or "fill" up from the other pools
         and say so in the batch.
@@ -64,6 +67,7 @@ class SamplerConfig:
     max_uses: int | None = None
     strata: Sequence[Stratum] = ()
     group_size: int = 1
+    mixed_groups: bool = False
     split: Split = "train"
     on_shortfall: Shortage = "raise"
 
@@ -92,6 +96,20 @@ class SamplerConfig:
             refuse(owner, "strata", "of fractions that add up to at most 1", self.strata)
         if self.strata and self.group_size > 1:
             refuse(owner, "strata", "empty with group_size > 1", self.strata)
+        if self.mixed_groups:
+            self._check_mixed(owner)
+
+    def _check_mixed(self, owner: str) -> None:
+        fractions = self.fractions
+        if "online" not in fractions or len(fractions) < 2:
+            refuse(owner, "mixture", "of online and others with mixed_groups", fractions)
+        for pool, fraction in fractions.items():
+            rows = fraction * self.group_size
+            if abs(rows - round(rows)) > 1e-6 or round(rows) < 1:
+                expected = f"a whole number of rows of a mixed group of {self.group_size}"
+                refuse(owner, f"mixture[{pool!r}]", expected, fraction)
+        if self.on_shortfall != "raise":
+            refuse(owner, "on_shortfall", "raise with mixed_groups", self.on_shortfall)
 
     @property
     def fractions(self) -> dict[str, float]:
@@ -99,9 +117,16 @@ class SamplerConfig:
         assert not isinstance(self.mixture, str)
         return dict(self.mixture)
 
+    @property
+    def rows_per_group(self) -> dict[str, int]:
+        """Rows of each pool in a mixed group."""
+        return {pool: round(part * self.group_size) for pool, part in self.fractions.items()}
+
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint and the store; infinite bounds as text."""
         fields = asdict(self)
+        if not self.mixed_groups:
+            del fields["mixed_groups"]  # as samplers were stored before there were any
         fields["strata"] = [[repr(value) for value in asdict(s).values()] for s in self.strata]
         return fields
 

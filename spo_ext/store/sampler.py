@@ -140,10 +140,10 @@ class Sampler:
 
     def _check_config(self, owner: str, stored: Mapping[str, Any] | None) -> None:
         mine = self.config.as_json()
-        for key in mine if stored is not None else ():
-            if stored is not None and json.dumps(stored.get(key)) != json.dumps(mine[key]):
+        for key in mine | dict(stored) if stored is not None else ():
+            if stored is not None and json.dumps(stored.get(key)) != json.dumps(mine.get(key)):
                 expected = f"{stored.get(key)!r} as when {self.name!r} drew before"
-                refuse(owner, f"config.{key}", expected, mine[key])
+                refuse(owner, f"config.{key}", expected, mine.get(key))
 
     def _recorded(self, connection: sa.Connection) -> Selection | None:
         table, mine = schema.batches.c, schema.draws.c

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_ext.store.codec import content_hash, encode_json, shuffle_key
+from spo_ext.store.companions import Companions
 from spo_ext.store.index import Index
 from spo_ext.store.mixture import SamplerConfig
 
@@ -54,10 +55,28 @@ class _Draw:
         self.picked: list[Tensor] = []  # units: one trajectory, or a group of one prompt
         self.picked_epochs: list[Tensor] = []
         self.shortfall: dict[str, tuple[int, int]] = {}
+        self.names = list(config.fractions)
+        self.size = config.group_size  # rows of a pool that are drawn together
+        self.companions: Companions | None = None
+        if config.mixed_groups:
+            self.size = config.rows_per_group["online"]
+            self.companions = Companions(
+                config, self.columns, self.pool, self.open, self._order_companions
+            )
 
     def batch(self) -> Selection:
-        size = self.config.group_size
-        names = list(self.config.fractions)
+        if self.companions is None:
+            self._draw_pools()
+        else:
+            self._draw_mixed(self.companions)
+        first = self.columns.key[torch.stack([unit[0] for unit in self.picked])]
+        order = _mix(first ^ self._salt("order", self.step)).argsort()
+        rows = torch.cat([self.picked[i] for i in order.tolist()])
+        epochs = torch.cat([self.picked_epochs[i] for i in order.tolist()])
+        return Selection(rows, epochs, self.shortfall)
+
+    def _draw_pools(self) -> None:
+        size, names = self.size, self.names
         wanted = _counts(self.config, self.step)
         for pool, count in enumerate(wanted):
             got = self._draw_pool(pool, count)
@@ -65,16 +84,27 @@ class _Draw:
                 self.shortfall[names[pool]] = (count * size, got * size)
         missing = sum(wanted) - len(self.picked)
         if missing and self.config.on_shortfall == "raise":
-            raise self._too_little(names)
+            raise self._too_little()
         for pool in range(len(names)):
             missing -= self._draw_pool(pool, missing)
         if missing:
-            raise self._too_little(names)
-        first = self.columns.key[torch.stack([unit[0] for unit in self.picked])]
-        order = _mix(first ^ self._salt("order", self.step)).argsort()
-        rows = torch.cat([self.picked[i] for i in order.tolist()])
-        epochs = torch.cat([self.picked_epochs[i] for i in order.tolist()])
-        return Selection(rows, epochs, self.shortfall)
+            raise self._too_little()
+
+    def _draw_mixed(self, companions: Companions) -> None:
+        """Online groups of prompts that have companions; `_pick_groups` adds those."""
+        count = self.config.batch_size // self.config.group_size
+        inside = self.pool == self.names.index("online")
+        inside &= torch.isin(self.columns.prompt_key, companions.prompts)
+        got = self._take(inside, count)
+        if got == count:
+            return
+        # More online rows help as long as there are prompts for them to join.
+        enough = len(companions.prompts) >= count
+        for name, rows in self.config.rows_per_group.items():
+            if (name == "online") == enough:
+                held = got if enough else len(companions.prompts)
+                self.shortfall[name] = (count * rows, held * rows)
+        raise self._too_little()
 
     def _eligible(self) -> Tensor:
         columns, config = self.columns, self.config
@@ -131,7 +161,7 @@ class _Draw:
         rows = rows[prompt_keys[rows].argsort(stable=True)]
         # Rows of a prompt now lie together, in random order. The first of them starts a group if
         # the row size - 1 further on is still of the prompt.
-        size, prompts = self.config.group_size, prompt_keys[rows]
+        size, prompts = self.size, prompt_keys[rows]
         first = torch.ones_like(prompts, dtype=torch.bool)
         first[1:] = prompts[1:] != prompts[:-1]
         last = max(len(rows) - size + 1, 0)
@@ -142,6 +172,8 @@ class _Draw:
         chosen = starts[order.argsort()[:count]].tolist()
         for start in chosen:
             group = rows[start : start + size]
+            if self.companions is not None:
+                group = torch.cat([group, self.companions.of(prompt_keys[group[0]])])
             self._keep(group)
             # A second group of the prompt in this batch would only make the first one larger.
             self.open &= prompt_keys != prompt_keys[group[0]]
@@ -158,19 +190,26 @@ class _Draw:
         by_cell = torch.tensor(salts, device="cpu")
         return _mix(keys ^ by_cell[self.columns.cell[rows]])
 
+    def _order_companions(self, rows: Tensor) -> Tensor:
+        uses = self.columns.uses[rows]
+        most = int(uses.max()) if len(rows) else 0
+        salts = [self._salt("companion", number) for number in range(most + 1)]
+        return _mix(self.columns.key[rows] ^ torch.tensor(salts, device="cpu")[uses])
+
     def _salt(self, what: str, number: int) -> int:
         return shuffle_key(content_hash(encode_json([self.config.seed, what, number])))
 
-    def _too_little(self, names: list[str]) -> SampleShortfall:
-        stored = {name: int((self.pool == pool).sum()) for pool, name in enumerate(names)}
+    def _too_little(self) -> SampleShortfall:
+        stored = {name: int((self.pool == pool).sum()) for pool, name in enumerate(self.names)}
         config = self.config
+        mixed = f" mixed, {self.config.rows_per_group} of a prompt" if config.mixed_groups else ""
         message = (
             f"Sampler: the store must hold enough for a batch of {config.batch_size} at step "
             f"{self.step}, got too little (wanted, got): {self.shortfall}. Stored: {stored}; "
             f"policy_version {self.policy_version}, max_age {config.max_age}, max_uses "
-            f"{config.max_uses}, group_size {config.group_size}, split {config.split}"
+            f"{config.max_uses}, group_size {config.group_size}{mixed}, split {config.split}"
         )
-        return SampleShortfall(message, [name for name in names if name in self.shortfall])
+        return SampleShortfall(message, [name for name in self.names if name in self.shortfall])
 
 
 def _counts(config: SamplerConfig, step: int) -> list[int]:

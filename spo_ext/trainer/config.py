@@ -61,6 +61,11 @@ class SPOConfig(TrainingArguments):
         "online", "online, offline, half-online, or a fraction for each pool"
     )
     group_size: int = _field(4, "trajectories of a prompt drawn together")
+    mixed_groups: bool = _field(
+        False,
+        "a group has rows of every pool of the mixture, online and others, and for objective group "
+        "its baseline is that of the online ones (default: each group is of one pool)",
+    )
     max_age: int | None = _field(None, "draw online only from so many policy versions back")
     max_tokens: int | None = _field(
         None, "longest prompt + completion to learn from; longer ones are drawn but left out"
@@ -171,6 +176,8 @@ class SPOConfig(TrainingArguments):
             )
         if self.objective == "group" and self.group_size < 2:
             refuse(owner, "group_size", "at least 2 for objective group", self.group_size)
+        if self.mixed_groups and self.leave_one_out:
+            refuse(owner, "leave_one_out", "False with mixed_groups", self.leave_one_out)
         online = "online" in self.sampler_config().fractions
         if online == (self.rollouts == "none"):
             expected = "embedded or external for" if online else "none for"
@@ -193,6 +200,11 @@ class SPOConfig(TrainingArguments):
     @property
     def needs_q0(self) -> bool:
         return self.objective in _NEED_Q0
+
+    @property
+    def online_baseline(self) -> bool:
+        """Whether a group's Q_0 is the mean over its online rows instead of all."""
+        return self.mixed_groups and self.objective == "group"
 
     @property
     def failure_below(self) -> float:
@@ -218,10 +230,13 @@ class SPOConfig(TrainingArguments):
             max_uses=self.max_uses,
             strata=[Stratum(*numbers) for numbers in self.strata or ()],
             group_size=self.group_size,
+            mixed_groups=self.mixed_groups,
         )
 
     def loss_options(self) -> dict[str, Any]:
         """What `spo_ext.loss` gets in every micro-batch."""
         objective: Objective = self.objective  # type: ignore[assignment]
+        if self.online_baseline:
+            objective = "squared"  # which group is, with a Q_0 that the loss takes itself
         options: dict[str, Any] = {"beta": self.beta, "objective": objective, "reduction": "sum"}
         return options | ({"leave_one_out": True} if self.leave_one_out else {})

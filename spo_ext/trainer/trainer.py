@@ -24,7 +24,7 @@ from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
 from spo_ext.trainer.model import base_model, completion_logprobs
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
-from spo_ext.trainer.weights import sequence_weights
+from spo_ext.trainer.weights import online_baseline, sequence_weights
 
 logger = logging.getLogger(__name__)
 
@@ -156,18 +156,21 @@ class SPOTrainer(Trainer):
         meter = self.meter if batch.share > 0 else Meter()
         logprobs, entropy = completion_logprobs(model, batch.tokens, self._log_entropy)
         device = logprobs.device
-        rewards, q0 = batch.rewards.to(device), batch.q0
+        rewards = batch.rewards.to(device)
         ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
-        weights = sequence_weights(self.args, logprobs, rewards, cu_seqlens, batch)
+        weights = sequence_weights(self.args, logprobs, rewards, batch)
+        q0, group_loss = batch.q0, self.args.objective == "group"
+        if self.args.online_baseline:
+            q0, group_loss = online_baseline(self.args, logprobs, ref_logprobs, batch), False
         loss, stats = spo_ext.loss(
             logprobs,
             ref_logprobs,
             rewards,
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
-            groups=batch.groups.to(device) if self.args.objective == "group" else None,
+            groups=batch.groups.to(device) if group_loss else None,
             weights=weights,
             return_stats=True,
             **self.args.loss_options(),

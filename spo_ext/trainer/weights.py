@@ -1,4 +1,4 @@
-"""How much each sequence of a micro-batch counts."""
+"""What a sequence of a micro-batch is compared with in its group, and how much it counts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,35 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 
 
+def online_baseline(
+    config: SPOConfig, logprobs: Tensor, ref_logprobs: Tensor, batch: MicroBatch
+) -> Tensor:
+    """Q_0 [S] of mixed groups: the mean of r - beta R over a group's online rows, without gradient.
+
+    What others wrote says nothing of how often the policy succeeds. A group whose online rows were
+    all too long has the mean over its other rows.
+    """
+    groups, counted = _counted(batch)
+    gain = batch.rewards.double().to(logprobs.device)
+    gain = gain - config.beta * _sums(logprobs - ref_logprobs, batch)
+    # A product has one order of addition, unlike index_add on a GPU.
+    means = ((groups[:, None] == groups) & counted).double()
+    means /= means.sum(1, keepdim=True)
+    return (means.to(logprobs.device) @ gain).float()
+
+
 def sequence_weights(
-    config: SPOConfig, logprobs: Tensor, rewards: Tensor, cu_seqlens: Tensor, batch: MicroBatch
+    config: SPOConfig, logprobs: Tensor, rewards: Tensor, batch: MicroBatch
 ) -> Tensor | None:
     """[S] on the device of logprobs [N], without a gradient; None where all count alike.
 
     The product of two: `taper_weights` of failures that the policy has moved away from, where the
-    behaviour is known, and (1 - the group's pass rate)^rarity. rewards [S] and cu_seqlens [S + 1]
-    are those of the batch, on that device.
+    behaviour is known, and (1 - the group's pass rate)^rarity, in a mixed group that of its online
+    rows. rewards [S] are those of the batch, on that device.
     """
     weights = None
     if config.taper:
-        ends = torch.cat([logprobs.new_zeros(1), logprobs.detach().double().cumsum(0)])
-        sums = ends[cu_seqlens].diff()
+        sums = _sums(logprobs, batch)
         behaviour = batch.behaviour_sums.to(sums)
         weights = spo_ext.taper_weights(
             sums,
@@ -37,8 +53,26 @@ def sequence_weights(
 
 
 def _rarity(config: SPOConfig, batch: MicroBatch) -> Tensor:
-    """On the CPU, where the batch is: to number groups on a device would wait for it."""
-    _, groups = torch.unique(batch.groups, return_inverse=True)
+    groups, counted = _counted(batch)
     passed = (batch.rewards >= config.failure_below).float()
-    rates = torch.zeros(len(passed)).scatter_reduce(0, groups, passed, "mean", include_self=False)
+    rates = torch.zeros(len(passed)).scatter_reduce(
+        0, groups[counted], passed[counted], "mean", include_self=False
+    )
     return (1 - rates[groups]) ** config.rarity
+
+
+def _counted(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Groups [S] numbered from 0; and bool [S]: online rows, or all of a group without any.
+
+    On the CPU, where the batch is: to number groups on a device would wait for it.
+    """
+    _, groups = torch.unique(batch.groups, return_inverse=True)
+    some = torch.zeros(len(groups), dtype=torch.bool)
+    some[groups[batch.online]] = True
+    return groups, batch.online | ~some[groups]
+
+
+def _sums(values: Tensor, batch: MicroBatch) -> Tensor:
+    """Of per-token values [N] over each sequence, [S], float64, without a gradient."""
+    ends = torch.cat([values.new_zeros(1), values.detach().double().cumsum(0)])
+    return ends[batch.tokens.cu_seqlens.to(values.device)].diff()
