@@ -13,14 +13,13 @@ import torch
 from store_cases import add_prompts, policy, trajectory
 
 from spo_ext.store import Origin, Sampler, SamplerConfig, SampleShortfall, TrajectoryStore
-from spo_ext.store.companions import prompts_with_companions
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from trainer_cases import fill, make_model, make_tokenizer  # noqa: E402
-from trainer_process import settings, train  # noqa: E402
+from trainer_process import settings  # noqa: E402
 
 from spo_ext.reference import loss as reference_loss  # noqa: E402
 from spo_ext.trainer import SPOConfig, SPOTrainer  # noqa: E402
@@ -43,11 +42,11 @@ def sampler(store: TrajectoryStore, batch_size: int, **options: Any) -> Sampler:
 
 def test_rows_of_others_join_the_prompts_of_online_ones(store: TrajectoryStore) -> None:
     prompts = add_prompts(store, 6)
-    write(store, policy(0), prompts[:4], 2)
-    write(store, HUMAN, prompts[1:], 5)
+    write(store, policy(0), prompts[:3], 2)
+    write(store, HUMAN, prompts, 5)
     batch = sampler(store, 12).next_batch(policy_version=0)
     kinds = [(row.prompt_id, row.origin.kind) for row in batch.trajectories]
-    both = {(prompt, kind) for prompt in prompts[1:4] for kind in ("human", "policy")}
+    both = {(prompt, kind) for prompt in prompts[:3] for kind in ("human", "policy")}
     assert Counter(kinds) == dict.fromkeys(both, 2)
     # A group lies together, so that it is never cut between micro-batches.
     assert batch.groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -65,33 +64,33 @@ def test_the_rows_that_join_are_those_drawn_least(store: TrajectoryStore) -> Non
     assert list(counts.values()) == [4] * 10  # 20 draws for 5 rows of each prompt
 
 
-@pytest.mark.parametrize(
-    ("online", "human", "lacking"), [(2, 3, "online"), (3, 2, "offline"), (1, 2, "offline")]
-)
-def test_a_shortfall_names_what_would_help(
-    store: TrajectoryStore, online: int, human: int, lacking: str
-) -> None:
+def test_a_prompt_that_nobody_solved_makes_a_smaller_group(store: TrajectoryStore) -> None:
     prompts = add_prompts(store, 3)
-    write(store, policy(0), prompts[:online], 2)
-    write(store, HUMAN, prompts[:human], 2)
+    write(store, policy(0), prompts, 2)
+    write(store, HUMAN, prompts[:1], 5)
+    write(store, HUMAN, prompts[1:2], 1)
+    batch = sampler(store, 12).next_batch(policy_version=0)
+    kinds = Counter((row.prompt_id, row.origin.kind) for row in batch.trajectories)
+    human = {(prompts[0], "human"): 2, (prompts[1], "human"): 1}
+    assert kinds == {(prompt, "policy"): 2 for prompt in prompts} | human
+    assert batch.shortfall == {"offline": (6, 3)}
+    assert batch.metrics()["store/shortfall"] == 3.0
+
+
+def test_a_pool_that_lacks_all_is_an_error(store: TrajectoryStore) -> None:
+    prompts = add_prompts(store, 3)
+    write(store, policy(0), prompts, 2)
     draw = sampler(store, 12)
-    with pytest.raises(SampleShortfall, match=r"mixed, .*'online': 2") as caught:
+    with pytest.raises(
+        SampleShortfall, match=r"'offline': \(6, 0\).* mixed, .*'online': 2"
+    ) as none:
         draw.next_batch(policy_version=0)
-    assert caught.value.pools == (lacking,)
-    write(store, policy(1), prompts, 2)
-    write(store, HUMAN, prompts, 2)
-    assert draw.next_batch(policy_version=1).step == 0
-
-
-def test_prompts_that_can_be_joined(store: TrajectoryStore) -> None:
-    prompts = add_prompts(store, 4)
-    write(store, HUMAN, prompts[:3], 1)
-    write(store, Origin("model", model="m"), prompts[1:], 1)
-    write(store, policy(0, run="another"), prompts, 4)
-    parts = {"online": 0.5, "human": 0.25, "model:m": 0.25}
-    config = SamplerConfig(4, parts, "run", group_size=4, mixed_groups=True)
-    assert prompts_with_companions(store, config) == set(prompts[1:3])
-    assert prompts_with_companions(store, replace(config, mixture="half-online")) == set(prompts)
+    assert none.value.pools == ("offline",)
+    write(store, HUMAN, prompts[:1], 2)
+    assert draw.next_batch(policy_version=0).step == 0
+    with pytest.raises(SampleShortfall, match=r"'online': \(8, 6\)") as few:
+        Sampler(store, "four", replace(draw.config, batch_size=16)).next_batch(policy_version=0)
+    assert few.value.pools == ("online",)
 
 
 @pytest.mark.parametrize(
@@ -214,19 +213,27 @@ def test_the_trainer_learns_from_mixed_groups(filled: TrajectoryStore, tmp_path:
         )
         assert loss == pytest.approx(float(expected.mean()), rel=1e-4)
     assert trainer.seen[3][1].sub(trainer.seen[3][0].ref_logprobs).abs().max() > 1e-3
-    # Two completions of each of two prompts a step, none for prompts that nothing would join.
-    assert sum(1 for _ in filled.trajectories(run="run")) == 4 * 4
+    assert sum(1 for _ in filled.trajectories(run="run")) == 4 * 4  # two of two prompts a step
 
 
-def test_prompts_that_nothing_joins_are_not_rolled_out(
-    filled: TrajectoryStore, tmp_path: Path
-) -> None:
-    prompts = list(filled.prompts("train"))
-    alone = filled.add_prompts([replace(p, content=f"{p.content} ", id=0) for p in prompts])
-    train(settings(tmp_path, **MIXED, samples_per_prompt=2))
-    asked = {row.prompt_id for row in filled.trajectories(run="run")}
-    assert asked == {prompt.id for prompt in prompts} and not asked & set(alone)
-    with pytest.raises(
-        ValueError, match="must have 10 prompts .*'offline': 2.* mixed group, got 8"
-    ):
-        train(settings(tmp_path, **MIXED, per_device_train_batch_size=40, run="larger"))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_groups_of_several_sizes(filled: TrajectoryStore, tmp_path: Path, parts: int) -> None:
+    """A micro-batch has whole groups, and the loss is the mean over all rows of the step."""
+    for prompt in list(filled.prompts("train")):
+        filled.add_prompt(replace(prompt, content=f"{prompt.content} "))  # nobody solved these
+    options = {"samples_per_prompt": 2, "per_device_train_batch_size": 16 // parts}
+    config = SPOConfig(
+        **settings(tmp_path, **MIXED, **options, gradient_accumulation_steps=parts, max_steps=4)
+    )
+    trainer = Watched(make_model(), config, make_tokenizer())
+    trainer.seen = []
+    trainer.train()
+    sizes = Counter[int]()
+    for first in range(0, 4 * parts, parts):
+        step = [batch for batch, _, _ in trainer.seen[first : first + parts]]
+        rows = sum(len(batch.rewards) for batch in step)
+        assert [batch.share for batch in step] == [1 / rows] * parts
+        groups = [batch.groups.unique(return_counts=True) for batch in step]
+        assert [len(ids) for ids, _ in groups] == [4 // parts] * parts
+        sizes.update(int(count) for _, counts in groups for count in counts)
+    assert sizes.keys() == {2, 4} and sizes.total() == 16

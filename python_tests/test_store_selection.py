@@ -89,7 +89,7 @@ def make_index(config: SamplerConfig, count: int, seed: int) -> Index:
 
 def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
     columns, rows = index.columns, chosen.rows
-    assert len(rows) == config.batch_size == len(set(rows.tolist()))
+    assert len(rows) == len(set(rows.tolist()))
     if config.max_uses is not None:
         assert int(columns.uses[rows].max()) < config.max_uses
     pools = list(config.fractions)
@@ -98,14 +98,14 @@ def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
         versions = columns.version[rows][pool[rows] == pools.index("online")]
         assert bool((versions <= NOW).all())
         assert config.max_age is None or bool((versions >= NOW - config.max_age).all())
+    if config.mixed_groups:
+        check_mixed(config, index, chosen)
+        return
+    assert len(rows) == config.batch_size
     prompts = columns.prompt_key[rows].reshape(-1, config.group_size)
     assert bool((prompts == prompts[:, :1]).all())
     units = pool[rows].reshape(-1, config.group_size)
-    if config.mixed_groups:
-        for i, count in enumerate(config.rows_per_group.values()):
-            assert (units == i).sum(1).tolist() == [count] * len(units)
-    else:
-        assert bool((units == units[:, :1]).all())
+    assert bool((units == units[:, :1]).all())
     if config.group_size > 1:
         assert len(set(prompts[:, 0].tolist())) == len(prompts)
     drawn = Counter(pool[rows].tolist())
@@ -118,6 +118,27 @@ def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
         if name in short:
             wanted, got = chosen.shortfall[name]
             assert got < wanted
+
+
+def check_mixed(config: SamplerConfig, index: Index, chosen: Selection) -> None:
+    """Every group has its online rows, and of the others its share or all that there are."""
+    columns, rows = index.columns, chosen.rows
+    prompts, pool = columns.prompt_key, columns.cell // index.strata
+    allowed = columns.uses < (config.max_uses or len(rows) + 10**6)
+    drawn = torch.unique_consecutive(prompts[rows])
+    assert len(drawn) == len(set(drawn.tolist())) == config.batch_size // config.group_size
+    for i, (name, share) in enumerate(config.rows_per_group.items()):
+        total = 0
+        for prompt in drawn:
+            mine = rows[(prompts[rows] == prompt) & (pool[rows] == i)]
+            others = (prompts == prompt) & (pool == i) & allowed
+            assert len(mine) == (share if name == "online" else min(share, int(others.sum())))
+            if name != "online" and len(mine) < int(others.sum()):
+                others[mine] = False
+                assert int(columns.uses[mine].max()) <= int(columns.uses[others].min())
+            total += len(mine)
+        wanted = share * len(drawn)
+        assert chosen.shortfall.get(name) == ((wanted, total) if total < wanted else None)
 
 
 @settings(max_examples=150, deadline=None)

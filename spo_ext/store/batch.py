@@ -15,6 +15,8 @@ from spo_ext.store.records import StoredTrajectory
 class Batch:
     """S trajectories and how they came here; tensors are on the CPU.
 
+    S is the batch size of the sampler, or less where mixed groups lack rows of a pool.
+
     Args:
         uses: int64 [S], how often this sampler has drawn each, this batch included.
         shortfall: what a pool or stratum should have given, and what it gave.

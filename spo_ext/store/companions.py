@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import sqlalchemy as sa
 import torch
 from torch import Tensor
 
-from spo_ext.store import schema
 from spo_ext.store.index import Columns
-from spo_ext.store.mixture import SamplerConfig, pool_condition
-from spo_ext.store.store import TrajectoryStore
+from spo_ext.store.mixture import SamplerConfig
 
 
 class Companions:
@@ -20,9 +17,6 @@ class Companions:
     Args:
         pool: [M], of each row of columns. allowed: bool [M].
         order: a random number for each row [n] of columns, by its number of uses.
-
-    Attributes:
-        prompts: keys of the prompts that have enough in every pool, in ascending order.
     """
 
     def __init__(
@@ -33,9 +27,7 @@ class Companions:
         allowed: Tensor,
         order: Callable[[Tensor], Tensor],
     ) -> None:
-        self._columns = columns
-        self._parts: list[tuple[Tensor, int]] = []
-        enough: list[Tensor] = []
+        self._rows: dict[str, tuple[Tensor, Tensor, int]] = {}
         for number, (name, size) in enumerate(config.rows_per_group.items()):
             if name == "online":
                 continue
@@ -44,32 +36,18 @@ class Companions:
             rows = rows[order(rows).argsort()]
             rows = rows[columns.uses[rows].argsort(stable=True)]
             rows = rows[columns.prompt_key[rows].argsort(stable=True)]
-            self._parts.append((rows, size))
-            keys, counts = torch.unique_consecutive(columns.prompt_key[rows], return_counts=True)
-            enough.append(keys[counts >= size])
-        self.prompts = enough[0]
-        for keys in enough[1:]:
-            self.prompts = self.prompts[torch.isin(self.prompts, keys)]
+            self._rows[name] = rows, columns.prompt_key[rows], size
 
-    def of(self, prompt_key: Tensor) -> Tensor:
-        """The rows that join a group of this prompt, one of `prompts`."""
-        found = []
-        for rows, size in self._parts:
-            first = int(torch.searchsorted(self._columns.prompt_key[rows], prompt_key))
-            found.append(rows[first : first + size])
-        return torch.cat(found)
+    def of(self, prompt_key: Tensor) -> dict[str, Tensor]:
+        """By pool the rows [n] that join a group of this prompt: its share, or as many as there
+        are."""
+        found = {}
+        for name, (rows, keys, size) in self._rows.items():
+            first = int(torch.searchsorted(keys, prompt_key))
+            last = int(torch.searchsorted(keys, prompt_key, right=True))
+            found[name] = rows[first : min(first + size, last)]
+        return found
 
-
-def prompts_with_companions(store: TrajectoryStore, config: SamplerConfig) -> set[int]:
-    """Ids of the prompts that have enough trajectories for a mixed group in every pool but
-    "online"."""
-    found: list[set[int]] = []
-    prompt = schema.trajectories.c.prompt_id
-    with store.database.read() as connection:
-        for pool, size in config.rows_per_group.items():
-            if pool == "online":
-                continue
-            query = sa.select(prompt).where(pool_condition(pool, config.run)).group_by(prompt)
-            rows = connection.execute(query.having(sa.func.count() >= size))
-            found.append(set(rows.scalars()))
-    return set.intersection(*found)
+    def empty(self) -> list[str]:
+        """Pools without a single row."""
+        return [name for name, (rows, _, _) in self._rows.items() if not len(rows)]

@@ -52,8 +52,9 @@ class SamplerConfig:
     strata: least fractions by reward, if there are such trajectories. They may not overlap.
     group_size: draw so many trajectories of a prompt at a time, all from one pool.
     mixed_groups: or from all pools of the mixture, by its fractions: rows of the others join online
-        ones of the same prompt, those that were drawn least first. Prompts that have too few in a
-        pool are never drawn.
+        ones of the same prompt, those that were drawn least first. A prompt that has fewer of them
+        makes a smaller group, and the batch says so in its shortfall; a pool without any is an
+        error.
     split: of the prompts.
     on_shortfall: "raise" if a pool has too few trajectories, or "fill" up from the other pools
         and say so in the batch.

@@ -63,6 +63,7 @@ class _Draw:
             self.companions = Companions(
                 config, self.columns, self.pool, self.open, self._order_companions
             )
+        self.joined = dict.fromkeys(self.names, 0)  # rows of other pools in mixed groups
 
     def batch(self) -> Selection:
         if self.companions is None:
@@ -91,20 +92,18 @@ class _Draw:
             raise self._too_little()
 
     def _draw_mixed(self, companions: Companions) -> None:
-        """Online groups of prompts that have companions; `_pick_groups` adds those."""
+        """Online groups; `_pick_groups` adds the rows that join them."""
         count = self.config.batch_size // self.config.group_size
-        inside = self.pool == self.names.index("online")
-        inside &= torch.isin(self.columns.prompt_key, companions.prompts)
-        got = self._take(inside, count)
-        if got == count:
-            return
-        # More online rows help as long as there are prompts for them to join.
-        enough = len(companions.prompts) >= count
-        for name, rows in self.config.rows_per_group.items():
-            if (name == "online") == enough:
-                held = got if enough else len(companions.prompts)
-                self.shortfall[name] = (count * rows, held * rows)
-        raise self._too_little()
+        wanted = {name: count * rows for name, rows in self.config.rows_per_group.items()}
+        online = self.pool == self.names.index("online")
+        groups = self._take(online, count)
+        got = self.joined | {"online": groups * self.size}
+        self.shortfall = {
+            name: (wanted[name], got[name]) for name in self.names if got[name] < wanted[name]
+        }
+        lacking = ["online"] if "online" in self.shortfall else companions.empty()
+        if lacking:
+            raise self._too_little(lacking)
 
     def _eligible(self) -> Tensor:
         columns, config = self.columns, self.config
@@ -173,7 +172,10 @@ class _Draw:
         for start in chosen:
             group = rows[start : start + size]
             if self.companions is not None:
-                group = torch.cat([group, self.companions.of(prompt_keys[group[0]])])
+                joining = self.companions.of(prompt_keys[group[0]])
+                for name, others in joining.items():
+                    self.joined[name] += len(others)
+                group = torch.cat([group, *joining.values()])
             self._keep(group)
             # A second group of the prompt in this batch would only make the first one larger.
             self.open &= prompt_keys != prompt_keys[group[0]]
@@ -199,7 +201,7 @@ class _Draw:
     def _salt(self, what: str, number: int) -> int:
         return shuffle_key(content_hash(encode_json([self.config.seed, what, number])))
 
-    def _too_little(self) -> SampleShortfall:
+    def _too_little(self, lacking: Sequence[str] | None = None) -> SampleShortfall:
         stored = {name: int((self.pool == pool).sum()) for pool, name in enumerate(self.names)}
         config = self.config
         mixed = f" mixed, {self.config.rows_per_group} of a prompt" if config.mixed_groups else ""
@@ -209,7 +211,8 @@ class _Draw:
             f"policy_version {self.policy_version}, max_age {config.max_age}, max_uses "
             f"{config.max_uses}, group_size {config.group_size}{mixed}, split {config.split}"
         )
-        return SampleShortfall(message, [name for name in self.names if name in self.shortfall])
+        short = [name for name in self.names if name in self.shortfall]
+        return SampleShortfall(message, short if lacking is None else lacking)
 
 
 def _counts(config: SamplerConfig, step: int) -> list[int]:

@@ -95,16 +95,24 @@ class Feed:
         prompts = prompt_tokens(self._store, {row.prompt_id for row in batch.trajectories})
         config = self._config
         kept = self._kept(batch, prompts)
-        size = config.train_batch_size
-        here = config.process_index * size * config.gradient_accumulation_steps
+        bounds = self._bounds(batch)
+        here = config.process_index * config.gradient_accumulation_steps
         parts = [
-            self._micro_batch(batch, prompts, kept, range(start, start + size))
-            for start in range(here, here + size * config.gradient_accumulation_steps, size)
+            self._micro_batch(batch, prompts, kept, range(bounds[number], bounds[number + 1]))
+            for number in range(here, here + config.gradient_accumulation_steps)
         ]
         metrics = batch.metrics()
         if config.max_tokens is not None:
             metrics["store/too_long"] = float(len(batch.trajectories) - len(kept))
         return metrics, parts
+
+    def _bounds(self, batch: Batch) -> list[int]:
+        """Where each micro-batch of the step begins, over all ranks, and where the last ends."""
+        size, count = self._config.train_batch_size, len(batch.trajectories)
+        if not self._config.mixed_groups:
+            return list(range(0, count + 1, size))
+        changes = batch.groups.diff().nonzero()[:, 0] + 1  # mixed groups differ in size
+        return [0, *changes.tolist(), count][:: size // self._config.group_size]
 
     def _kept(self, batch: Batch, prompts: Prompts) -> dict[int, int]:
         """Tokens of each trajectory that is not too long, by its place in the batch."""

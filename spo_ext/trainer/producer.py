@@ -11,7 +11,6 @@ from spo_ext.rollout.follow import prompt_stream
 from spo_ext.rollout.rewards import judged_by, needs_of
 from spo_ext.rollout.rollouts import Decode, Rollouts
 from spo_ext.store import StoredPrompt, TrajectoryStore
-from spo_ext.store.companions import prompts_with_companions
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.together import SharedRollouts
 
@@ -52,8 +51,6 @@ class Producer:
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
         )
-        if config.mixed_groups:
-            self._keep_joined(store)
         rollouts = Rollouts(
             store,
             generator,
@@ -93,19 +90,6 @@ class Producer:
             return False
         self._rollouts.collect(self._prompts_of(version, rounds), version)
         return True
-
-    def _keep_joined(self, store: TrajectoryStore) -> None:
-        """Leaves out the prompts whose completions no mixed group could take."""
-        settings = self._config.sampler_config()
-        joined = prompts_with_companions(store, settings)
-        self._prompts = [prompt for prompt in self._prompts if prompt.id in joined]
-        others = {name: n for name, n in settings.rows_per_group.items() if name != "online"}
-        groups = settings.batch_size // settings.group_size
-        if len(self._prompts) < groups:
-            raise ValueError(
-                f"SPO: the store must have {groups} prompts that rollouts can be judged for, each "
-                f"with the trajectories {others} of a mixed group, got {len(self._prompts)}"
-            )
 
     def _prompts_of(self, version: int, rounds: int) -> list[StoredPrompt]:
         """Those of the version's own round, and of as many after it."""
