@@ -72,6 +72,9 @@ def test_means_intervals_and_paired_differences():
     assert (paired.mean, paired.low, paired.high) == pytest.approx((0.0, -0.1, 0.1))
     alone = difference(sft, ppo, first)
     assert (alone.mean, alone.low) == (pytest.approx(-0.2), None), "one pair has no interval"
+    moved = record("sft", 0, 0.2)
+    moved["curve"][0]["pass_at"] = [0.15, 0.2]
+    assert difference(Series("sft", (moved,)), ppo, first) is None, "of another reference"
     assert difference(group, Series("other", (record("other", 7, 1.0),)), first) is None
     assert mean(sft, columns_of(2)[6]) is None, "without a beta there is no Q_T"
 

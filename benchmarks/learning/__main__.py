@@ -19,8 +19,9 @@ from .tables import Record
 _SPLITS: dict[str, Split] = {"dev": "development", "test": "test"}
 # The controls are always among them, and come first: a budget may end in the middle.
 _METHODS = (
-    "ppo", "sft", "sft-ppo", "sft-group", "group-0.1", "grpo", "half-near",
-    "ppo:sharpen=0.8,kl=0.1", "replay-rare:sharpen=0.8@40", "squared", "cross-entropy", "expert",
+    "ppo", "sft", "sft-ppo", "sft-group", "group-0.1", "grpo", "ppo:sharpen=0.8,kl=0.1",
+    "group-0.1:offline=near,offline_share=0.5,baseline=online_group,sharpen=0.8",
+    "replay-rare:sharpen=0.8@40", "squared", "cross-entropy", "expert",
 )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from spo_ext.evaluation.estimates import Estimate, estimate
 
 Record = dict[str, Any]
-Pair = tuple[int, int]  # reference seed, seed
+# Reference seed, seed, and what the reference passed in the evaluation before the first step: one
+# that was trained on another kind of processor is not quite the same for the same seed.
+Pair = tuple[int, int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class Series:
 
     @property
     def by_pair(self) -> dict[Pair, Record]:
-        return {(run["reference_seed"], run["seed"]): run for run in self.runs}
+        return {
+            (run["reference_seed"], run["seed"], tuple(run["curve"][0]["pass_at"])): run
+            for run in self.runs
+        }
 
 
 def columns_of(k: int) -> list[Column]:
@@ -104,7 +109,7 @@ def mean(series: Series, column: Column) -> Estimate | None:
 
 
 def difference(series: Series, control: Series, column: Column) -> Estimate | None:
-    """Mean of series - control over the pairs of seeds that both have, with its interval."""
+    """Mean of series - control over the pairs that both have, with its interval; None if none."""
     ours, theirs = series.by_pair, control.by_pair
     values = []
     for pair in sorted(ours.keys() & theirs.keys()):
