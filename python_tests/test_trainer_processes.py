@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import relative_error
 from trainer_cases import fill, make_model, make_tokenizer
 from trainer_process import settings, spawn
 
-from spo_ext.store import PromptValue, TrajectoryStore
+from spo_ext.store import Origin, PromptValue, Trajectory, TrajectoryStore
 from spo_ext.trainer.model import HeadSettings, answer_logprobs
 from spo_ext.trainer.reference import Reference
 
@@ -200,3 +201,27 @@ def score_half(folder: Path) -> None:
         prompts = {prompt.id: prompt.token_ids for prompt in store.prompts("train")}
         rows = list(store.trajectories())
         reference.score(rows[: len(rows) // 2], prompts)
+
+
+def test_mixed_groups_of_several_sizes(tmp_path: Path) -> None:
+    """Each rank has whole groups, as many as the other, if not as many rows."""
+    options = {"mixture": "half-online", "mixed_groups": True, "rollouts": "external"}
+    ends = []
+    for processes, rows in ((1, 16), (2, 8)):
+        folder = make_folder(tmp_path / str(processes))
+        add_online(folder)
+        ends.append(run(folder, processes, **options, per_device_train_batch_size=rows))
+    check_same(ends[1], ends[0])
+    short = [line["store/shortfall"] for line in ends[0]["log"]]
+    assert sum(short) == 8 * 2  # half of the prompts have nothing of others
+
+
+def add_online(folder: Path) -> None:
+    """Two rows by the policy for each prompt, and for as many prompts that nobody solved."""
+    online = Origin("policy", run="run", policy_version=0)
+    with TrajectoryStore(folder / "store.db") as store:
+        for prompt in list(store.prompts("train")):
+            other = replace(prompt, content=f"{prompt.content} ")
+            for key in (prompt.id, store.add_prompt(other)):
+                made = [([5 + key % 7, 4], 0.0), ([3 + key % 9, 6, 1], 1.0)]
+                store.append([Trajectory(key, ids, reward, online, "eos") for ids, reward in made])
