@@ -26,7 +26,7 @@ Colour = str | tuple[float, ...]
 
 def learning_curves(methods: Sequence[Series], k: int) -> bytes:
     """pass@1 and pass@k against sampled programs and against updates."""
-    figure = new_figure(12, 7, dpi=120)
+    figure = new_figure(12, _height(7, methods), dpi=120)
     axes = figure.subplots(2, 2)
     for row, depth in enumerate((1, k)):
         for column, against in enumerate(("sampled", "updates")):
@@ -45,7 +45,7 @@ def learning_curves(methods: Sequence[Series], k: int) -> bytes:
 
 def trade_off(methods: Sequence[Series], k: int) -> bytes:
     """pass@k against pass@1 on the way, from the second evaluation on; the last has a large dot."""
-    figure = new_figure(8, 4.6, dpi=120)
+    figure = new_figure(8, _height(4.6, methods), dpi=120)
     axes = figure.subplots()
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         ones = mean_curve(series, "updates", _reader(1))[1:]
@@ -62,7 +62,7 @@ def trade_off(methods: Sequence[Series], k: int) -> bytes:
 
 def pass_curve(methods: Sequence[Series]) -> bytes:
     """pass@k for every k after the last step, with 95% intervals over pairs of seeds."""
-    figure = new_figure(8, 4.2, dpi=120)
+    figure = new_figure(8, _height(4.2, methods), dpi=120)
     axes = figure.subplots()
     for series, colour in zip(methods, _colours(len(methods)), strict=True):
         ks = range(1, len(last(series.runs[0])["pass_at"]) + 1)
@@ -79,7 +79,7 @@ def pass_curve(methods: Sequence[Series]) -> bytes:
 
 def cost_of_gain(methods: Sequence[Series]) -> bytes:
     """What learning does to diversity, entropy, distance and length, against updates."""
-    figure = new_figure(12, 6.5, dpi=120)
+    figure = new_figure(12, _height(6.5, methods), dpi=120)
     axes = figure.subplots(2, 2)
     panels = (
         ("distinct_correct", "different correct programs"),
@@ -183,6 +183,11 @@ def _banded(
 def _name(series: Series) -> str:
     """A variation names all that it changes, which is too much for one line beside a chart."""
     return "\n".join(wrap(series.method.replace(",", ", ").replace(":", ": "), _NAME_WIDTH))
+
+
+def _height(least: float, methods: Sequence[Series]) -> float:
+    """Inches: enough for a legend of all methods."""
+    return max(least, 0.165 * sum(_name(series).count("\n") + 1.25 for series in methods))
 
 
 def _style(series: Series, colour: Colour) -> dict[str, Any]:

@@ -97,7 +97,10 @@ def _table(methods: Sequence[Series], control: Series | None) -> Table:
     columns = columns_of(k)
     header = ["method", "pairs", *(column.title for column in columns), "samples to control"]
     level = None if control is None else _final(control, k)
-    pairs = {pair[:2]: run for series in methods for pair, run in series.by_pair.items()}
+    pairs: dict[tuple[int, int], Record] = {}
+    for series in methods:
+        for (reference_seed, seed, _), run in series.by_pair.items():
+            pairs.setdefault((reference_seed, seed), run)
     before = Series("reference", tuple(map(_start, pairs.values())))
     rows = []
     for series in (before, *methods):
