@@ -38,15 +38,15 @@ class Companions:
             rows = rows[columns.prompt_key[rows].argsort(stable=True)]
             self._rows[name] = rows, columns.prompt_key[rows], size
 
-    def of(self, prompt_key: Tensor) -> dict[str, Tensor]:
-        """By pool the rows [n] that join a group of this prompt: its share, or as many as there
-        are."""
-        found = {}
-        for name, (rows, keys, size) in self._rows.items():
+    def of(self, prompt_key: Tensor) -> Tensor:
+        """The rows [n] that join a group of this prompt: of each pool its share, or as many as
+        there are."""
+        found = []
+        for rows, keys, size in self._rows.values():
             first = int(torch.searchsorted(keys, prompt_key))
             last = int(torch.searchsorted(keys, prompt_key, right=True))
-            found[name] = rows[first : min(first + size, last)]
-        return found
+            found.append(rows[first : min(first + size, last)])
+        return torch.cat(found)
 
     def empty(self) -> list[str]:
         """Pools without a single row."""

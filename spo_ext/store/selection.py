@@ -63,7 +63,6 @@ class _Draw:
             self.companions = Companions(
                 config, self.columns, self.pool, self.open, self._order_companions
             )
-        self.joined = dict.fromkeys(self.names, 0)  # rows of other pools in mixed groups
 
     def batch(self) -> Selection:
         if self.companions is None:
@@ -94,13 +93,12 @@ class _Draw:
     def _draw_mixed(self, companions: Companions) -> None:
         """Online groups; `_pick_groups` adds the rows that join them."""
         count = self.config.batch_size // self.config.group_size
-        wanted = {name: count * rows for name, rows in self.config.rows_per_group.items()}
-        online = self.pool == self.names.index("online")
-        groups = self._take(online, count)
-        got = self.joined | {"online": groups * self.size}
-        self.shortfall = {
-            name: (wanted[name], got[name]) for name in self.names if got[name] < wanted[name]
-        }
+        self._take(self.pool == self.names.index("online"), count)
+        pools = self.pool[torch.cat([*self.picked, self.pool.new_empty(0)])]
+        for pool, (name, rows) in enumerate(self.config.rows_per_group.items()):
+            wanted, got = count * rows, int((pools == pool).sum())
+            if got < wanted:
+                self.shortfall[name] = (wanted, got)
         lacking = ["online"] if "online" in self.shortfall else companions.empty()
         if lacking:
             raise self._too_little(lacking)
@@ -172,10 +170,7 @@ class _Draw:
         for start in chosen:
             group = rows[start : start + size]
             if self.companions is not None:
-                joining = self.companions.of(prompt_keys[group[0]])
-                for name, others in joining.items():
-                    self.joined[name] += len(others)
-                group = torch.cat([group, *joining.values()])
+                group = torch.cat([group, self.companions.of(prompt_keys[group[0]])])
             self._keep(group)
             # A second group of the prompt in this batch would only make the first one larger.
             self.open &= prompt_keys != prompt_keys[group[0]]

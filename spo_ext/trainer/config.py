@@ -64,7 +64,8 @@ class SPOConfig(TrainingArguments):
     mixed_groups: bool = _field(
         False,
         "a group has rows of every pool of the mixture, online and others, and for objective group "
-        "its baseline is that of the online ones (default: each group is of one pool)",
+        "its baseline is that of the online ones; smaller where a prompt has fewer rows (default: "
+        "each group is of one pool)",
     )
     max_age: int | None = _field(None, "draw online only from so many policy versions back")
     max_tokens: int | None = _field(

@@ -161,19 +161,19 @@ class SPOTrainer(Trainer):
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
         weights = sequence_weights(self.args, logprobs, rewards, batch)
-        q0, group_loss = batch.q0, self.args.objective == "group"
+        q0, options = batch.q0, self.args.loss_options()
         if self.args.online_baseline:
-            q0, group_loss = online_baseline(self.args, logprobs, ref_logprobs, batch), False
+            q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
         loss, stats = spo_ext.loss(
             logprobs,
             ref_logprobs,
             rewards,
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
-            groups=batch.groups.to(device) if group_loss else None,
+            groups=batch.groups.to(device) if options["objective"] == "group" else None,
             weights=weights,
             return_stats=True,
-            **self.args.loss_options(),
+            **options,
         )
         if weights is not None:
             meter.add("spo/weight", weights)

@@ -21,7 +21,8 @@ def online_baseline(
     groups, counted = _counted(batch)
     gain = batch.rewards.double().to(logprobs.device)
     gain = gain - config.beta * _sums(logprobs - ref_logprobs, batch)
-    # A product has one order of addition, unlike index_add on a GPU.
+    # Not by `spo_ext.prompt_value`: it waits for the device, and adds by index_add, in any order on
+    # a GPU. A product has one order.
     means = ((groups[:, None] == groups) & counted).double()
     means /= means.sum(1, keepdim=True)
     return (means.to(logprobs.device) @ gain).float()
