@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate_launch import launch
 from trainer_cases import fill, make_model, make_tokenizer, save, with_adapters
 from trainer_process import settings
 
@@ -49,6 +50,21 @@ def test_trains_scores_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("16 trajectories scored by reference ")
     assert main(["score", "--store", "store.db", "--model", "model", "--quiet"]) == 0
     assert capsys.readouterr().out.startswith("0 trajectories")
+
+
+def test_several_processes_end_their_group(folder: Path) -> None:
+    script = folder / "script.py"
+    script.write_text(
+        "import json, os, sys, torch\n"
+        "from spo_ext.cli import main\n"
+        "status = main(['train', *sys.argv[1:]])\n"
+        "with open(os.environ['OUT'], 'w') as file:\n"
+        "    json.dump([status, torch.distributed.is_initialized()], file)\n"
+        "sys.stderr.flush()\n"
+        "os._exit(0)  # see publish_sharded.py\n"
+    )
+    assert launch(script, arguments(folder)) == [[0, False], [0, False]]
+    assert (folder / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def train(arguments: Sequence[str]) -> int:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or model.resume)
         trainer.save_model()
         trainer.save_state()
+        trainer.accelerator.end_training()  # ends the group; PyTorch warns of one that is left
     except _foreseen() as error:
         if type(error) is RuntimeError:
             raise  # of PyTorch: where it happened says more than its words
