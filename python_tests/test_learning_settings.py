@@ -44,6 +44,15 @@ def test_splits_share_no_specification_and_seeds_change_training_problems_only()
     assert texts("test", 0) == texts("test", 1)
 
 
+def test_fresh_problems_are_none_of_the_standard_ones():
+    standard, fresh = ([p.description for p in SETTINGS[name].problems("test", 0)]
+                       for name in ("standard", "fresh"))  # fmt: skip
+    assert (len(standard), len(set(fresh)), set(standard) & set(fresh)) == (160, 960, set())
+    assert [p.description for p in SETTINGS["fresh"].problems("train", 1)] == [
+        p.description for p in SETTINGS["standard"].problems("train", 1)
+    ]
+
+
 @pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")
 @pytest.mark.parametrize("style", ["diverse", "near"])
 def test_offline_solutions_are_correct_different_and_short_enough(style):

@@ -17,6 +17,7 @@ class Setting:
     offline_solutions: known correct programs per training problem that has any.
     offline_problems: training problems that have, None for all.
     sync_every: batches between two looks at the policy, whatever a method would choose.
+    skipped_problems: held-out problems that are left to other settings.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Setting:
     offline_solutions: int = 8
     offline_problems: int | None = None
     sync_every: int | None = None
+    skipped_problems: int = 0
 
     def problems(self, split: Split, reference_seed: int) -> list[Problem]:
         """Development and test problems are the same for every seed; training problems are not.
@@ -33,15 +35,17 @@ class Setting:
         """
         config = self.config
         of_seed = reference_seed if split == "train" else 0
+        skipped = 0 if split == "train" else self.skipped_problems
         count = config.train_problems if split == "train" else config.evaluation_problems
-        return draw_problems(
+        drawn = draw_problems(
             random.Random(f"{of_seed} {split}"),
             split,
-            count,
+            skipped + count,
             vague_probability=config.vague_probability,
             hidden_tests=config.hidden_tests,
             operations=(config.least_operations, config.most_operations),
         )
+        return drawn[skipped:]
 
 
 _STANDARD = QuickstartConfig(threads=1, sandbox_workers=1, sync_every=1)
@@ -73,6 +77,12 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("standard", "the problems of spo quickstart", _STANDARD),
+        Setting(
+            "fresh",
+            "standard, evaluated on six times as many problems, none of which standard has",
+            replace(_STANDARD, evaluation_problems=960),
+            skipped_problems=_STANDARD.evaluation_problems,
+        ),
         Setting(
             "sparse",
             "four or five operations: the reference hardly ever finds a solution",
