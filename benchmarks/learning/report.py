@@ -11,6 +11,7 @@ from pathlib import Path
 from spo_ext.evaluation import html
 
 from . import figures
+from .over_problems import difference_over_problems
 from .references import write_text, write_whole
 from .sensitivity import Sensitivity, sensitivities
 from .tables import (
@@ -87,7 +88,8 @@ def _lead(records: Sequence[Record]) -> str:
     return (
         f"{len(records)} runs over {len(pairs)} pairs of a reference seed and a seed. A number is "
         "a mean over pairs with its 95% bootstrap interval over them; an interval over fewer than "
-        "five pairs is too narrow."
+        "five pairs is too narrow. What is said to be over problems too takes the problems as a "
+        "sample as well: whether the difference would hold on others of the kind."
     )
 
 
@@ -122,7 +124,8 @@ def _final(series: Series, k: int) -> float:
 
 
 def _paired_table(methods: Sequence[Series], against: Series) -> Table:
-    columns = columns_of(evaluation_k(against.runs))[:_PAIRED]
+    k = evaluation_k(against.runs)
+    columns = columns_of(k)[:_PAIRED]
     rows = []
     for series in methods:
         if series is against:
@@ -132,8 +135,12 @@ def _paired_table(methods: Sequence[Series], against: Series) -> Table:
             shown(difference(series, against, column), column.digits, signed=True)
             for column in columns
         ]
+        cells += [
+            shown(difference_over_problems(series, against, n), 3, signed=True) for n in (1, k)
+        ]
         rows.append([series.method, str(shared), *cells])
-    return ["method", "pairs", *(column.title for column in columns)], rows
+    wider = [f"pass@{n}, over problems too" for n in (1, k)]
+    return ["method", "pairs", *(column.title for column in columns), *wider], rows
 
 
 def _sensitivity_table(found: Sensitivity, k: int) -> Table:
