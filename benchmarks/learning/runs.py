@@ -31,7 +31,6 @@ from .settings import Setting, setting_named
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine  # noqa: E402
 
-_EVALUATIONS = 4  # of a run, beside the one before it: they cost as much as training does
 _EARLIER_SEED = 1_000  # of the run whose trajectories are the "own" offline data
 
 
@@ -128,7 +127,7 @@ def _record(run: Run, cache: Path) -> dict[str, Any]:
 
         def after_step(step: int, values: dict[str, float]) -> None:
             curve.note(values)
-            if step % max(1, run.steps // _EVALUATIONS) == 0 or step == run.steps:
+            if step % max(1, run.steps // setting.evaluations) == 0 or step == run.steps:
                 look(step)
 
         look(0)

@@ -18,6 +18,7 @@ class Setting:
     offline_problems: training problems that have, None for all.
     sync_every: batches between two looks at the policy, whatever a method would choose.
     skipped_problems: held-out problems that are left to other settings.
+    evaluations: of a run, beside the one before it. Four cost as much as training does.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Setting:
     offline_problems: int | None = None
     sync_every: int | None = None
     skipped_problems: int = 0
+    evaluations: int = 4
 
     def problems(self, split: Split, reference_seed: int) -> list[Problem]:
         """Development and test problems are the same for every seed; training problems are not.
@@ -82,6 +84,7 @@ SETTINGS = {
             "standard, evaluated on six times as many problems, none of which standard has",
             replace(_STANDARD, evaluation_problems=960),
             skipped_problems=_STANDARD.evaluation_problems,
+            evaluations=1,
         ),
         Setting(
             "sparse",
