@@ -44,13 +44,17 @@ def test_splits_share_no_specification_and_seeds_change_training_problems_only()
     assert texts("test", 0) == texts("test", 1)
 
 
-def test_fresh_problems_are_none_of_the_standard_ones():
-    standard, fresh = ([p.description for p in SETTINGS[name].problems("test", 0)]
-                       for name in ("standard", "fresh"))  # fmt: skip
-    assert (len(standard), len(set(fresh)), set(standard) & set(fresh)) == (160, 960, set())
-    assert [p.description for p in SETTINGS["fresh"].problems("train", 1)] == [
-        p.description for p in SETTINGS["standard"].problems("train", 1)
-    ]
+@pytest.mark.parametrize(("name", "known", "count"), [
+    ("fresh", "standard", 960), ("fresh-few", "few", 640),
+])  # fmt: skip
+def test_fresh_problems_are_none_of_the_known_ones(name, known, count):
+    before, fresh = (
+        [problem.description for problem in SETTINGS[n].problems("test", 0)] for n in (known, name)
+    )
+    assert (len(before), len(set(fresh)), set(before) & set(fresh)) == (160, count, set())
+    same = {"name": "", "about": "", "skipped_problems": 0, "evaluations": 4}
+    config = replace(SETTINGS[name].config, evaluation_problems=160)
+    assert replace(SETTINGS[name], config=config, **same) == replace(SETTINGS[known], **same)
 
 
 @pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")

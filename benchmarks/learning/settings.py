@@ -99,6 +99,15 @@ SETTINGS = {
             offline_solutions=4,
             offline_problems=64,
         ),
+        Setting(
+            "fresh-few",
+            "few, evaluated on four times as many problems, none of which few has",
+            replace(_SPARSE, evaluation_problems=640),
+            offline_solutions=4,
+            offline_problems=64,
+            skipped_problems=_SPARSE.evaluation_problems,
+            evaluations=1,
+        ),
         *(
             Setting(
                 f"stale-{batches}",
