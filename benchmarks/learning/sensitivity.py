@@ -7,10 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 
 from .method import Method
+from .settings import Setting
 from .tables import Pair, Record, Series
 
 _FEWEST_VALUES = 3  # that make a curve
-_DEFAULTS = {f.name: f.default for f in fields(Method) if f.default is not MISSING}
+
+
+def _defaults(kind: type[Method] | type[Setting]) -> dict[str, object]:
+    return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+
+
+# A field that there was not when a run was made is as it is by default.
+_OF_METHODS, _OF_SETTINGS = _defaults(Method), _defaults(Setting)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def _sync_every(record: Record) -> float:
 
 
 def _but_sync_every(record: Record) -> str:
-    setting = record["setting_settings"]
+    setting = {**_OF_SETTINGS, **record["setting_settings"]}
     kept = {key: setting[key] for key in setting if key not in ("name", "about", "sync_every")}
     return _text(record["method"], record["steps"], kept)
 
@@ -96,8 +104,7 @@ def _but_learning_rate(record: Record) -> str:
 
 
 def _method(record: Record) -> dict[str, object]:
-    """A field that there was not when it ran is as it is by default."""
-    return {**_DEFAULTS, **record["method_settings"]}
+    return {**_OF_METHODS, **record["method_settings"]}
 
 
 def _text(*parts: object) -> str:
