@@ -33,11 +33,12 @@ def difference_over_problems(series: Series, control: Series, k: int) -> Estimat
     pairs = sorted(ours.keys() & theirs.keys())
     if len(pairs) < 2:
         return None
-    runs = [ours[pair] for pair in pairs]
-    groups = _groups(runs[0]["setting"], runs[0]["split"])
-    if any(len(last(run).get("correct", ())) != len(groups) for run in (*runs, *theirs.values())):
+    first = ours[pairs[0]]
+    groups = _groups(first["setting"], first["split"])
+    runs = [side[pair] for side in (ours, theirs) for pair in pairs]
+    if any(len(last(run).get("correct", ())) != len(groups) for run in runs):
         return None
-    passed = torch.stack([_passed(ours[p], k) - _passed(theirs[p], k) for p in pairs])
+    passed = torch.stack([_passed(ours[pair], k) - _passed(theirs[pair], k) for pair in pairs])
     index = torch.tensor(groups)
     count = int(index.max()) + 1
     sums = passed.new_zeros(len(pairs), count).index_add_(1, index, passed)
