@@ -11,14 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spo_ext.evaluation.estimates import Estimate
+from spo_ext.evaluation.estimates import RESAMPLES, Estimate, bounds
 from spo_ext.metrics import pass_at_k
 from spo_ext.quickstart.config import Split
 
 from .settings import setting_named
 from .tables import Record, Series, last
-
-_RESAMPLES = 2000
 
 
 def difference_over_problems(series: Series, control: Series, k: int) -> Estimate | None:
@@ -47,9 +45,8 @@ def difference_over_problems(series: Series, control: Series, k: int) -> Estimat
     of_pairs = _draws(len(pairs), generator)
     of_groups = _draws(count, generator)
     totals = ((of_pairs @ sums) * of_groups).sum(1)
-    ordered = (totals / (len(pairs) * (of_groups @ sizes))).sort().values.tolist()
-    tail = round(0.025 * _RESAMPLES)
-    return Estimate(float(passed.mean()), ordered[tail], ordered[-tail - 1], len(groups))
+    means = totals / (len(pairs) * (of_groups @ sizes))
+    return Estimate(float(passed.mean()), *bounds(means), len(groups))
 
 
 @cache
@@ -69,6 +66,6 @@ def _passed(run: Record, k: int) -> Tensor:
 
 def _draws(count: int, generator: torch.Generator) -> Tensor:
     """float64 [resamples, count]: how often each of so many is drawn."""
-    drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
     ones = torch.ones_like(drawn, dtype=torch.float64)
-    return torch.zeros(_RESAMPLES, count, dtype=torch.float64).scatter_add_(1, drawn, ones)
+    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(1, drawn, ones)

@@ -80,13 +80,6 @@ SETTINGS = {
     for setting in (
         Setting("standard", "the problems of spo quickstart", _STANDARD),
         Setting(
-            "fresh",
-            "standard, evaluated on six times as many problems, none of which standard has",
-            replace(_STANDARD, evaluation_problems=960),
-            skipped_problems=_STANDARD.evaluation_problems,
-            evaluations=1,
-        ),
-        Setting(
             "sparse",
             "four or five operations: the reference hardly ever finds a solution",
             _SPARSE,
@@ -99,15 +92,6 @@ SETTINGS = {
             offline_solutions=4,
             offline_problems=64,
         ),
-        Setting(
-            "fresh-few",
-            "few, evaluated on four times as many problems, none of which few has",
-            replace(_SPARSE, evaluation_problems=640),
-            offline_solutions=4,
-            offline_problems=64,
-            skipped_problems=_SPARSE.evaluation_problems,
-            evaluations=1,
-        ),
         *(
             Setting(
                 f"stale-{batches}",
@@ -119,6 +103,24 @@ SETTINGS = {
         ),
         Setting("tiny", "for tests of the harness", _TINY, offline_solutions=3),
     )
+}
+
+
+def _on_others(known: Setting, name: str, problems: int) -> Setting:
+    """Evaluated, before and after a run, on so many problems, none of which `known` has."""
+    return replace(
+        known,
+        name=name,
+        about=f"{known.name}, evaluated on {problems} other problems",
+        config=replace(known.config, evaluation_problems=problems),
+        skipped_problems=known.config.evaluation_problems,
+        evaluations=1,
+    )
+
+
+SETTINGS |= {
+    "fresh": _on_others(SETTINGS["standard"], "fresh", 960),
+    "fresh-few": _on_others(SETTINGS["few"], "fresh-few", 640),
 }
 
 

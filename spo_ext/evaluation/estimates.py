@@ -10,7 +10,7 @@ import torch
 
 from spo_ext.metrics import pass_at_k
 
-_RESAMPLES = 2000
+RESAMPLES = 2000
 _CHUNK = 1 << 20  # resampled values in memory at once
 
 
@@ -43,13 +43,18 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     generator = torch.Generator(device="cpu").manual_seed(0)
     rows = max(1, _CHUNK // len(values))
     means = []
-    for start in range(0, _RESAMPLES, rows):
-        shape = (min(rows, _RESAMPLES - start), len(values))
+    for start in range(0, RESAMPLES, rows):
+        shape = (min(rows, RESAMPLES - start), len(values))
         means.append(table[torch.randint(len(values), shape, generator=generator)].mean(1))
-    ordered = torch.cat(means).sort().values.tolist()
+    return Estimate(mean, *bounds(torch.cat(means)), len(values))
+
+
+def bounds(means: torch.Tensor) -> tuple[float, float]:
+    """Of the 95% interval; means: [RESAMPLES], of as many resamples."""
+    ordered = means.sort().values.tolist()
     # Order statistics, not interpolated: a reward may be -inf.
-    tail = round(0.025 * _RESAMPLES)
-    return Estimate(mean, ordered[tail], ordered[-tail - 1], len(values))
+    tail = round(0.025 * len(ordered))
+    return ordered[tail], ordered[-tail - 1]
 
 
 def pass_estimate(counts: Iterable[tuple[int, int]], k: int) -> Estimate | None:
