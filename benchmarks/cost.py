@@ -70,7 +70,7 @@ def call(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Callable
 def described(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, float]:
     _, entropy = spo_ext.token_logprobs(hidden, weight, targets, return_entropy=True)
     options = (None, 1.0, 1.0, None, -100, False, 64, "dropped", 2.0**-10)
-    dropped = torch.ops.spo.token_logprobs(hidden, weight, targets, *options)[3]
+    dropped = torch.ops.spo.token_logprobs(hidden, weight, targets, *options)[-1]
     return {"entropy": entropy.mean().item(), "kept": (dropped < 0).double().mean().item()}
 
 

@@ -47,7 +47,7 @@ def evaluate(model: Model, eps: float, setting: Setting, test: Tensor) -> Row:
         options = (None, 1.0, 1.0, None, -100, False, 64, "dropped", eps)
         inputs = test[:BATCH]
         call = (model(inputs[:, :-1]), model.head, inputs[:, 1:].contiguous())
-        dropped = torch.ops.spo.token_logprobs(*call, *options)[3]
+        dropped = torch.ops.spo.token_logprobs(*call, *options)[-1]
         row["kept"] = (dropped < 0).double().mean().item()
     return row
 

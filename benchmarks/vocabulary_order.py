@@ -87,7 +87,7 @@ def in_float64(states: HeadStates) -> tuple[Tensor, ...]:
 def kept(states: HeadStates, head: spo_ext.OrderedHead, eps: float) -> float:
     arguments = states.hidden, head.weight, head.targets(states.targets)
     options = (None, 1.0, 1.0, None, -100, False, 64, "dropped", eps)
-    dropped = torch.ops.spo.token_logprobs(*arguments, *options)[3]
+    dropped = torch.ops.spo.token_logprobs(*arguments, *options)[-1]
     return float((dropped < 0).double().mean())
 
 

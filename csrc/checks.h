@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace spo {
@@ -22,6 +23,10 @@ struct HeadArgs {
   int64_t ignore_index, workspace_mib;
   double max_dropped_mass = 0;  // forward, if it keeps what is dropped
 };
+
+// logprobs, entropy, top, log_sum [, kept] (spo_ops.cpp).
+using LogitsOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using HeadOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 void check_head(const HeadArgs& args);
 void check_logits(const char* op, const at::Tensor& logits, const at::Tensor& targets,

@@ -6,32 +6,36 @@
 
 TORCH_LIBRARY(spo, m) {
   // hidden [.., d], weight [V, d], targets [..], bias [V] -> logprobs [..], entropy [..] or [0],
-  // lse [..], and for the backward pass what `keep` names (kept.h)
+  // top and log_sum [..] of the softmax (math/logsumexp.h), and what `keep` names (kept.h)
   m.def(
       "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float "
       "temperature, float logit_scale, float? softcap, int ignore_index, bool return_entropy, "
       "int workspace_mib, str keep, float max_dropped_mass) "
-      "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor kept)");
+      "-> (Tensor logprobs, Tensor entropy, Tensor top, Tensor log_sum, Tensor kept)");
   // needs: gradients wanted for (hidden, weight, bias); the others come back as [0]
   m.def(
       "token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, "
-      "Tensor weight, Tensor targets, Tensor? bias, Tensor logprobs, Tensor entropy, Tensor lse, "
-      "Tensor kept, float temperature, float logit_scale, float? softcap, int ignore_index, "
+      "Tensor weight, Tensor targets, Tensor? bias, Tensor logprobs, Tensor entropy, Tensor top, "
+      "Tensor log_sum, Tensor kept, float temperature, float logit_scale, float? softcap, int "
+      "ignore_index, "
       "bool[3] needs, int workspace_mib, str keep) -> (Tensor grad_hidden, Tensor grad_weight, "
       "Tensor grad_bias)");
 
-  // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], lse [..]
+  // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], top and log_sum [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "
       "bool return_entropy, bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor "
-      "lse)");
+      "top, "
+      "Tensor log_sum)");
   m.def(
       "logprobs_from_logits_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
-      "Tensor targets, Tensor logprobs, Tensor entropy, Tensor lse, float temperature, "
+      "Tensor targets, Tensor logprobs, Tensor entropy, Tensor top, Tensor log_sum, float "
+      "temperature, "
       "int ignore_index) -> Tensor grad_logits");
   m.def(
       "logprobs_from_logits_backward_(Tensor? grad_logprobs, Tensor? grad_entropy, "
-      "Tensor(a!) logits, Tensor targets, Tensor logprobs, Tensor entropy, Tensor lse, "
+      "Tensor(a!) logits, Tensor targets, Tensor logprobs, Tensor entropy, Tensor top, Tensor "
+      "log_sum, "
       "float temperature, int ignore_index) -> ()");
 
   // logprobs, ref_logprobs [..], q0 [S], cu_seqlens [S + 1] or none (then [B, T]), mask [..] ->

@@ -114,6 +114,35 @@ def test_uneven_shards_give_the_whole(ranks, strategy, dtype):
     run_on_ranks(ranks, check_case, shaped, options, strategy)
 
 
+@pytest.mark.parametrize("strategy", ["recompute", "stored"])
+def test_a_shard_without_a_possible_word(strategy):
+    """A vocabulary padded with words of bias -inf, as many as a shard has or fewer."""
+    hidden, weight, targets = head_inputs(12, 1003, 24, torch.float32)
+    for first, last in ((700, 1003), (0, 700), (650, 1003), (0, 1)):
+        bias = torch.randn(1003)
+        bias[first:last] = -torch.inf
+        possible = bias.isfinite().nonzero().view(-1)
+        labels = possible[targets % len(possible)]
+        run_on_ranks(2, check_case, (hidden, weight, labels, bias), {}, strategy)
+    run_on_ranks(2, check_impossible_label, hidden, weight, torch.full((12,), 1))
+
+
+def check_impossible_label(shard: Shard, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    bias = torch.zeros(1003)
+    bias[:700] = -torch.inf
+    logprobs = spo_ext.token_logprobs(
+        hidden, shard(weight), targets, bias=shard(bias), process_group=dist.group.WORLD
+    )
+    assert (logprobs == -torch.inf).all()
+
+
+@pytest.mark.parametrize("offset", [-2e4, 5e4])
+def test_large_logits(offset):
+    hidden, weight, targets = head_inputs(12, 1003, 24, torch.float32)
+    bias = torch.randn(1003) + offset
+    run_on_ranks(2, check_case, (hidden, weight, targets, bias), {}, "recompute")
+
+
 def check_confident(shard: Shard, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     def call(h: Tensor, w: Tensor) -> Tensor:
         return spo_ext.token_logprobs(h, w, targets, process_group=dist.group.WORLD)

@@ -67,7 +67,7 @@ def _(
         "jacobian": lambda: hidden.new_empty(hidden.shape),
         "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK_WORDS)),
     }[keep]()
-    return logprobs, entropy, torch.empty_like(logprobs), kept
+    return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs), kept
 
 
 @torch.library.register_fake("spo::token_logprobs_backward")
@@ -80,7 +80,8 @@ def _(
     bias,
     logprobs,
     entropy,
-    lse,
+    top,
+    log_sum,
     kept,
     temperature,
     logit_scale,
@@ -108,10 +109,9 @@ def _token_logprobs_backward(
     ctx: Any,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_kept: Tensor | None,
+    *others: None,
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, logprobs, entropy, lse, kept = ctx.saved_tensors
+    hidden, weight, targets, bias, logprobs, entropy, top, log_sum, kept = ctx.saved_tensors
     temperature, logit_scale, softcap, ignore_index, return_entropy, workspace_mib, keep, _ = (
         ctx.options
     )
@@ -125,7 +125,8 @@ def _token_logprobs_backward(
         bias,
         logprobs,
         entropy,
-        lse,
+        top,
+        log_sum,
         kept,
         temperature,
         logit_scale,
@@ -154,7 +155,7 @@ _refuse_second_derivative("token_logprobs")
 def _(logits, targets, temperature, ignore_index, return_entropy, inplace_backward):
     logprobs = logits.new_empty(targets.shape, dtype=_result_dtype(logits))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
-    return logprobs, entropy, torch.empty_like(logprobs)
+    return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs)
 
 
 @torch.library.register_fake("spo::logprobs_from_logits_backward")
@@ -179,7 +180,7 @@ def _logprobs_from_logits_backward(
     ctx: Any,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
+    *others: None,
 ) -> tuple[Tensor | None, ...]:
     logits, *saved = ctx.saved_tensors
     temperature, ignore_index, return_entropy, inplace_backward = ctx.options

@@ -156,7 +156,7 @@ def token_logprobs(
         )  # fmt: skip
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     chosen = choose(strategy, call)
-    logprobs, entropy, _, kept = _OPS.token_logprobs(
+    logprobs, entropy, *_, kept = _OPS.token_logprobs(
         hidden,
         weight,
         targets,

@@ -69,7 +69,7 @@ def logprobs_from_logits(
             "since its values would be lost"
         )
     same_device("logprobs_from_logits", "logits", logits, targets=targets)
-    logprobs, entropy, _ = _OPS.logprobs_from_logits(
+    logprobs, entropy, *_ = _OPS.logprobs_from_logits(
         logits, targets, temperature, ignore_index, return_entropy, inplace_backward
     )
     return (logprobs, entropy) if return_entropy else logprobs

@@ -28,6 +28,11 @@ class Scales(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def outer(self, dtype: torch.dtype) -> float:
+        """What unscaled logits of that dtype are multiplied by (csrc/math/logit_map.h)."""
+        outer = (abs(self.logit_scale) if self.softcap is None else self.softcap) / self.temperature
+        return torch.tensor(outer, dtype=dtype).item()
+
 
 def sharded_logprobs(
     hidden: Tensor,
@@ -87,15 +92,15 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _merged(logprobs: Tensor, lse: Tensor, mine: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Log-probability and log sum exp over all shards, in float64, from those of this one.
+    """Log-probability and log sum exp over all shards, from those of this one, all float64.
 
     As in csrc/math/logsumexp.h: log p = -softplus(lse of the other words - label), which keeps the
     digits of a probability next to 1.
     """
-    local, surprise = lse.double(), -logprobs.double()
-    label = torch.where(mine, local - surprise, 0)
+    surprise = -logprobs
+    label = torch.where(mine, lse - surprise, 0)
     # log(e^x - 1), with x = -log p: the other words of this shard over the label
-    others = torch.where(mine, local + torch.log(-torch.expm1(-surprise)), local)
+    others = torch.where(mine, lse + torch.log(-torch.expm1(-surprise)), lse)
     parts = _gathered(torch.stack([others, label]), group)
     all_others, label = torch.logsumexp(parts[:, 0], 0), parts[:, 1].sum(0)
     tail = torch.logaddexp(torch.zeros_like(label), all_others - label)
@@ -117,26 +122,33 @@ class _ShardedLogprobs(torch.autograd.Function):
         workspace_mib: int,
         group: Any,
     ) -> Tensor:
-        own, _, own_lse, kept = _OPS.token_logprobs(
+        found, _, top, log_sum, kept = _OPS.token_logprobs(
             hidden, weight, local, bias, *scales, _IGNORED, False, workspace_mib, keep, 0.0
         )
+        dtype, outer = found.dtype, scales.outer(found.dtype)
+        # A shard may have no possible word (a padded vocabulary); its softmax is NaN.
+        own = found.double().masked_fill(log_sum == -torch.inf, -torch.inf)
+        own_lse = outer * top.double() + log_sum.double()
         logprobs, lse = _merged(own, own_lse, mine, group)
         # -expm1 of this is minus the probability of word 0, where that is not the label.
-        share = torch.log1p(torch.exp(own.double() + own_lse.double() - lse))
-        for_backward = torch.where(mine, logprobs, share).to(own.dtype)
-        ctx.save_for_backward(hidden, weight, bias, local, for_backward, lse.to(own.dtype), kept)
+        share = torch.log1p(torch.exp(own + own_lse - lse))
+        # Any number near the largest logit will do as `top`; what it is short of is in `log_sum`.
+        top = (lse / outer).to(dtype)
+        log_sum = (lse - outer * top.double()).to(dtype)
+        states = [torch.where(mine, logprobs, share).to(dtype), top, log_sum]
+        ctx.save_for_backward(hidden, weight, bias, local, *states, kept)
         ctx.arguments = scales, keep, workspace_mib, group
-        return logprobs.masked_fill(~counted, 0).to(own.dtype)
+        return logprobs.masked_fill(~counted, 0).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, local, logprobs, lse, kept = ctx.saved_tensors
+        hidden, weight, bias, local, logprobs, top, log_sum, kept = ctx.saved_tensors
         scales, keep, workspace_mib, group = ctx.arguments
         needs = list(ctx.needs_input_grad[:3])
         grads = _OPS.token_logprobs_backward(
-            grad, None, hidden, weight, local, bias, logprobs, logprobs.new_empty(0), lse, kept,
-            *scales, _IGNORED, needs, workspace_mib, keep,
+            grad, None, hidden, weight, local, bias, logprobs, logprobs.new_empty(0), top, log_sum,
+            kept, *scales, _IGNORED, needs, workspace_mib, keep,
         )  # fmt: skip
         hidden_grad, *others = (g if need else None for g, need in zip(grads, needs, strict=True))
         if hidden_grad is not None:

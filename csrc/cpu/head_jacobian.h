@@ -23,16 +23,17 @@ class HeadJacobian : HeadTiles<Real> {
         label_slope_(rows.size()) {}
 
   // `jacobian` is zero on entry.
-  void run(Real* logprobs, Real* lse, const at::Tensor& jacobian) {
+  void run(const TokenOutputs<Real>& outputs, const at::Tensor& jacobian) {
     const auto out = jacobian.view({-1, depth_});
     const int64_t rows = rows_.size();
     const int64_t group = is_sum_type<Real>(out) ? rows : std::min(rows, this->most_sum_rows());
     for (int64_t first = 0; first < rows; first += group)
-      pass(first, std::min(group, rows - first), logprobs, lse, out);
+      pass(first, std::min(group, rows - first), outputs, out);
   }
 
  private:
-  void pass(int64_t first, int64_t count, Real* logprobs, Real* lse, const at::Tensor& out) {
+  void pass(int64_t first, int64_t count, const TokenOutputs<Real>& outputs,
+            const at::Tensor& out) {
     const bool rounded = !is_sum_type<Real>(out);
     const Buffers b(args_, kernels_, count,
                     {true, false, false, true, rounded ? count * depth_ : 0});
@@ -46,7 +47,7 @@ class HeadJacobian : HeadTiles<Real> {
         add_rows(b, first + row, rows, col, cols, sums.data() + row);
       }
     }
-    finish(first, count, logprobs, lse, sums.data());
+    finish(first, count, outputs, sums.data());
     if (rounded)
       write_rows(b.hidden_sums, count, out, [&](int64_t i) { return rows_.token[first + i]; });
   }
@@ -76,32 +77,34 @@ class HeadJacobian : HeadTiles<Real> {
   // Adds the block to the token's softmax and replaces its products by s exp(z - m).
   void weigh(int64_t row, int64_t col, const LogitRow<Real>& block, Real* logits, Real* sum) {
     if (block.label >= 0)
-      map_.logit(block.logits[block.label] + (block.bias ? block.bias[block.label] : Real(0)),
-                 &label_slope_[row]);
+      map_.unscaled(block.logits[block.label] + (block.bias ? block.bias[block.label] : Real(0)),
+                    &label_slope_[row]);
     std::copy_n(block.logits, kBlockCols, logits);
     const auto stats = kernels_.statistics({logits, block.bias, block.cols, block.label}, map_,
                                            false, &label_logit_[row]);
     LogSumExp& softmax = softmax_[row];
     const double before = softmax.max;
-    softmax.merge(stats);
+    softmax.merge(stats, map_.outer);
     const bool any = softmax.sum != 0;
     if (col > 0 && softmax.max > before && any) {
-      const Real shrink = static_cast<Real>(std::exp(before - softmax.max));
+      const Real shrink = static_cast<Real>(std::exp(map_.outer * (before - softmax.max)));
       for (int64_t k = 0; k < depth_; k++) sum[k] *= shrink;
     }
     const Real top = any ? static_cast<Real>(softmax.max) : Real(0);
-    kernels_.gradient(block, map_, false, {top, 0, 0, -1, 0});  // the label's term is 0
+    kernels_.gradient(block, map_, false, {top, 0, 0, 0, -1, 0});  // the label's term is 0
   }
 
-  void finish(int64_t first, int64_t count, Real* logprobs, Real* lse, Real* const* sums) const {
+  void finish(int64_t first, int64_t count, const TokenOutputs<Real>& outputs,
+              Real* const* sums) const {
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = first + i;
         const LogSumExp& others = softmax_[row];
-        const TokenSoftmax token = others.finish(label_logit_[row]);
-        logprobs[rows_.token[row]] = token.logprob, lse[rows_.token[row]] = token.lse;
+        const TokenSoftmax token = others.finish(label_logit_[row], map_.outer);
+        outputs.write(rows_.token[row], token);
         const Real label = label_slope_[row] * static_cast<Real>(-std::expm1(token.logprob));
-        const Real scale = others.sum == 0 ? 0 : std::exp(others.max - token.lse);
+        const Real scale =
+            others.sum == 0 ? 0 : std::exp(map_.outer * (others.max - token.top) - token.log_sum);
         subtract_from_label(rows_.label[row], label, scale, sums[i]);
       }
     });
@@ -118,7 +121,8 @@ class HeadJacobian : HeadTiles<Real> {
   }
 
   std::vector<LogSumExp> softmax_;  // of the words other than the label, up to the block reached
-  std::vector<Real> label_logit_, label_slope_;
+  std::vector<double> label_logit_;
+  std::vector<Real> label_slope_;
 };
 
 }  // namespace spo

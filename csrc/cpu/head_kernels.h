@@ -52,10 +52,10 @@ struct HeadKernels {
   const char* isa;
   int64_t tile_rows, panel_cols;
   void (*gemm)(const Gemm<Real>&);
-  // Statistics over the columns other than the label; *label_logit is set if the label is in the
-  // block.
+  // Statistics over the columns other than the label; *label_logit, unscaled, is set if the label
+  // is in the block.
   BlockStats<Real> (*statistics)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
-                                 Real* label_logit);
+                                 double* label_logit);
   // Replaces the raw products by dL/draw.
   void (*gradient)(const LogitRow<Real>&, const LogitMap<Real>&, bool entropy,
                    const TokenGrad<Real>&);

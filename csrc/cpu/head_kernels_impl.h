@@ -109,30 +109,41 @@ struct Kernel {
     return lanes[0];
   }
 
-  static SPO_HD V raw_logits(const LogitRow<Real>& row, int64_t j) {
-    return row.bias ? load(row.logits + j) + load(row.bias + j) : load(row.logits + j);
+  // A logit and its bias are kept apart where they can be: a large bias takes digits from their sum
+  // but not from (bias - top).
+  static SPO_HD V sum_at(const Real* logits, const Real* bias, int64_t j) {
+    return bias ? load(logits + j) + load(bias + j) : load(logits + j);
+  }
+  static SPO_HD V below_at(const Real* logits, const Real* bias, int64_t j,
+                           const LogitMap<Real>& map, Real top) {
+    return bias ? (load(logits + j) + (load(bias + j) - top)) * map.outer
+                : map.template below<V>(load(logits + j), top);
   }
 
   static BlockStats<Real> statistics(const LogitRow<Real>& row, const LogitMap<Real>& map,
-                                     bool entropy, Real* label_logit) {
+                                     bool entropy, double* label_logit) {
     const Real lowest = -std::numeric_limits<Real>::infinity();
+    const Real* const bias = map.is_identity() ? row.bias : nullptr;
     V slope;
-    if (row.bias || !map.is_identity())
+    if (!map.is_identity())
       for (int64_t j = 0; j < kBlockCols; j += kLanes)
-        store(row.logits + j, map.template logit<V>(raw_logits(row, j), &slope));
+        store(row.logits + j, map.template unscaled<V>(sum_at(row.logits, row.bias, j), &slope));
     for (int64_t j = row.cols; j < kBlockCols; j++) row.logits[j] = lowest;  // padding adds nothing
-    if (row.label >= 0) *label_logit = row.logits[row.label], row.logits[row.label] = lowest;
+    if (row.label >= 0) {
+      *label_logit = double(row.logits[row.label]) + (bias ? bias[row.label] : Real(0));
+      row.logits[row.label] = lowest;
+    }
 
     V top = V{} + lowest;
     for (int64_t j = 0; j < kBlockCols; j += kLanes) {
-      const V z = load(row.logits + j);
-      top = z > top ? z : top;
+      const V u = sum_at(row.logits, bias, j);
+      top = u > top ? u : top;
     }
     BlockStats<Real> out = {max_of_lanes(top), 0, 0};
     const Real base = out.max == lowest ? Real(0) : out.max;  // all -inf: exp(-inf - 0) is 0
     V sum = {}, weighted = {};
     for (int64_t j = 0; j < kBlockCols; j += kLanes) {
-      const V below = load(row.logits + j) - base;
+      const V below = below_at(row.logits, bias, j, map, base);
       const V e = Math<V>::exp(below);
       sum += e;
       if (entropy) weighted += e == V{} ? V{} : e * below;
@@ -147,12 +158,17 @@ struct Kernel {
                            const TokenGrad<Real>& token) {
     Real label_slope = 0;
     if (row.label >= 0)
-      map.template logit<Real>(row.logits[row.label] + (row.bias ? row.bias[row.label] : Real(0)),
-                               &label_slope);
+      map.template unscaled<Real>(
+          row.logits[row.label] + (row.bias ? row.bias[row.label] : Real(0)), &label_slope);
     for (int64_t j = 0; j < kBlockCols; j += kLanes) {
-      V slope;
-      const V z = map.template logit<V>(raw_logits(row, j), &slope);
-      store(row.logits + j, slope * token.template other<V, kEntropy>(z));
+      V slope = V{} + map.plain_slope(), below;
+      if (map.is_identity()) {
+        below = below_at(row.logits, row.bias, j, map, token.top);
+      } else {
+        const V u = map.template unscaled<V>(sum_at(row.logits, row.bias, j), &slope);
+        below = map.template below<V>(u, token.top);
+      }
+      store(row.logits + j, slope * token.template other<V, kEntropy>(below));
     }
     if (row.label >= 0) row.logits[row.label] = label_slope * token.label();
     for (int64_t j = row.cols; j < kBlockCols; j++) row.logits[j] = 0;

@@ -47,16 +47,30 @@ Rows collect_rows(const at::Tensor& matrix, const at::Tensor& targets, const Kee
   return rows;
 }
 
+// Where the forward pass leaves a token's results; entropy may be null.
+template <class Real>
+struct TokenOutputs {
+  Real *logprobs, *entropy, *top, *log_sum;
+
+  void write(int64_t token, const TokenSoftmax& softmax) const {
+    logprobs[token] = static_cast<Real>(softmax.logprob);
+    top[token] = static_cast<Real>(softmax.top);
+    log_sum[token] = static_cast<Real>(softmax.log_sum);
+    if (entropy) entropy[token] = static_cast<Real>(softmax.entropy);
+  }
+};
+
 // What the forward pass left and the gradients that came in, per token, in arithmetic precision.
 struct TokenState {
-  at::Tensor logprobs, entropy, lse;
+  at::Tensor logprobs, entropy, top, log_sum;
   OptionalTensor grad_logprobs, grad_entropy;
 
   TokenState(const OptionalTensor& grad_logprobs_in, const OptionalTensor& grad_entropy_in,
-             const at::Tensor& logprobs_in, const at::Tensor& entropy_in,
-             const at::Tensor& lse_in) {
-    const auto flat = [&](const at::Tensor& t) { return t.to(lse_in.scalar_type()).contiguous(); };
-    logprobs = flat(logprobs_in), entropy = flat(entropy_in), lse = flat(lse_in);
+             const at::Tensor& logprobs_in, const at::Tensor& entropy_in, const at::Tensor& top_in,
+             const at::Tensor& log_sum_in) {
+    const auto flat = [&](const at::Tensor& t) { return t.to(top_in.scalar_type()).contiguous(); };
+    logprobs = flat(logprobs_in), entropy = flat(entropy_in);
+    top = flat(top_in), log_sum = flat(log_sum_in);
     if (grad_logprobs_in) grad_logprobs = flat(*grad_logprobs_in);
     if (grad_entropy_in) grad_entropy = flat(*grad_entropy_in);
   }
@@ -64,7 +78,7 @@ struct TokenState {
   template <class Real>
   TokenGrad<Real> grad_of(int64_t token) const {
     const auto at = [&](const at::Tensor& t) { return t.const_data_ptr<Real>()[token]; };
-    TokenGrad<Real> out{at(lse), at(logprobs), 0, 0, 0};
+    TokenGrad<Real> out{at(top), at(log_sum), at(logprobs), 0, 0, 0};
     if (grad_logprobs) out.grad_logprob = at(*grad_logprobs);
     if (grad_entropy) out.grad_entropy = at(*grad_entropy), out.entropy = at(entropy);
     return out;

@@ -26,17 +26,18 @@ void for_each_block(const Storage* row, int64_t stride, int64_t vocabulary, int6
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cpu(
-    const at::Tensor& logits, const at::Tensor& targets, double temperature, int64_t ignore_index,
-    bool return_entropy, bool /*inplace_backward: autograd's choice*/) {
+LogitsOutputs logprobs_from_logits_cpu(const at::Tensor& logits, const at::Tensor& targets,
+                                       double temperature, int64_t ignore_index,
+                                       bool return_entropy,
+                                       bool /*inplace_backward: autograd's choice*/) {
   constexpr auto op = "logprobs_from_logits";
   const int64_t vocabulary = logits.dim() ? logits.size(-1) : 0;
   check_logits(op, logits, targets, temperature);
   check_target_values(op, targets, vocabulary, ignore_index);
   const auto options =
       logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const auto logprobs = at::zeros(targets.sizes(), options);
-  const auto lse = at::zeros(targets.sizes(), options);
+  const auto column = [&] { return at::zeros(targets.sizes(), options); };
+  const auto logprobs = column(), top = column(), log_sum = column();
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
   SPO_DISPATCH_STORAGE(logits.scalar_type(), op, [&] {
     using Real = at::opmath_type<scalar_t>;
@@ -45,23 +46,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cpu(
     const scalar_t* data = logits.const_data_ptr<scalar_t>();
     const Rows rows = collect_rows(logits, targets,
                                    [&](int64_t, int64_t label) { return label != ignore_index; });
+    const TokenOutputs<Real> out{data_of<Real>(logprobs),
+                                 return_entropy ? data_of<Real>(entropy) : nullptr,
+                                 data_of<Real>(top), data_of<Real>(log_sum)};
     at::parallel_for(0, rows.size(), kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         LogSumExp others;
-        Real label_logit = 0;
+        double label_logit = 0;
         for_each_block<Real>(
             data + rows.offset[i], logits.stride(-1), vocabulary, rows.label[i],
             [&](int64_t, const LogitRow<Real>& block) {
-              others.merge(kernels.statistics(block, map, return_entropy, &label_logit));
+              others.merge(kernels.statistics(block, map, return_entropy, &label_logit), map.outer);
             });
-        const TokenSoftmax token = others.finish(label_logit);
-        data_of<Real>(logprobs)[rows.token[i]] = token.logprob;
-        data_of<Real>(lse)[rows.token[i]] = token.lse;
-        if (return_entropy) data_of<Real>(entropy)[rows.token[i]] = token.entropy;
+        out.write(rows.token[i], others.finish(label_logit, map.outer));
       }
     });
   });
-  return {logprobs, entropy, lse};
+  return {logprobs, entropy, top, log_sum};
 }
 
 // Writes dL/dlogits to `out`, which may be `logits` itself: a block is read before it is written.
@@ -95,12 +96,13 @@ void backward_rows(const at::Tensor& out, const at::Tensor& logits, const at::Te
 void backward_into(const at::Tensor& out, const OptionalTensor& grad_logprobs,
                    const OptionalTensor& grad_entropy, const at::Tensor& logits,
                    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
-                   const at::Tensor& lse, double temperature, int64_t ignore_index) {
+                   const at::Tensor& top, const at::Tensor& log_sum, double temperature,
+                   int64_t ignore_index) {
   constexpr auto op = "logprobs_from_logits_backward";
   check_logits(op, logits, targets, temperature);
   check_grads(op, grad_logprobs, grad_entropy, logprobs);
   check_target_values(op, targets, logits.size(-1), ignore_index);
-  const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, lse);
+  const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, top, log_sum);
   SPO_DISPATCH_STORAGE(logits.scalar_type(), op, [&] {
     backward_rows<scalar_t>(out, logits, targets, state, temperature, ignore_index);
   });
@@ -110,23 +112,21 @@ at::Tensor logprobs_from_logits_backward_cpu(const OptionalTensor& grad_logprobs
                                              const OptionalTensor& grad_entropy,
                                              const at::Tensor& logits, const at::Tensor& targets,
                                              const at::Tensor& logprobs, const at::Tensor& entropy,
-                                             const at::Tensor& lse, double temperature,
-                                             int64_t ignore_index) {
+                                             const at::Tensor& top, const at::Tensor& log_sum,
+                                             double temperature, int64_t ignore_index) {
   const auto out = at::empty(logits.sizes(), logits.options());
-  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
+  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, top, log_sum,
                 temperature, ignore_index);
   return out;
 }
 
-void logprobs_from_logits_backward_inplace_cpu(const OptionalTensor& grad_logprobs,
-                                               const OptionalTensor& grad_entropy,
-                                               at::Tensor& logits, const at::Tensor& targets,
-                                               const at::Tensor& logprobs,
-                                               const at::Tensor& entropy, const at::Tensor& lse,
-                                               double temperature, int64_t ignore_index) {
+void logprobs_from_logits_backward_inplace_cpu(
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, at::Tensor& logits,
+    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
+    const at::Tensor& top, const at::Tensor& log_sum, double temperature, int64_t ignore_index) {
   check_writable("logprobs_from_logits_backward_", logits);
-  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
-                temperature, ignore_index);
+  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, top,
+                log_sum, temperature, ignore_index);
   logits.unsafeGetTensorImpl()->bump_version();  // whoever saved these logits must notice
 }
 

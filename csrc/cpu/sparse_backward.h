@@ -89,7 +89,8 @@ class SparseBackward : SparseTiles<Real> {
           const int64_t blocks = std::min(kBlockCols, blocks_ - block);
           for (int64_t i = 0; i < rows; i++) {
             const int64_t token = rows_.token[first + row + i];
-            const Real pull = -map_.outer * state_.template grad_of<Real>(token).grad_logprob;
+            const Real pull =
+                -map_.plain_slope() * state_.template grad_of<Real>(token).grad_logprob;
             for (int64_t j = 0; j < blocks; j++) {
               const Real mass = this->mass_of(token)[block + j];
               masses[i * kBlockCols + j] = mass > 0 ? pull * mass : Real(0);

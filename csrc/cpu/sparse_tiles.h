@@ -103,7 +103,7 @@ class SparseTiles : protected HeadTiles<Real> {
   Real label_gradient(int64_t row) const {
     Real slope, raw = 0;
     if (map_.capped) raw = label_product(row);
-    map_.logit(raw, &slope);
+    map_.unscaled(raw, &slope);
     return slope * state_.template grad_of<Real>(rows_.token[row]).label();
   }
 
@@ -122,7 +122,7 @@ class SparseTiles : protected HeadTiles<Real> {
       for (int64_t task; queue.take(&task);) {
         const int64_t begin = task * kDepthRange, end = std::min(begin + kDepthRange, depth_);
         for (int64_t row = first; row < first + count; row++) {
-          if (!std::isfinite(state_.template grad_of<Real>(rows_.token[row]).lse)) continue;
+          if (!std::isfinite(state_.template grad_of<Real>(rows_.token[row]).log_sum)) continue;
           for_row(row, [&](const auto* h, int64_t stride) {
             for (int64_t k = begin; k < end; k++) mean[k] += static_cast<Real>(h[k * stride]);
           });
@@ -146,11 +146,12 @@ class SparseTiles : protected HeadTiles<Real> {
         Real top = -std::numeric_limits<Real>::infinity(), total = 0, slope;
         for (int64_t v = 0; v < cols; v++) {
           const Real raw = product(col + v, at.data(), 1) + (args_.bias ? bias[v] : Real(0));
-          weights[v] = map_.logit(raw, &slope);
+          weights[v] = map_.unscaled(raw, &slope);
           top = std::max(top, weights[v]);
         }
         if (top == -std::numeric_limits<Real>::infinity()) top = 0;  // no word is possible
-        for (int64_t v = 0; v < cols; v++) total += weights[v] = std::exp(weights[v] - top);
+        for (int64_t v = 0; v < cols; v++)
+          total += weights[v] = std::exp(map_.below(weights[v], top));
         std::fill(sum.begin(), sum.end(), Real(0));
         for (int64_t v = 0; v < cols; v++)
           for_word(col + v, [&](const auto* w, int64_t stride) {

@@ -65,14 +65,14 @@ class HeadForward {
         stats_(reinterpret_cast<BlockStats<Real>*>(workspace_.array(2))),
         label_logit_(rows.size()) {}
 
-  void run(Real* logprobs, Real* entropy, Real* lse) {
+  void run(const TokenOutputs<Real>& out) {
     for (int64_t first = 0; first < rows_.size(); first += plan_.group_rows) {
       const int64_t count = std::min(plan_.group_rows, rows_.size() - first);
       pack_rows(MatrixView::of_rows(args_.hidden, rows_), first, count, depth_, kernels_.tile_rows,
                 hidden_);
       for (int64_t col = 0; col < vocabulary_; col += plan_.slice_cols)
         run_slice(first, count, col);
-      merge(first, count, logprobs, entropy, lse);
+      merge(first, count, out);
     }
     if (dropped_) keep_all_if_most(dropped_, rows_.token, blocks_);
   }
@@ -115,22 +115,21 @@ class HeadForward {
     }
   }
 
-  void merge(int64_t first, int64_t count, Real* logprobs, Real* entropy, Real* lse) {
+  void merge(int64_t first, int64_t count, const TokenOutputs<Real>& out) {
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         LogSumExp others;
-        for (int64_t b = 0; b < blocks_; b++) others.merge(stats_of(i)[b]);
-        const TokenSoftmax token = others.finish(label_logit_[first + i]);
+        for (int64_t b = 0; b < blocks_; b++) others.merge(stats_of(i)[b], map_.outer);
+        const TokenSoftmax token = others.finish(label_logit_[first + i], map_.outer);
         const int64_t at = rows_.token[first + i];
-        logprobs[at] = token.logprob, lse[at] = token.lse;
-        if (entropy_) entropy[at] = token.entropy;
-        if (dropped_) drop(i, token.lse, dropped_ + at * blocks_);
+        out.write(at, token);
+        if (dropped_) drop(i, token, dropped_ + at * blocks_);
       }
     });
   }
 
-  void drop(int64_t row, double lse, Real* mass) {
-    for (int64_t b = 0; b < blocks_; b++) mass[b] = stats_of(row)[b].mass(lse);
+  void drop(int64_t row, const TokenSoftmax& token, Real* mass) {
+    for (int64_t b = 0; b < blocks_; b++) mass[b] = stats_of(row)[b].mass(token, map_.outer);
     drop_blocks(mass, blocks_, dropping_bound(args_));
   }
 
@@ -145,14 +144,15 @@ class HeadForward {
   const Workspace<Real> workspace_;
   Real *const hidden_, *const weight_;  // panels of the group's rows and of the slice's words
   BlockStats<Real>* const stats_;       // [group_rows, blocks]
-  std::vector<Real> label_logit_;
+  std::vector<double> label_logit_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
-    const OptionalTensor& bias, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
-    c10::string_view keep_name, double max_dropped_mass) {
+HeadOutputs token_logprobs_cpu(const at::Tensor& hidden, const at::Tensor& weight,
+                               const at::Tensor& targets, const OptionalTensor& bias,
+                               double temperature, double logit_scale,
+                               std::optional<double> softcap, int64_t ignore_index,
+                               bool return_entropy, int64_t workspace_mib,
+                               c10::string_view keep_name, double max_dropped_mass) {
   HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
                 temperature,      logit_scale, softcap, ignore_index, workspace_mib,
                 max_dropped_mass};
@@ -160,8 +160,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
   check_target_values(args.op, targets, weight.size(0), ignore_index);
   const Keep keep = keep_of(args.op, keep_name);
   const auto options = hidden.options().dtype(result_type_of(hidden));
-  const auto logprobs = at::zeros(targets.sizes(), options);
-  const auto lse = at::zeros(targets.sizes(), options);
+  const auto column = [&] { return at::zeros(targets.sizes(), options); };
+  const auto logprobs = column(), top = column(), log_sum = column();
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
   const auto kept = make_kept(args, keep, return_entropy);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
@@ -169,18 +169,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
       collect_rows(hidden, targets, [&](int64_t, int64_t label) { return label != ignore_index; });
   if (rows.size() > 0) {
     AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "token_logprobs", [&] {
-      if (keep == Keep::kJacobian) {
-        HeadJacobian<scalar_t>(args, rows)
-            .run(data_of<scalar_t>(logprobs), data_of<scalar_t>(lse), kept);
-        return;
-      }
+      const TokenOutputs<scalar_t> out{data_of<scalar_t>(logprobs),
+                                       return_entropy ? data_of<scalar_t>(entropy) : nullptr,
+                                       data_of<scalar_t>(top), data_of<scalar_t>(log_sum)};
+      if (keep == Keep::kJacobian) return HeadJacobian<scalar_t>(args, rows).run(out, kept);
       scalar_t* const logits = keep == Keep::kLogits ? data_of<scalar_t>(kept) : nullptr;
       scalar_t* const dropped = keep == Keep::kDropped ? data_of<scalar_t>(kept) : nullptr;
-      HeadForward<scalar_t>(args, rows, return_entropy, logits, dropped)
-          .run(data_of<scalar_t>(logprobs), data_of<scalar_t>(entropy), data_of<scalar_t>(lse));
+      HeadForward<scalar_t>(args, rows, return_entropy, logits, dropped).run(out);
     });
   }
-  return {logprobs, entropy, lse, kept};
+  return {logprobs, entropy, top, log_sum, kept};
 }
 
 TORCH_LIBRARY_IMPL(spo, CPU, m) { m.impl("token_logprobs", &token_logprobs_cpu); }

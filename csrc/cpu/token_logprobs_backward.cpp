@@ -147,9 +147,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, const at::Tensor& kept, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
-    int64_t workspace_mib, c10::string_view keep_name) {
+    const at::Tensor& top, const at::Tensor& log_sum, const at::Tensor& kept, double temperature,
+    double logit_scale, std::optional<double> softcap, int64_t ignore_index,
+    std::array<bool, 3> needs, int64_t workspace_mib, c10::string_view keep_name) {
   HeadArgs args{"token_logprobs_backward",
                 hidden,
                 weight,
@@ -167,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   check_target_values(args.op, targets, weight.size(0), ignore_index);
   if (keep == Keep::kJacobian) return jacobian_grads(args, kept, grad_logprobs, needs[0]);
-  const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, lse);
+  const TokenState state(grad_logprobs, grad_entropy, logprobs, entropy, top, log_sum);
   const auto like = [](const at::Tensor& t, bool wanted) {
     return at::zeros(wanted ? t.sizes() : at::IntArrayRef{0}, t.options());
   };

@@ -43,7 +43,7 @@ class GradientScale {
                 const TokenStates<Real>& states) {
     if (!std::is_same_v<typename Multiply::Storage, c10::Half>) return;
     storage_ = at::empty({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
-    const Real slope = std::abs(map.capped ? map.inner * map.outer : map.outer);
+    const Real slope = std::abs(map.plain_slope());
     launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, tokens, states, slope,
            storage_.template mutable_data_ptr<Real>());
   }

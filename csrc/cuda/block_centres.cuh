@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   Real sum = 0;
   if (k < depth)
     for (int64_t row = part; row < rows; row += kMeanThreads / kMeanCols)
-      if (std::isfinite(states.lse[tokens.list.token[tokens.first + row]]))
+      if (std::isfinite(states.log_sum[tokens.list.token[tokens.first + row]]))
         sum += hidden.number<Real>(row, k);
   partial[threadIdx.x] = sum;
   __syncthreads();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kCentreThreads)
     for (int64_t k = lane; k < depth; k += 32)
       product += weight.number<Real>(word0 + w, k) * mean[k];
     product = lanes_sum<32>(product);
-    if (lane == 0) share[w] = map.logit(bias ? product + bias[word0 + w] : product, &slope);
+    if (lane == 0) share[w] = map.unscaled(bias ? product + bias[word0 + w] : product, &slope);
   }
   __syncthreads();
   const Real lowest = -std::numeric_limits<Real>::infinity();
@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kCentreThreads)
   for (int w = lane; w < words; w += 32) top = share[w] > top ? share[w] : top;
   top = lanes_max<32>(top);
   if (top == lowest) top = 0;  // no word is possible
-  for (int w = lane; w < words; w += 32) total += Math<Real>::exp(share[w] - top);
+  for (int w = lane; w < words; w += 32) total += Math<Real>::exp(map.below(share[w], top));
   total = lanes_sum<32>(total);
   __syncthreads();  // all have read the logits
   for (int w = threadIdx.x; w < words; w += kCentreThreads)
-    share[w] = total == 0 ? Real(0) : Math<Real>::exp(share[w] - top) / total;
+    share[w] = total == 0 ? Real(0) : Math<Real>::exp(map.below(share[w], top)) / total;
   __syncthreads();
   for (int64_t k = threadIdx.x; k < depth; k += kCentreThreads) {
     Real sum = 0;
@@ -70,14 +70,14 @@ __global__ void __launch_bounds__(kCentreThreads)
 // [rows, pitch]: what pulls a row to each centre, -g s times the mass dropped there.
 template <class Real, class Storage>
 __global__ void __launch_bounds__(kCentreThreads)
-    make_pulls(RowRange tokens, TokenStates<Real> states, Real outer, const Real* scale,
+    make_pulls(RowRange tokens, TokenStates<Real> states, Real slope, const Real* scale,
                const Real* dropped, int64_t blocks, int64_t pitch, Storage* pulls) {
   const int64_t at = int64_t(blockIdx.x) * kCentreThreads + threadIdx.x;
   const int64_t row = at / blocks, block = at % blocks;
   if (row >= tokens.size()) return;
   const int64_t token = tokens.list.token[tokens.first + row];
   const Real mass = dropped[token * blocks + block];
-  const Real pull = -outer * states.of(token).grad_logprob * (scale ? *scale : Real(1));
+  const Real pull = -slope * states.of(token).grad_logprob * (scale ? *scale : Real(1));
   pulls[row * pitch + block] = static_cast<Storage>(mass > 0 ? pull * mass : Real(0));
 }
 

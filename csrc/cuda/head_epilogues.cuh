@@ -61,11 +61,11 @@ struct StatisticsEpilogue {
         if (c == label) {
           label_raw[row] = raw;
         } else {
-          logits[e] = slice.map.logit(raw, &slope);
+          logits[e] = slice.map.unscaled(raw, &slope);
         }
       }
     }
-    const BlockStats<Real> found = lane_statistics<32, kEach>(logits, entropy);
+    const BlockStats<Real> found = lane_statistics<32, kEach>(logits, slice.map, entropy);
     if (lane == 0) stats[row * blocks + col0 / kTile] = found;
   }
 };
@@ -96,11 +96,12 @@ struct GradientEpilogue {
     for (int c = lane; c < kTile; c += 32) {
       if (col0 + c >= cols) break;
       Real slope;
-      const Real z = slice.map.logit(slice.raw(products[c], col0 + c), &slope);
+      const Real u = slice.map.unscaled(slice.raw(products[c], col0 + c), &slope);
+      const Real below = slice.map.below(u, grad.top);
       const Real dlogit = c == label            ? grad.label()
                           : label_only          ? Real(0)
-                          : states.grad_entropy ? grad.template other<Real, true>(z)
-                                                : grad.template other<Real, false>(z);
+                          : states.grad_entropy ? grad.template other<Real, true>(below)
+                                                : grad.template other<Real, false>(below);
       dz[to * pitch + col0 + c] = static_cast<Storage>(slope * dlogit * factor);
     }
   }

@@ -22,7 +22,7 @@ constexpr int kJacobianThreads = 256;
 template <class Real>
 __global__ void __launch_bounds__(kJacobianThreads)
     raise_tops(RowRange tokens, const BlockStats<Real>* stats, int64_t blocks, int64_t pitch,
-               Real* tops, Real* shrink) {
+               LogitMap<Real> map, Real* tops, Real* shrink) {
   const int64_t row = int64_t(blockIdx.x) * (kJacobianThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= tokens.size()) return;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kJacobianThreads)
     largest = found > largest ? found : largest;
   }
   largest = lanes_max<32>(largest);
-  if (lane == 0) *top = largest, shrink[row] = Math<Real>::exp(before - largest);
+  if (lane == 0) *top = largest, shrink[row] = Math<Real>::exp(map.below(before, largest));
 }
 
 // From the sum of s exp(z - m) W to J. One block per row.
@@ -47,9 +47,10 @@ __global__ void __launch_bounds__(kJacobianThreads)
   if (row >= tokens.size()) return;
   const int64_t token = tokens.list.token[tokens.first + row];
   Real slope;
-  map.logit(label_raw[row], &slope);
+  map.unscaled(label_raw[row], &slope);
   const Real label = -slope * Real(::expm1(softmax.logprobs[token]));
-  const Real scale = Math<Real>::exp(tops[token] - softmax.lse[token]);
+  const Real scale =
+      Math<Real>::exp(map.below(tops[token], softmax.top[token]) - softmax.log_sum[token]);
   const int64_t word = tokens.list.label[tokens.first + row];
   Out* const out = jacobian + token * depth;
   for (int64_t k = threadIdx.x; k < depth; k += kJacobianThreads) {
@@ -95,13 +96,18 @@ class HeadJacobian {
   void run() {
     const auto options = args_.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
     const int64_t tokens = args_.targets.numel();
-    // dL/dz with these in the place of lse, log p and the upstream gradient is s exp(z - m), and 0
+    // dL/dz with these in the place of top, log_sum, log p and the upstream gradient is s exp(z -
+    // m), and 0
     // for the label.
     const auto tops = at::full({tokens}, double(std::numeric_limits<Real>::lowest()), options);
     const auto zeros = at::zeros({tokens}, options), minus_ones = at::full({tokens}, -1.0, options);
     tops_ = tops.template mutable_data_ptr<Real>();
-    states_ = {zeros.template const_data_ptr<Real>(), nullptr, tops_,
-               minus_ones.template const_data_ptr<Real>(), nullptr};
+    states_ = {zeros.template const_data_ptr<Real>(),
+               nullptr,
+               tops_,
+               zeros.template const_data_ptr<Real>(),
+               minus_ones.template const_data_ptr<Real>(),
+               nullptr};
     scale_.emplace(args_.hidden, map_, rows_.all(), states_);
     const bool split = args_.hidden.element_size() < int64_t(sizeof(Real));
     const auto low = at::empty({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
@@ -141,7 +147,7 @@ class HeadJacobian {
     const LogitSlice<Real> slice{map_, data_or_null<Real>(bias_), tokens, word};
     make_statistics(words, {slice, false, stats, kMergeBlocks, label_raw_, {products_, slice_}});
     launch(&raise_tops<Real>, dim3(blocks_of(rows_.most, kJacobianThreads / 32)), kJacobianThreads,
-           0, tokens, stats, blocks, kMergeBlocks, tops_, shrink_);
+           0, tokens, stats, blocks, kMergeBlocks, map_, tops_, shrink_);
     launch_gradient_of_products<Real, Storage>(
         slots_ ? &*slots_ : nullptr, {products_, slice_}, words,
         {slice, states_, scale_->factor(), weights_, slice_});

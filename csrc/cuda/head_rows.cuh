@@ -55,10 +55,11 @@ struct RowRange {
 // Upstream gradients and what the forward pass left, by token.
 template <class Real>
 struct TokenStates {
-  const Real *logprobs, *entropy, *lse, *grad_logprobs, *grad_entropy;  // the last two may be null
+  // The gradients may be null.
+  const Real *logprobs, *entropy, *top, *log_sum, *grad_logprobs, *grad_entropy;
 
   __device__ TokenGrad<Real> of(int64_t token) const {
-    TokenGrad<Real> out{lse[token], logprobs[token], 0, 0, 0};
+    TokenGrad<Real> out{top[token], log_sum[token], logprobs[token], 0, 0, 0};
     if (grad_logprobs) out.grad_logprob = grad_logprobs[token];
     if (grad_entropy) out.grad_entropy = grad_entropy[token], out.entropy = entropy[token];
     return out;

@@ -45,12 +45,12 @@ struct Sm90Statistics {
         if (c == label) {
           base.label_raw[row] = raw;
         } else {
-          logit = base.slice.map.logit(raw, &slope);
+          logit = base.slice.map.unscaled(raw, &slope);
         }
       }
       z[i] = logit;
     }
-    const auto found = lane_statistics<4, Fragment::kEach>(z, base.entropy);
+    const auto found = lane_statistics<4, Fragment::kEach>(z, base.slice.map, base.entropy);
     if (row >= 0 && threadIdx.x % 4 == 0)
       base.stats[row * base.blocks + col0 / kSm90TileCols] = found;
   }
@@ -77,8 +77,9 @@ struct Sm90Gradient {
       const int c = z.col(i);
       if (c >= left) return 0.f;
       float slope;
-      const float logit = base.slice.map.logit(base.slice.raw(z[i], col0 + c), &slope);
-      const float other = grad.template other<float, true>(logit);  // without entropy: adds 0
+      const auto& map = base.slice.map;
+      const float below = map.below(map.unscaled(base.slice.raw(z[i], col0 + c), &slope), grad.top);
+      const float other = grad.template other<float, true>(below);  // without entropy: adds 0
       return slope * (c == label ? label_grad : other) * factor;
     };
     T* const out = base.dz + slot * base.pitch + col0;

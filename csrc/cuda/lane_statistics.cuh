@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The softmax statistics of one row, dealt out to lanes: reductions whose order never changes.
 #pragma once
+#include "../math/logit_map.h"
 #include "../math/logsumexp.h"
 #include "launch.cuh"
 
@@ -9,11 +10,12 @@ namespace spo::cuda {
 // What the forward pass of a token leaves; entropy may be null.
 template <class Real>
 struct TokenOutputs {
-  Real *logprobs, *entropy, *lse;
+  Real *logprobs, *entropy, *top, *log_sum;
 
   __device__ void write(int64_t token, const TokenSoftmax& softmax) const {
     logprobs[token] = static_cast<Real>(softmax.logprob);
-    lse[token] = static_cast<Real>(softmax.lse);
+    top[token] = static_cast<Real>(softmax.top);
+    log_sum[token] = static_cast<Real>(softmax.log_sum);
     if (entropy) entropy[token] = static_cast<Real>(softmax.entropy);
   }
 };
@@ -36,10 +38,11 @@ __device__ Real lanes_sum(Real x) {
   return x;
 }
 
-// Statistics of one block of logits, kEach of them in each of kLanes lanes; -inf adds nothing.
-template <int kLanes, int kEach, class Logits>
-__device__ auto lane_statistics(const Logits& logits, bool entropy) {
-  using Real = std::remove_cv_t<std::remove_reference_t<decltype(logits[0])>>;
+// Statistics of one block of unscaled logits, kEach of them in each of kLanes lanes; -inf adds
+// nothing.
+template <int kLanes, int kEach, class Real, class Logits>
+__device__ BlockStats<Real> lane_statistics(const Logits& logits, const LogitMap<Real>& map,
+                                            bool entropy) {
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Real top = lowest;
 #pragma unroll
@@ -49,23 +52,23 @@ __device__ auto lane_statistics(const Logits& logits, bool entropy) {
   Real sum = 0, weighted = 0;
 #pragma unroll
   for (int e = 0; e < kEach; e++) {
-    const Real below = logits[e] - base, exponential = Math<Real>::exp(below);
+    const Real below = map.template below<Real>(logits[e], base),
+               exponential = Math<Real>::exp(below);
     sum += exponential;
     if (entropy && !(exponential == 0)) weighted += exponential * below;
   }
-  return BlockStats<Real>{top, lanes_sum<kLanes>(sum),
-                          entropy ? lanes_sum<kLanes>(weighted) : Real(0)};
+  return {top, lanes_sum<kLanes>(sum), entropy ? lanes_sum<kLanes>(weighted) : Real(0)};
 }
 
 // Adds the lanes' parts, neighbour to neighbour, to lane 0's total; other lanes' are of no use.
-__device__ inline void merge_lanes(LogSumExp mine, LogSumExp* total) {
+__device__ inline void merge_lanes(LogSumExp mine, double outer, LogSumExp* total) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const BlockStats<double> next{__shfl_down_sync(kAllLanes, mine.max, distance),
                                   __shfl_down_sync(kAllLanes, mine.sum, distance),
                                   __shfl_down_sync(kAllLanes, mine.weighted, distance)};
-    mine.merge(next);
+    mine.merge(next, outer);
   }
-  total->merge(BlockStats<double>{mine.max, mine.sum, mine.weighted});
+  total->merge(BlockStats<double>{mine.max, mine.sum, mine.weighted}, outer);
 }
 
 }  // namespace spo::cuda

@@ -68,10 +68,10 @@ __device__ BlockStats<Real> read_block(const RowPiece<Storage>& piece, const Log
   piece.load(lane, logits);
 #pragma unroll
   for (int e = 0; e < kEach; e++) {
-    logits[e] = map.logit(logits[e], &slope);
+    logits[e] = map.unscaled(logits[e], &slope);
     if (piece.column(lane, e) == label) *label_logit = logits[e], logits[e] = lowest;
   }
-  return lane_statistics<32, kEach>(logits, entropy);
+  return lane_statistics<32, kEach>(logits, map, entropy);
 }
 
 template <class Storage, class Real>
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = team.warp();
   const bool leader = warp == 0 && lane == 0;
   if (label == targets.ignore_index) {
-    if (leader) out.write(row, {0, 0, 0});
+    if (leader) out.write(row, {0, 0, 0, 0});
     return;
   }
   auto* const stats = shared_memory<BlockStats<Real>>() +
@@ -100,10 +100,10 @@ __global__ void __launch_bounds__(kThreads)
       if (lane == 0) stats[b] = block;
     }
     team.sync();  // the statistics are there
-    if (warp == 0) merge_blocks(stats, count, &others);
+    if (warp == 0) merge_blocks(stats, count, map.outer, &others);
     team.sync();  // and may be overwritten
   }
-  if (leader) out.write(row, others.finish(*label_logit));
+  if (leader) out.write(row, others.finish(*label_logit, map.outer));
 }
 
 template <class Storage, class Real>
@@ -127,26 +127,27 @@ __global__ void __launch_bounds__(kThreads)
     for (int e = 0; e < kEach; e++) {
       if (!live) break;
       Real slope;
-      const Real z = map.logit(values[e], &slope);
+      const Real below = map.below(map.unscaled(values[e], &slope), grad.top);
       const bool is_label = b * kBlockColumns + from.column(lane, e) == label;
       const Real to_logit = is_label              ? grad.label()
-                            : states.grad_entropy ? grad.template other<Real, true>(z)
-                                                  : grad.template other<Real, false>(z);
+                            : states.grad_entropy ? grad.template other<Real, true>(below)
+                                                  : grad.template other<Real, false>(below);
       values[e] = slope * to_logit;
     }
     grads.piece(row, b).store(lane, values);
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cuda(
-    const at::Tensor& logits, const at::Tensor& targets, double temperature, int64_t ignore_index,
-    bool return_entropy, bool /*inplace_backward: autograd's choice*/) {
+LogitsOutputs logprobs_from_logits_cuda(const at::Tensor& logits, const at::Tensor& targets,
+                                        double temperature, int64_t ignore_index,
+                                        bool return_entropy,
+                                        bool /*inplace_backward: autograd's choice*/) {
   constexpr auto op = "logprobs_from_logits";
   check_logits(op, logits, targets, temperature);
   const DeviceGuard guard(logits.device());
   const auto options = logits.options().dtype(result_type_of(logits));
   const auto column = [&] { return at::empty(targets.sizes(), options); };
-  const auto logprobs = column(), lse = column();
+  const auto logprobs = column(), top = column(), log_sum = column();
   const auto entropy = return_entropy ? column() : at::empty({0}, options);
   const auto labels = targets.to(at::kLong).contiguous();
   const RowTeam team = RowTeam::of(logits.size(-1));
@@ -160,9 +161,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cuda(
            LogitMap<Real>::make(temperature, 1, 0), at_once,
            TokenOutputs<Real>{logprobs.mutable_data_ptr<Real>(),
                               return_entropy ? entropy.mutable_data_ptr<Real>() : nullptr,
-                              lse.mutable_data_ptr<Real>()});
+                              top.mutable_data_ptr<Real>(), log_sum.mutable_data_ptr<Real>()});
   });
-  return {logprobs, entropy, lse};
+  return {logprobs, entropy, top, log_sum};
 }
 
 // Writes dL/dlogits to `out`, which may be `logits` itself: each lane reads a piece before it
@@ -170,15 +171,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprobs_from_logits_cuda(
 void backward_into(const at::Tensor& out, const OptionalTensor& grad_logprobs,
                    const OptionalTensor& grad_entropy, const at::Tensor& logits,
                    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
-                   const at::Tensor& lse, double temperature, int64_t ignore_index) {
+                   const at::Tensor& top, const at::Tensor& log_sum, double temperature,
+                   int64_t ignore_index) {
   constexpr auto op = "logprobs_from_logits_backward";
   check_logits(op, logits, targets, temperature);
   check_grads(op, grad_logprobs, grad_entropy, logprobs);
   const DeviceGuard guard(logits.device());
-  const auto flat = [&](const at::Tensor& t) { return t.to(lse.scalar_type()).contiguous(); };
+  const auto flat = [&](const at::Tensor& t) { return t.to(top.scalar_type()).contiguous(); };
   const auto to_logprobs = grad_logprobs ? flat(*grad_logprobs) : at::Tensor();
   const auto to_entropy = grad_entropy ? flat(*grad_entropy) : at::Tensor();
-  const auto left_logprobs = flat(logprobs), left_entropy = flat(entropy), left_lse = flat(lse);
+  const auto left_logprobs = flat(logprobs), left_entropy = flat(entropy);
+  const auto left_top = flat(top), left_log_sum = flat(log_sum);
   const auto labels = targets.to(at::kLong).contiguous();
   const RowTeam team = RowTeam::of(logits.size(-1));
   // A long row is shared by several blocks: four pieces for each warp.
@@ -194,8 +197,8 @@ void backward_into(const at::Tensor& out, const OptionalTensor& grad_logprobs,
            kThreads, 0, rows_of<const scalar_t>(op, logits), rows_of<scalar_t>(op, out),
            Targets{labels.const_data_ptr<int64_t>(), labels.numel(), ignore_index}, team,
            LogitMap<Real>::make(temperature, 1, 0),
-           TokenStates<Real>{data(left_logprobs), data(left_entropy), data(left_lse),
-                             data(to_logprobs), data(to_entropy)});
+           TokenStates<Real>{data(left_logprobs), data(left_entropy), data(left_top),
+                             data(left_log_sum), data(to_logprobs), data(to_entropy)});
   });
 }
 
@@ -203,23 +206,21 @@ at::Tensor logprobs_from_logits_backward_cuda(const OptionalTensor& grad_logprob
                                               const OptionalTensor& grad_entropy,
                                               const at::Tensor& logits, const at::Tensor& targets,
                                               const at::Tensor& logprobs, const at::Tensor& entropy,
-                                              const at::Tensor& lse, double temperature,
-                                              int64_t ignore_index) {
+                                              const at::Tensor& top, const at::Tensor& log_sum,
+                                              double temperature, int64_t ignore_index) {
   const auto out = at::empty(logits.sizes(), logits.options());
-  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
+  backward_into(out, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, top, log_sum,
                 temperature, ignore_index);
   return out;
 }
 
-void logprobs_from_logits_backward_inplace_cuda(const OptionalTensor& grad_logprobs,
-                                                const OptionalTensor& grad_entropy,
-                                                at::Tensor& logits, const at::Tensor& targets,
-                                                const at::Tensor& logprobs,
-                                                const at::Tensor& entropy, const at::Tensor& lse,
-                                                double temperature, int64_t ignore_index) {
+void logprobs_from_logits_backward_inplace_cuda(
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, at::Tensor& logits,
+    const at::Tensor& targets, const at::Tensor& logprobs, const at::Tensor& entropy,
+    const at::Tensor& top, const at::Tensor& log_sum, double temperature, int64_t ignore_index) {
   check_writable("logprobs_from_logits_backward_", logits);
-  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, lse,
-                temperature, ignore_index);
+  backward_into(logits, grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, top,
+                log_sum, temperature, ignore_index);
   logits.unsafeGetTensorImpl()->bump_version();  // whoever saved these logits must notice
 }
 

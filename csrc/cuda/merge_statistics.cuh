@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (!first) total = running[row];
   for (int64_t block = 0; block < blocks; block += kMergeBlocks) {
     LogSumExp mine;
-    if (block + lane < blocks) mine.merge(stats[row * pitch + block + lane]);
-    merge_lanes(mine, &total);
+    if (block + lane < blocks) mine.merge(stats[row * pitch + block + lane], map.outer);
+    merge_lanes(mine, map.outer, &total);
   }
   if (lane != 0) return;  // only lane 0 has merged the blocks in order
   if (!last) {
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     return;
   }
   Real slope;
-  const Real label_logit = map.logit(label_raw[row], &slope);
-  out.write(tokens.list.token[tokens.first + row], total.finish(label_logit));
+  const Real label = map.unscaled(label_raw[row], &slope);
+  out.write(tokens.list.token[tokens.first + row], total.finish(label, map.outer));
 }
 
 template <class Real>

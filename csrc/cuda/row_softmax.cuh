@@ -87,12 +87,13 @@ struct RowsOf {
 // Adds the blocks to lane 0's total, in vocabulary order, by one warp: each lane merges a run of
 // neighbouring blocks, then neighbouring lanes merge.
 template <class Real>
-__device__ void merge_blocks(const BlockStats<Real>* stats, int64_t blocks, LogSumExp* total) {
+__device__ void merge_blocks(const BlockStats<Real>* stats, int64_t blocks, double outer,
+                             LogSumExp* total) {
   const int lane = threadIdx.x % 32;
   const int64_t run = (blocks + 31) / 32, begin = lane * run;
   LogSumExp mine;
-  for (int64_t b = begin; b < begin + run && b < blocks; b++) mine.merge(stats[b]);
-  merge_lanes(mine, total);
+  for (int64_t b = begin; b < begin + run && b < blocks; b++) mine.merge(stats[b], outer);
+  merge_lanes(mine, outer, total);
 }
 
 }  // namespace spo::cuda

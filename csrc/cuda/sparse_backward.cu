@@ -102,8 +102,8 @@ class SparseBackward {
   void pull_to_centres(const RowRange& tokens, const SparsePlan& plan, uint8_t* low) const {
     if (!map_.capped)
       launch(&make_pulls<Real, Storage>, dim3(blocks_of(tokens.most * plan.blocks, kCentreThreads)),
-             kCentreThreads, 0, tokens, states_, map_.outer, scale_.factor(), pairs_.dropped,
-             plan.blocks, plan.pitch, dz_);
+             kCentreThreads, 0, tokens, states_, map_.plain_slope(), scale_.factor(),
+             pairs_.dropped, plan.blocks, plan.pitch, dz_);
     constexpr auto kType = c10::CppTypeToScalarType<Storage>::value;
     const RowsView pulls{dz_, kType, nullptr, plan.pitch, 1, true};
     const RowsView centres{centres_, kType, nullptr, depth_, 1, depth_ % 8 == 0};

@@ -2,6 +2,7 @@
 // Forward of the LM head on CUDA: hidden x weight -> log-probability of each target, without [N, V]
 // logits. Per row and vocabulary block the product leaves (max, sum-exp) and the label's logit; one
 // warp per row merges the blocks in vocabulary order, in double.
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
 #include "drop_blocks.cuh"
@@ -48,25 +49,30 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
   auto* const label_raw = workspace.take<Real>(group);
   auto* const running = workspace.take<LogSumExp>(group);
   const at::Tensor bias = bias_of<Real>(args);
+  const auto map = logit_map<Real>(args);
   const int64_t dropped_blocks = blocks_of(vocabulary, kBlockWords);
+  const auto real = args.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
+  const at::Tensor base_of_token = at::full({kept.dropped ? rows.most : 0}, -INFINITY, real);
+  auto* const bases = base_of_token.template mutable_data_ptr<Real>();
   for (int64_t row = 0; row < rows.most; row += group) {
     const RowRange tokens = rows.range(row, std::min(group, rows.most - row));
     for (int64_t word = 0; word < vocabulary; word += plan.slice_words) {
       const int64_t words = std::min(plan.slice_words, vocabulary - word);
       const int64_t blocks = blocks_of(words, tile);
-      const LogitSlice<Real> slice{logit_map<Real>(args), data_or_null<Real>(bias), tokens, word};
+      const LogitSlice<Real> slice{map, data_or_null<Real>(bias), tokens, word};
       const KeptProducts<Real> keep{kept.logits ? kept.logits + word : nullptr, vocabulary};
       make_statistics(
           tokens, words,
           StatisticsEpilogue<Real>{slice, out.entropy != nullptr, stats, blocks, label_raw, keep});
-      launch_merge(tokens, stats, blocks, blocks, slice.map, label_raw, running, word == 0,
+      launch_merge(tokens, stats, blocks, blocks, map, label_raw, running, word == 0,
                    word + words == vocabulary, out);
       if (kept.dropped)
-        launch_block_logsumexps(tokens, stats, blocks, tile, words, dropped_blocks,
-                                kept.dropped + word / kBlockWords);
+        launch_block_logsumexps(tokens, stats, map.outer, blocks, tile, words, dropped_blocks,
+                                bases, kept.dropped + word / kBlockWords);
     }
   }
-  if (kept.dropped) launch_drop_blocks(args, rows, out.lse, dropped_blocks, kept.dropped);
+  if (kept.dropped)
+    launch_drop_blocks(args, rows, out, map.outer, bases, dropped_blocks, kept.dropped);
 }
 
 template <class Multiply>
@@ -96,11 +102,12 @@ void forward_with(const HeadArgs& args, const SelectedRows& rows,
       });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
-    const OptionalTensor& bias, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, bool return_entropy, int64_t workspace_mib,
-    c10::string_view keep_name, double max_dropped_mass) {
+HeadOutputs token_logprobs_cuda(const at::Tensor& hidden, const at::Tensor& weight,
+                                const at::Tensor& targets, const OptionalTensor& bias,
+                                double temperature, double logit_scale,
+                                std::optional<double> softcap, int64_t ignore_index,
+                                bool return_entropy, int64_t workspace_mib,
+                                c10::string_view keep_name, double max_dropped_mass) {
   HeadArgs args{"token_logprobs", hidden,      weight,  targets,      bias,
                 temperature,      logit_scale, softcap, ignore_index, workspace_mib,
                 max_dropped_mass};
@@ -108,26 +115,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
   const Keep keep = keep_of(args.op, keep_name);
   const DeviceGuard guard(hidden.device());
   const auto options = hidden.options().dtype(result_type_of(hidden));
-  const auto logprobs = at::zeros(targets.sizes(), options);
-  const auto lse = at::zeros(targets.sizes(), options);
+  const auto column = [&] { return at::zeros(targets.sizes(), options); };
+  const auto logprobs = column(), top = column(), log_sum = column();
   const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
   const auto kept = make_kept(args, keep, return_entropy);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
-  if (targets.numel() == 0) return {logprobs, entropy, lse, kept};
+  if (targets.numel() == 0) return {logprobs, entropy, top, log_sum, kept};
   with_arithmetic(args, [&](auto multiply) {
     using Multiply = decltype(multiply);
     using Real = typename Multiply::Real;
     const SelectedRows rows(args, KeepRow<Real>{ignore_index, false, {}});
     const TokenOutputs<Real> out{logprobs.mutable_data_ptr<Real>(),
                                  return_entropy ? entropy.mutable_data_ptr<Real>() : nullptr,
-                                 lse.mutable_data_ptr<Real>()};
+                                 top.mutable_data_ptr<Real>(), log_sum.mutable_data_ptr<Real>()};
     if (keep == Keep::kJacobian) return HeadJacobian<Multiply>(args, rows, out, kept).run();
     const auto kept_as = [&](Keep what) {
       return keep == what ? kept.mutable_data_ptr<Real>() : nullptr;
     };
     forward_with<Multiply>(args, rows, out, {kept_as(Keep::kLogits), kept_as(Keep::kDropped)});
   });
-  return {logprobs, entropy, lse, kept};
+  return {logprobs, entropy, top, log_sum, kept};
 }
 
 SPO_CUDA_LIBRARY(m) { m.impl("token_logprobs", &token_logprobs_cuda); }

@@ -173,12 +173,12 @@ class HeadBackward {
 // The tensors of one call in arithmetic precision, so that kernels read them by token.
 template <class Real>
 struct StateTensors {
-  at::Tensor logprobs, entropy, lse, grad_logprobs, grad_entropy;
+  at::Tensor logprobs, entropy, top, log_sum, grad_logprobs, grad_entropy;
 
   TokenStates<Real> pointers() const {
-    return {logprobs.const_data_ptr<Real>(), data_or_null<Real>(entropy),
-            lse.const_data_ptr<Real>(), data_or_null<Real>(grad_logprobs),
-            data_or_null<Real>(grad_entropy)};
+    return {logprobs.const_data_ptr<Real>(),   data_or_null<Real>(entropy),
+            top.const_data_ptr<Real>(),        log_sum.const_data_ptr<Real>(),
+            data_or_null<Real>(grad_logprobs), data_or_null<Real>(grad_entropy)};
   }
 };
 
@@ -186,9 +186,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const OptionalTensor& bias, const at::Tensor& logprobs, const at::Tensor& entropy,
-    const at::Tensor& lse, const at::Tensor& kept, double temperature, double logit_scale,
-    std::optional<double> softcap, int64_t ignore_index, std::array<bool, 3> needs,
-    int64_t workspace_mib, c10::string_view keep_name) {
+    const at::Tensor& top, const at::Tensor& log_sum, const at::Tensor& kept, double temperature,
+    double logit_scale, std::optional<double> softcap, int64_t ignore_index,
+    std::array<bool, 3> needs, int64_t workspace_mib, c10::string_view keep_name) {
   HeadArgs args{"token_logprobs_backward",
                 hidden,
                 weight,
@@ -221,13 +221,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
   if (needs[2]) grads.bias = bias_sums;
 
   if (any) {
-    const auto flat = [&](const at::Tensor& t) { return t.to(lse.scalar_type()).contiguous(); };
+    const auto flat = [&](const at::Tensor& t) { return t.to(top.scalar_type()).contiguous(); };
     const auto optional = [&](const OptionalTensor& t) { return t ? flat(*t) : at::Tensor(); };
     with_arithmetic(args, [&](auto multiply) {
       using Multiply = decltype(multiply);
       using Real = typename Multiply::Real;
-      const StateTensors<Real> tensors{flat(logprobs), flat(entropy), flat(lse),
-                                       optional(grad_logprobs), optional(grad_entropy)};
+      const StateTensors<Real> tensors{
+          flat(logprobs), flat(entropy),           flat(top),
+          flat(log_sum),  optional(grad_logprobs), optional(grad_entropy)};
       const auto states = tensors.pointers();
       const SelectedRows rows(args, KeepRow<Real>{ignore_index, true, states});
       if (keep == Keep::kDropped && !grad_entropy) {  // the entropy has its whole gradient
