@@ -227,8 +227,8 @@ def test_a_daemon_does_not_survive(sandbox: Sandbox) -> None:
         return len([name for name in os.listdir("/proc") if name.isdigit()])
     """
     for _ in range(4):
-        # Worker, program, and this program's daemon: none of an earlier run.
-        assert run(sandbox, source, 7).outputs == (3,)
+        # Worker, program, examiner, and this program's daemon: none of an earlier run.
+        assert run(sandbox, source, 7).outputs == (4,)
     assert eventually(lambda: only_workers_left(sandbox))
 
 
