@@ -6,9 +6,9 @@
 #
 # Wheels of spo_ext and, for b, of its peers are taken from .wheels/ (`make carry`). If that of
 # spo_ext does not load, it is built here, in minutes that come on top. SPO_SITE names a folder to
-# install into that outlives the call, for wheels too large for one call. More options of
-# gpu_calls.py: SPO_GPU_OPTIONS. Results land in ${OUT:-build/gpu}, line by line. The exit status is
-# 0 only if all is right.
+# install into that outlives the call, for wheels too large for one call. SPO_GPU_SECONDS changes how
+# long the call may take, SPO_GPU_OPTIONS is passed on to gpu_calls.py. Results land in
+# ${OUT:-build/gpu}, line by line. The exit status is 0 only if all is right.
 set -uo pipefail
 call=${1:?a or b}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -43,7 +43,7 @@ case $? in 0 | 137) ;; *)
     --upgrade --target "$site" "$root"
   SECONDS=0 ;;
 esac
-seconds=$([ "$call" = a ] && echo 145 || echo 540)
+case $call in a) seconds=${SPO_GPU_SECONDS:-145} ;; *) seconds=${SPO_GPU_SECONDS:-540} ;; esac
 # shellcheck disable=SC2086
 timeout -s KILL $((seconds + 20)) "$python" benchmarks/gpu_calls.py "$call" "$out" \
   --seconds $((seconds - SECONDS)) ${SPO_GPU_OPTIONS:-}

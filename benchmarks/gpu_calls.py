@@ -94,7 +94,8 @@ def worst(row: Row) -> Row | None:
 def summary(row: Row) -> str:
     parts = [f"{row['item']:32s} {row['status']:8s} {row.get('seconds', 0):6.1f} s"]
     if found := worst(row):
-        parts.append(f"{found['check']}: {found['error']} of {found['limit']:.1e}")
+        error = math.nan if found["error"] is None else found["error"]
+        parts.append(f"{found['check']}: {error:.1e} of {found['limit']:.1e}")
     parts += [f"{key} {row[key]:.4g}" for key in ("ms", "over_gemm", "gemm_tflops") if key in row]
     parts += [row["error"][:160]] if row.get("error") else []
     return "  ".join(parts)

@@ -60,7 +60,9 @@ def site(tmp_path: Path) -> Path:
     return folder
 
 
-def call_a(site: Path, faults: dict[str, str], *options: str, smi: str = "") -> dict[str, Any]:
+def call_a(
+    site: Path, faults: dict[str, str], seconds: int, *options: str, smi: str = ""
+) -> dict[str, Any]:
     """Return the rows of one call by their item."""
     out = site.parent / "out"
     result = subprocess.run(
@@ -75,6 +77,7 @@ def call_a(site: Path, faults: dict[str, str], *options: str, smi: str = "") -> 
             "SPO_STUB": json.dumps(faults),
             "SPO_BENCH_DEVICE": "cpu",
             "SPO_BENCH_ROUNDS": "1",
+            "SPO_GPU_SECONDS": str(seconds),
             "SPO_GPU_OPTIONS": " ".join(options),
             "OMP_NUM_THREADS": "1",
         },
@@ -87,6 +90,7 @@ def call_a(site: Path, faults: dict[str, str], *options: str, smi: str = "") -> 
     assert all(row["commit"] == "0123abc" for row in rows.values())
     right = all(row["status"] == "ok" for row in rows.values())
     assert (result.returncode == 0) == right, result.stdout + result.stderr
+    assert result.stdout.endswith("items are right\n"), result.stdout + result.stderr
     table = (out / "gpu_a.md").read_text()
     assert all(f"| {name} | {row['status']} |" in table for name, row in rows.items())
     return rows
@@ -112,7 +116,7 @@ def test_whatever_one_item_does_the_others_have_their_lines(site, patience):
         "headline/forward": "",
     }
     only = f"--only={','.join(faults)}"
-    rows = call_a(site, faults, only, f"--item-seconds={patience}", "--jobs=3", "--seconds=600")
+    rows = call_a(site, faults, 600, only, f"--item-seconds={patience}", "--jobs=3")
     for name, fault in faults.items():
         assert rows[name]["status"] == STATUS[fault], rows[name]
         assert rows[name]["gpu"] == "NVIDIA H200" and rows[name]["driver"] == "580.1"
@@ -132,10 +136,10 @@ def test_no_line_waits_for_the_gpu_past_the_deadline(site):
         "import sys, time\ntime.sleep(99 * sys.orig_argv[-2].endswith('gpu_items.py'))"
     )
     began = time.monotonic()
-    rows = call_a(site, {}, "--item-seconds=3", "--jobs=8", "--seconds=24", smi="sleep 99")
+    rows = call_a(site, {}, 30, "--item-seconds=3", "--jobs=8", smi="sleep 99")
     assert set(rows) == {"nvidia-smi", "machine", *ITEMS}
     assert {row["status"] for row in rows.values()} == {"hung", "no time"}
-    assert time.monotonic() - began < 24 + 40  # and what else this machine is busy with
+    assert time.monotonic() - began < 60  # and what else this machine is busy with
 
 
 @pytest.mark.skipif("SPO_REHEARSE" not in os.environ, reason="SPO_REHEARSE is not set")
@@ -147,9 +151,8 @@ def test_every_fault_in_every_item(first, site):
         if fault.endswith("backward") and any(part in name for part in FORWARD_ONLY):
             faults[name] = fault.removesuffix(" backward")
     seconds = int(os.environ["SPO_REHEARSE"])
-    options = f"--seconds={seconds}", f"--item-seconds={seconds / 8}", "--jobs=4"
     began = time.monotonic()
-    rows = call_a(site, faults, *options)
+    rows = call_a(site, faults, seconds, f"--item-seconds={seconds / 8}", "--jobs=4")
     assert time.monotonic() - began < seconds + 5
     assert {n: rows[n]["status"] for n in faults} == {n: STATUS[f] for n, f in faults.items()}
 

@@ -2,7 +2,7 @@
 
 import importlib
 import mmap
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -39,9 +39,10 @@ def load() -> ModuleType:
     Raises:
         ImportError: naming what was found, what it was built with, and how to build it anew.
     """
-    spec = find_spec("spo_ext._C")
+    folder = Path(__file__).parent  # nowhere else: not that of another clone's editable install
+    spec = PathFinder.find_spec("spo_ext._C", [str(folder)])
     if spec is None or spec.origin is None:
-        raise ImportError(f"spo_ext: {why_missing(Path(__file__).parent)}")
+        raise ImportError(f"spo_ext: {why_missing(folder)}")
     built, running = built_with(Path(spec.origin)), torch.__version__
     if built and built.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(
