@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_ext import _C
+from spo_ext import _compiled
 
+_C = _compiled.load()  # registers the schemas and kernels
 _OPS = torch.ops.spo
 _BLOCK_WORDS = 256  # kBlockWords of csrc/kept.h
 
 
 def build_info() -> dict[str, str]:
-    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit,
-    architectures and the CUTLASS version of the Hopper kernel.
+    """How this extension was built: version, torch, compiler, the instruction set in use, CUDA
+    toolkit, architectures and the CUTLASS version of the Hopper kernel.
 
     `cuda_toolkit`, `cuda_archs` and `cutlass` are empty for a build without CUDA; `cutlass` also
     for one without the Hopper kernel.
