@@ -34,12 +34,13 @@ def run_soft_q(ops, logprobs, ref_logprobs, q0, upstream, cu_seqlens=None, mask=
 
 
 def run_loss(ops, logprobs, ref_logprobs, arguments):
-    """(loss, terminal_q, log_ratio, used_q0, num_tokens), (grad_logprobs, grad_q0)"""
+    """(loss, terminal_q, log_ratio, used_q0, residual, num_tokens), (grad_logprobs, grad_q0)"""
     values = dict(delta=0.2, leave_one_out=False) | arguments
     logprobs = logprobs.detach()
     out = ops.cumulative_loss(logprobs, ref_logprobs, *(values.get(k) for k in LOSS_ARGUMENTS))
-    if values["objective"] == "group":
-        values |= dict(objective="squared", q0=out[3])
+    if values["objective"] == "group":  # as _cumulative_loss_setup does
+        slope = -2 * values["beta"] * out[4] * values.get("weights", 1)
+        values |= dict(objective="linear", rewards=None, weights=slope)
     kept = [k for k in LOSS_ARGUMENTS if k not in ("groups", "leave_one_out")]
     upstream = torch.ones_like(out[0])
     given = (values.get(k) for k in kept)
@@ -77,7 +78,7 @@ def test_loss(ops, form, team, layout):
     out, grads = run_loss(ops, *case)
     assert relative_error(out[0], want) <= 1e-12
     assert relative_error(grads[0], want_grad) <= 1e-12
-    assert out[4].tolist() == lengths
+    assert out[5].tolist() == lengths
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

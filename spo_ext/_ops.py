@@ -2,14 +2,17 @@
 per op.
 
 Schemas are in csrc/spo_ops.cpp. A fake kernel answers with the shape and dtype of the real one,
-for torch.compile.
+for torch.compile, and refuses the shapes that it refuses, as far as they are known.
 The backward ops have no derivative of their own and say so.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from spo_ext import _C
 
@@ -25,6 +28,77 @@ def build_info() -> dict[str, str]:
     for one without the Hopper kernel.
     """
     return dict(_C.build_info())
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _has_tangent(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def run(op: str, *arguments: Any) -> Any:
+    """torch.ops.spo.<op>, whose gradient torch.func can take as well."""
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or any(map(_has_tangent, arguments))
+    ):
+        return _FUNCTIONS[op].apply(*arguments)  # type: ignore[no-untyped-call]
+    return getattr(_OPS, op)(*arguments)
+
+
+def _register_autograd(
+    op: str, backward: Callable[..., Any], setup: Callable[..., None], name: str
+) -> None:
+    """Gradients of an op, for autograd and for torch.func; `name` is the public function's."""
+    torch.library.register_autograd(f"spo::{op}", backward, setup_context=setup)
+
+    def refuse_jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; "
+            "take gradients by backward, torch.func.grad or torch.func.vjp"
+        )
+
+    kernel = getattr(_OPS, op)
+    _FUNCTIONS[op] = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *arguments: kernel(*arguments)),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(once_differentiable(backward)),
+            "jvp": staticmethod(refuse_jvp),
+            "generate_vmap_rule": True,
+        },
+    )
+
+
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for the backward pass; what was made in inference mode as a copy, since autograd takes
+    no other."""
+    ctx.save_for_backward(
+        *(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    )
+
+
+def _known_to_differ(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a != b
+    # Costs a second to import, and is there already where sizes are symbols.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a != b)
+
+
+def _check_shape(op: str, name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
+    """Without a guard on a size that is a symbol."""
+    if tensor is None:
+        return
+    for shape in shapes:
+        if len(shape) == tensor.dim() and not any(map(_known_to_differ, tensor.shape, shape)):
+            return
+    raise ValueError(f"{op}: {name} must have shape {shapes[-1]}, got {list(tensor.shape)}")
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:
@@ -203,26 +277,35 @@ _refuse_second_derivative("logprobs_from_logits")
 # --- soft_q --------------------------------------------------------------------------------------
 
 
+def _check_layout(
+    op: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> list[Any]:
+    """[S], the shape of what is per sequence."""
+    if tokens.dim() != (2 if cu_seqlens is None else 1):
+        layout = "padded [B, T]" if cu_seqlens is None else "packed [N] when cu_seqlens is given"
+        raise ValueError(f"{op}: logprobs must be {layout}, got {list(tokens.shape)}")
+    _check_shape(op, "mask", mask, list(tokens.shape))
+    return [tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1]
+
+
 @torch.library.register_fake("spo::soft_q")
 def _(logprobs, ref_logprobs, q0, beta, cu_seqlens, mask):
+    size = _check_layout("soft_q", logprobs, cu_seqlens, mask)
+    _check_shape("soft_q", "ref_logprobs", ref_logprobs, list(logprobs.shape))
+    _check_shape("soft_q", "q0", q0, size)
     return logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
 
 
 @torch.library.register_fake("spo::soft_q_backward")
 def _(grad_q_values, beta, cu_seqlens, mask):
-    return grad_q_values.new_empty(grad_q_values.shape), grad_q_values.new_empty(
-        _num_sequences(grad_q_values, cu_seqlens)
-    )
-
-
-def _num_sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
-    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = _check_layout("soft_q_backward", grad_q_values, cu_seqlens, mask)
+    return grad_q_values.new_empty(grad_q_values.shape), grad_q_values.new_empty(size)
 
 
 def _soft_q_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logprobs, ref_logprobs, q0, ctx.beta, cu_seqlens, mask = inputs
     ctx.dtypes = logprobs.dtype, q0.dtype
-    ctx.save_for_backward(cu_seqlens, mask)
+    _keep(ctx, cu_seqlens, mask)
 
 
 def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,7 +314,7 @@ def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Tensor | None, ..
     return grad_logprobs.to(logprobs_dtype), None, grad_q0.to(q0_dtype), None, None, None
 
 
-torch.library.register_autograd("spo::soft_q", _soft_q_backward, setup_context=_soft_q_setup)
+_register_autograd("soft_q", _soft_q_backward, _soft_q_setup, "soft_q")
 _refuse_second_derivative("soft_q")
 
 
@@ -257,9 +340,34 @@ def _(
     cu_seqlens,
     mask,
 ):
-    size = _num_sequences(logprobs, cu_seqlens)
-    columns = [logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)]
-    return *columns, logprobs.new_empty(size, dtype=torch.int64)
+    size = _check_layout("loss", logprobs, cu_seqlens, mask)
+    tokens = list(logprobs.shape)
+    either = (
+        [tokens, [*size, 1], size]
+        if cu_seqlens is None
+        else [tokens, [1, *tokens], [*size, 1], size]
+    )
+    for name, tensor in (("ref_logprobs", ref_logprobs), ("advantages", advantages)):
+        _check_shape("loss", name, tensor, *either)
+    for name, tensor in (
+        ("rewards", rewards),
+        ("q0", q0),
+        ("groups", groups),
+        ("weights", weights),
+    ):
+        _check_shape("loss", name, tensor, size)
+    for name, tensor in (
+        ("q_targets", q_targets),
+        ("q_weights", q_weights),
+        ("token_rewards", token_rewards),
+    ):
+        _check_shape("loss", name, tensor, tokens)
+    loss, terminal_q, log_ratio, used_q0 = (
+        logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)
+    )
+    has_residual = rewards is not None and objective != "advantage"
+    residual = loss.new_empty(size if has_residual else 0)
+    return loss, terminal_q, log_ratio, used_q0, residual, loss.new_empty(size, dtype=torch.int64)
 
 
 @torch.library.register_fake("spo::cumulative_loss_backward")
@@ -280,7 +388,9 @@ def _(
     cu_seqlens,
     mask,
 ):
-    grad_q0 = grad_loss.new_empty(grad_loss.shape, dtype=_result_dtype(logprobs))
+    size = _check_layout("loss_backward", logprobs, cu_seqlens, mask)
+    _check_shape("loss_backward", "grad_loss", grad_loss, size)
+    grad_q0 = grad_loss.new_empty(size, dtype=_result_dtype(logprobs))
     return logprobs.new_empty(logprobs.shape), grad_q0
 
 
@@ -301,11 +411,13 @@ def _cumulative_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
         mask,
     ) = inputs
     ctx.q0_dtype = None if q0 is None else q0.dtype
-    if ctx.objective == "group":  # the baseline is detached: from here on it is a given Q_0
-        ctx.objective, q0 = "squared", output[3]
-    ctx.save_for_backward(
-        logprobs, ref_logprobs, rewards, q0, *per_token, weights, cu_seqlens, mask
-    )
+    if ctx.objective == "group":
+        # The baseline is detached, so that dL/dR = -2 beta w residual, as of the linear objective
+        # with these weights; a residual of exactly 0, as of a group of one, leaves no gradient.
+        slope = -2 * ctx.beta * output[4]
+        ctx.objective, rewards = "linear", None
+        weights = slope if weights is None else slope * weights
+    _keep(ctx, logprobs, ref_logprobs, rewards, q0, *per_token, weights, cu_seqlens, mask)
     ctx.set_materialize_grads(False)
 
 
@@ -320,7 +432,5 @@ def _cumulative_loss_backward(ctx: Any, grad_loss: Tensor | None, *others: Any) 
     return grad_logprobs, None, None, grad_q0.to(ctx.q0_dtype) if needs_q0 else None, *[None] * 12
 
 
-torch.library.register_autograd(
-    "spo::cumulative_loss", _cumulative_loss_backward, setup_context=_cumulative_loss_setup
-)
+_register_autograd("cumulative_loss", _cumulative_loss_backward, _cumulative_loss_setup, "loss")
 _refuse_second_derivative("cumulative_loss")
