@@ -127,7 +127,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(ops):
             cu_seqlens=offsets,
         )
         out, grads = run_loss(ops, logprobs, ref, arguments)
-        tokens, sequences = (q[0], q[1], grads[0]), (q[2], *out, grads[1])
+        tokens, sequences = (q[0], q[1], grads[0]), (q[2], *out[:4], out[5], grads[1])
         piece = slice(first, first + 300)
         results.append([*(t[piece] for t in tokens), *(s[at] for s in sequences)])
     for other in results[1:]:
@@ -160,6 +160,21 @@ def test_no_tokens(ops, shape):
         (dict(cu_seqlens=torch.tensor([0, 3, 5])), "must end at the number of tokens"),
         (dict(rewards=torch.tensor([0.0, float("nan")])), "rewards must be finite"),
         (dict(q0=torch.tensor([0.0, float("inf")])), "q0 must be finite"),
+        (dict(q_targets=torch.full((6,), float("nan"))), "q_targets must be finite"),
+        (dict(q_targets=torch.ones(6), objective="cross_entropy"), "q_targets must be log-opt"),
+        (dict(q_weights=torch.full((6,), float("inf"))), "q_weights must be finite"),
+        (dict(token_rewards=torch.full((6,), float("nan"))), "token_rewards must be finite"),
+        (
+            dict(token_rewards=torch.full((6,), -float("inf")), objective="cross_entropy"),
+            "finite before the last token",
+        ),
+        (dict(advantages=torch.full((2,), float("nan"))), "advantages must be finite"),
+        (dict(advantages=torch.full((6,), float("nan"))), "advantages must be finite"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 0, 1, 2, 3, 4, 6]), rewards=None, q0=None),
+            "ref_logprobs and advantages must be .1, N. if they are per token",
+        ),
+        (dict(delta=float("inf")), "delta must be a finite number > 0"),
         (dict(beta=0.0), "beta must be a finite number > 0"),
     ],
 )
