@@ -37,9 +37,12 @@ struct LossArgs {
     return t.sizes() == logprobs.sizes() ||
            (cu_seqlens && t.sizes() == at::IntArrayRef{1, logprobs.numel()});
   }
-  bool ambiguous(const OptionalTensor& t) const {
-    return t && cu_seqlens && t->dim() == 1 && per_token(*t) && t->numel() == size();
+  bool looks_like_both(const at::Tensor& t) const {
+    return cu_seqlens && t.dim() == 1 && per_token(t) && t.numel() == size();
   }
+  bool may_be_summed() const { return objective != Objective::kAdvantage && !q_targets; }
+  bool ambiguous_reference() const { return may_be_summed() && looks_like_both(ref_logprobs); }
+  bool ambiguous_advantages() const { return advantages && looks_like_both(*advantages); }
   bool summed_reference() const { return !per_token(ref_logprobs); }
   bool advantage_per_token() const { return advantages && per_token(*advantages); }
   bool has_residual() const { return rewards && objective != Objective::kAdvantage; }
@@ -65,11 +68,8 @@ struct LossArgs {
     };
     either("ref_logprobs", ref_logprobs);
     if (advantages) either("advantages", *advantages);
-    if (summed_reference()) {
-      TORCH_CHECK_VALUE(
-          objective != Objective::kAdvantage && !q_targets, op,
-          ": ref_logprobs must be per token for this objective, got one per sequence");
-    }
+    TORCH_CHECK_VALUE(may_be_summed() || !summed_reference(), op,
+                      ": ref_logprobs must be per token for this objective, got one per sequence");
     per_sequence("rewards", rewards), per_sequence("q0", q0), per_sequence("weights", weights);
     per_sequence("groups", groups);
     TORCH_CHECK_TYPE(!groups || at::isIntegralType(groups->scalar_type(), false), op,
@@ -86,7 +86,7 @@ struct LossData : LossArrays<Real> {
     this->objective = a.objective, this->beta = a.beta, this->delta = a.delta;
     this->summed_reference = a.summed_reference();
     this->advantage_per_token = a.advantage_per_token();
-    this->ambiguous = a.ambiguous(a.ref_logprobs) || a.ambiguous(a.advantages);
+    this->ambiguous = a.ambiguous_reference() || a.ambiguous_advantages();
     this->logprobs = read(a.logprobs), this->ref_logprobs = read(a.ref_logprobs);
     this->rewards = read(a.rewards), this->q0 = read(a.q0), this->weights = read(a.weights);
     this->advantages = read(a.advantages), this->q_targets = read(a.q_targets);

@@ -21,6 +21,12 @@ TORCH_LIBRARY(spo, m) {
       "bool[3] needs, int workspace_mib, str keep) -> (Tensor grad_hidden, Tensor grad_weight, "
       "Tensor grad_bias)");
 
+  // Raises where token_logprobs_backward would not find room. On the CPU alone: on CUDA it needs
+  // little beside what grows with N.
+  m.def(
+      "check_backward_workspace(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "bool[3] needs, int workspace_mib, str keep) -> ()");
+
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], top and log_sum [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "

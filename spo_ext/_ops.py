@@ -6,13 +6,14 @@ for torch.compile, and refuses the shapes that it refuses, as far as they are kn
 The backward ops have no derivative of their own and say so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from spo_ext import _C
 
@@ -33,17 +34,20 @@ def build_info() -> dict[str, str]:
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
-def _has_tangent(value: Any) -> bool:
-    if not isinstance(value, Tensor):
+def _transformed(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch.func or forward-mode AD is at work, for which an op has no rule of its own."""
+    if torch.compiler.is_compiling():
         return False
-    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+    tensors = (a for a in arguments if isinstance(a, Tensor))
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
 
 
 def run(op: str, *arguments: Any) -> Any:
     """torch.ops.spo.<op>, whose gradient torch.func can take as well."""
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or any(map(_has_tangent, arguments))
-    ):
+    if _transformed(arguments):
         return _FUNCTIONS[op].apply(*arguments)  # type: ignore[no-untyped-call]
     return getattr(_OPS, op)(*arguments)
 
@@ -51,27 +55,41 @@ def run(op: str, *arguments: Any) -> Any:
 def _register_autograd(
     op: str, backward: Callable[..., Any], setup: Callable[..., None], name: str
 ) -> None:
-    """Gradients of an op, for autograd and for torch.func; `name` is the public function's."""
-    torch.library.register_autograd(f"spo::{op}", backward, setup_context=setup)
+    """First derivatives of an op, for autograd and for torch.func; `name` is what the user knows
+    it by."""
 
+    def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{name}: second derivatives are not implemented; "
+            "call backward or grad without create_graph"
+        )
+
+    def no_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    torch.library.register_autograd(f"spo::{op}", backward, setup_context=setup)
+    torch.library.register_autograd(f"spo::{op}_backward", refuse_backward)
+    _FUNCTIONS[op] = _function(name, op, backward, setup)
+    _FUNCTIONS[f"{op}_backward"] = _function(name, f"{op}_backward", refuse_backward, no_setup)
+
+
+def _function(
+    name: str, op: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> type[torch.autograd.Function]:
     def refuse_jvp(ctx: Any, *tangents: Any) -> NoReturn:
         raise NotImplementedError(
             f"{name}: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; "
             "take gradients by backward, torch.func.grad or torch.func.vjp"
         )
 
-    kernel = getattr(_OPS, op)
-    _FUNCTIONS[op] = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(lambda *arguments: kernel(*arguments)),
-            "setup_context": staticmethod(setup),
-            "backward": staticmethod(once_differentiable(backward)),
-            "jvp": staticmethod(refuse_jvp),
-            "generate_vmap_rule": True,
-        },
-    )
+    members = {
+        "forward": staticmethod(lambda *arguments: getattr(_OPS, op)(*arguments)),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(refuse_jvp),
+        "generate_vmap_rule": True,
+    }
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -105,16 +123,6 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _refuse_second_derivative(op: str) -> None:
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{op}: second derivatives are not implemented; "
-            "call backward or grad without create_graph"
-        )
-
-    torch.library.register_autograd(f"spo::{op}_backward", backward)
-
-
 # --- token_logprobs ------------------------------------------------------------------------------
 
 
@@ -133,6 +141,14 @@ def _(
     keep,
     max_dropped_mass,
 ):
+    if hidden.dim() < 1 or weight.dim() != 2:
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(
+            f"token_logprobs: hidden and weight must be [.., d] and [V, d], got {shapes}"
+        )
+    _check_shape("token_logprobs", "weight", weight, [weight.shape[0], hidden.shape[-1]])
+    _check_shape("token_logprobs", "targets", targets, list(hidden.shape[:-1]))
+    _check_shape("token_logprobs", "bias", bias, [weight.shape[0]])
     logprobs = hidden.new_empty(targets.shape, dtype=_result_dtype(hidden))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     kept = {
@@ -175,7 +191,16 @@ def _(
 
 def _token_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, *output)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError(
+                f"token_logprobs: {name} must not be made in torch.inference_mode where another "
+                "tensor requires grad, since autograd cannot keep it; make it under torch.no_grad, "
+                "or clone it"
+            )
+    logprobs, entropy, *states = output
+    # The caller may change what he was given.
+    _keep(ctx, hidden, weight, targets, bias, logprobs.clone(), entropy.clone(), *states)
     ctx.set_materialize_grads(False)
 
 
@@ -190,7 +215,8 @@ def _token_logprobs_backward(
         ctx.options
     )
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = _OPS.token_logprobs_backward(
+    grads = run(
+        "token_logprobs_backward",
         grad_logprobs,
         grad_entropy if return_entropy else None,
         hidden,
@@ -216,10 +242,26 @@ def _token_logprobs_backward(
     return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
 
 
-torch.library.register_autograd(
-    "spo::token_logprobs", _token_logprobs_backward, setup_context=_token_logprobs_setup
+_register_autograd(
+    "token_logprobs", _token_logprobs_backward, _token_logprobs_setup, "token_logprobs"
 )
-_refuse_second_derivative("token_logprobs")
+
+
+# For torch.utils.flop_counter, which knows shapes: every token is taken to count, and of
+# max_dropped_mass nothing, since what it saves depends on the probabilities.
+
+
+@register_flop_formula(_OPS.token_logprobs)
+def _(hidden, weight, targets, bias, *options, out_shape=None, **_):
+    keep = options[-2]
+    return 2 * math.prod(hidden) * weight[0] * (2 if keep == "jacobian" else 1)
+
+
+@register_flop_formula(_OPS.token_logprobs_backward)
+def _(grad_logprobs, grad_entropy, hidden, weight, *rest, out_shape=None, **_):
+    needs, _workspace, keep = rest[-3:]
+    products = needs[0] + needs[1] + (keep != "logits")
+    return 0 if keep == "jacobian" else 2 * math.prod(hidden) * weight[0] * products
 
 
 # --- logprobs_from_logits ------------------------------------------------------------------------
@@ -227,6 +269,9 @@ _refuse_second_derivative("token_logprobs")
 
 @torch.library.register_fake("spo::logprobs_from_logits")
 def _(logits, targets, temperature, ignore_index, return_entropy, inplace_backward):
+    if logits.dim() < 1:
+        raise ValueError("logprobs_from_logits: logits must be [.., V], got a scalar")
+    _check_shape("logprobs_from_logits", "targets", targets, list(logits.shape[:-1]))
     logprobs = logits.new_empty(targets.shape, dtype=_result_dtype(logits))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -246,7 +291,8 @@ def _logprobs_from_logits_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     logits, targets, *ctx.options = inputs
-    ctx.save_for_backward(logits, targets, *output)
+    logprobs, entropy, *states = output
+    _keep(ctx, logits, targets, logprobs.clone(), entropy.clone(), *states)
     ctx.set_materialize_grads(False)
 
 
@@ -260,18 +306,18 @@ def _logprobs_from_logits_backward(
     temperature, ignore_index, return_entropy, inplace_backward = ctx.options
     grad_entropy = grad_entropy if return_entropy else None
     arguments = (grad_logprobs, grad_entropy, logits, *saved, temperature, ignore_index)
-    if inplace_backward and not torch.compiler.is_compiling():
+    if inplace_backward and not torch.compiler.is_compiling() and not _transformed(arguments):
         _OPS.logprobs_from_logits_backward_(*arguments)
         return logits, *[None] * 5
-    return _OPS.logprobs_from_logits_backward(*arguments), *[None] * 5
+    return run("logprobs_from_logits_backward", *arguments), *[None] * 5
 
 
-torch.library.register_autograd(
-    "spo::logprobs_from_logits",
+_register_autograd(
+    "logprobs_from_logits",
     _logprobs_from_logits_backward,
-    setup_context=_logprobs_from_logits_setup,
+    _logprobs_from_logits_setup,
+    "logprobs_from_logits",
 )
-_refuse_second_derivative("logprobs_from_logits")
 
 
 # --- soft_q --------------------------------------------------------------------------------------
@@ -309,13 +355,12 @@ def _soft_q_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logprobs, grad_q0 = _OPS.soft_q_backward(grad_q_values, ctx.beta, *ctx.saved_tensors)
+    grad_logprobs, grad_q0 = run("soft_q_backward", grad_q_values, ctx.beta, *ctx.saved_tensors)
     logprobs_dtype, q0_dtype = ctx.dtypes
     return grad_logprobs.to(logprobs_dtype), None, grad_q0.to(q0_dtype), None, None, None
 
 
 _register_autograd("soft_q", _soft_q_backward, _soft_q_setup, "soft_q")
-_refuse_second_derivative("soft_q")
 
 
 # --- cumulative_loss -----------------------------------------------------------------------------
@@ -425,12 +470,20 @@ def _cumulative_loss_backward(ctx: Any, grad_loss: Tensor | None, *others: Any) 
     if grad_loss is None:
         return (None,) * 16
     logprobs, ref_logprobs, rewards, q0, *rest = ctx.saved_tensors
-    grad_logprobs, grad_q0 = _OPS.cumulative_loss_backward(
-        grad_loss, logprobs, ref_logprobs, rewards, q0, ctx.objective, ctx.beta, ctx.delta, *rest
+    grad_logprobs, grad_q0 = run(
+        "cumulative_loss_backward",
+        grad_loss,
+        logprobs,
+        ref_logprobs,
+        rewards,
+        q0,
+        ctx.objective,
+        ctx.beta,
+        ctx.delta,
+        *rest,
     )
     needs_q0 = ctx.needs_input_grad[3]
     return grad_logprobs, None, None, grad_q0.to(ctx.q0_dtype) if needs_q0 else None, *[None] * 12
 
 
 _register_autograd("cumulative_loss", _cumulative_loss_backward, _cumulative_loss_setup, "loss")
-_refuse_second_derivative("cumulative_loss")

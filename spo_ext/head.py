@@ -157,6 +157,11 @@ def token_logprobs(
         )  # fmt: skip
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     chosen = choose(strategy, call)
+    if chosen != "none" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        torch.ops.spo.check_backward_workspace(
+            hidden, weight, targets, bias, needs, workspace_mib, KEEP[chosen]
+        )
     logprobs, entropy, *_, kept = run(
         "token_logprobs",
         hidden,

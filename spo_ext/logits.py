@@ -65,11 +65,11 @@ def logprobs_from_logits(
     temperature = number("logprobs_from_logits", "temperature", temperature)
     ignore_index = integer("logprobs_from_logits", "ignore_index", ignore_index)
     if inplace_backward and logits.requires_grad and not torch.compiler.is_compiling():
-        view = logits._is_view()
-        if (logits._base if view else logits).is_leaf:
+        base = logits._base  # of a view
+        if (logits if base is None else base).is_leaf:
             raise ValueError(
                 "logprobs_from_logits: logits must not be a leaf with inplace_backward=True, since "
-                f"its values would be lost, got {'a view of one' if view else 'one'}"
+                f"its values would be lost, got {'one' if base is None else 'a view of one'}"
             )
     same_device("logprobs_from_logits", "logits", logits, targets=targets)
     logprobs, entropy, *_ = run(

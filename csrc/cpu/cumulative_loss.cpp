@@ -166,15 +166,15 @@ void check_readings(const LossArgs& a) {
   const int64_t *at = offsets.const_data_ptr<int64_t>(), size = a.size();
   bool one_each = true;
   for (int64_t s = 0; s < size; s++) one_each &= at[s + 1] - at[s] == 1;
-  const auto check = [&](const char* name, const OptionalTensor& t) {
-    TORCH_CHECK_VALUE(one_each || !a.ambiguous(t), a.op, ": ", name, " must be [1, ", size,
+  const auto check = [&](const char* name, bool ambiguous) {
+    TORCH_CHECK_VALUE(one_each || !ambiguous, a.op, ": ", name, " must be [1, ", size,
                       "] if it is per token, or [", size,
                       ", 1] if it is per sequence, where there are as many tokens as sequences "
                       "and not one each, got [",
                       size, "]");
   };
-  check("ref_logprobs", a.ref_logprobs);
-  check("advantages", a.advantages);
+  check("ref_logprobs", a.ambiguous_reference());
+  check("advantages", a.ambiguous_advantages());
 }
 
 LossTensors cumulative_loss_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
