@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from spo_ext._ops import run
+from spo_ext.arguments import integer, number, same_device
 from spo_ext.sharded import Scales, sharded_logprobs
 from spo_ext.strategy import KEEP, BackwardPlan, Chosen, HeadCall, Strategy, choose, plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_OPS = torch.ops.spo
-
-
-def same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
-    # Here and not only in the kernels: with one tensor on another device, PyTorch may not get as
-    # far as a kernel.
-    for other, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {other} must be on {first.device} like {name}, got {tensor.device}"
-            )
 
 
 class HeadOptions(TypedDict, total=False):
@@ -138,6 +128,17 @@ def token_logprobs(
             On CUDA a target out of range stops the kernel by a device-side assert instead: to read
             it on the host would mean to wait for the device.
     """
+    temperature, logit_scale, max_dropped_mass = (
+        number("token_logprobs", name, value)
+        for name, value in (
+            ("temperature", temperature),
+            ("logit_scale", logit_scale),
+            ("max_dropped_mass", max_dropped_mass),
+        )
+    )
+    softcap = None if softcap is None else number("token_logprobs", "softcap", softcap)
+    ignore_index = integer("token_logprobs", "ignore_index", ignore_index)
+    workspace_mib = integer("token_logprobs", "workspace_mib", workspace_mib)
     if not 0 <= max_dropped_mass < 1:
         raise ValueError(
             f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
@@ -156,7 +157,13 @@ def token_logprobs(
         )  # fmt: skip
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     chosen = choose(strategy, call)
-    logprobs, entropy, *_, kept = _OPS.token_logprobs(
+    if chosen != "none" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        torch.ops.spo.check_backward_workspace(
+            hidden, weight, targets, bias, needs, workspace_mib, KEEP[chosen]
+        )
+    logprobs, entropy, *_, kept = run(
+        "token_logprobs",
         hidden,
         weight,
         targets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -109,9 +110,9 @@ def group_q0(
         return value[groups]
     # exp(gain / beta) = exp(r / beta) pi_ref / pi: importance weights make it the reference's mean.
     gain = rewards.double() - beta * log_ratios.double()
-    top = float(gain.max())
-    # The range serves overflow alone here: a gain has no worst value to warn of.
-    value = spo_ext.prompt_value(gain, beta=beta, groups=groups, reward_range=(top, top))
+    # A gain has no worst value to warn of.
+    unbounded = (-math.inf, math.inf)
+    value = spo_ext.prompt_value(gain, beta=beta, groups=groups, reward_range=unbounded)
     return value[groups]
 
 

@@ -166,7 +166,7 @@ class SPOTrainer(Trainer):
             q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
         loss, stats = spo_ext.loss(
             logprobs,
-            ref_logprobs,
+            ref_logprobs[None],  # per token, though there be as many sequences
             rewards,
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
