@@ -129,13 +129,12 @@ class _Producer:
         with make_server(options, tokenizer, self._newest) as server:
             served = ServedPolicy(server, self._store, options.run_name)
             for version, _ in newest:
-                if not served.await_version(options.follow, version, self._stop):
-                    continue
                 past = partial(self._is_past, version, served)
-                for _ in range(2):  # a trainer may wait for prompts that had no answer
+                rounds = 2  # a trainer may wait for prompts that had no answer
+                while rounds and served.await_version(options.follow, version, self._stop):
                     self._collect(self._stream(version), version, served, tokenizer, past)
-                    if past() or not served.failed:
-                        break
+                    if not served.changed:
+                        rounds = rounds - 1 if served.failed else 0
 
     def _is_past(self, version: int, served: ServedPolicy) -> bool:
         return self._stop() or served.changed or self._newest() != version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -71,10 +72,9 @@ class ServedPolicy:
 
         Raises ServerError if nobody will bring the version to the server any more.
         """
-        said = False
-        while not stop():
+        for polls in itertools.count():
             newest = latest_policy(directory)
-            if newest is None or newest[0] != version:
+            if stop() or newest is None or newest[0] != version:
                 return False
             finished = (directory / FINISHED).exists()
             stamp = self._server.stamp()
@@ -87,11 +87,10 @@ class ServedPolicy:
                     f"{words}, and no trainer will bring them ({directory / FINISHED} exists): "
                     f"serve that folder, and give --policy-version {version} in place of --follow"
                 )
-            if not said:
+            if polls == 1:  # not between two steps of a publication
                 _say(f"{words}, as after a restart: waiting for the trainer to publish them again")
-            said = True
             time.sleep(_POLL_S)
-        return False
+        raise AssertionError
 
     def possible(self, prompts: Sequence[StoredPrompt], sampling: Sampling) -> list[StoredPrompt]:
         """Those that the server has not refused before, and that its context has room for."""
