@@ -168,7 +168,7 @@ def total(store: TrajectoryStore) -> int:
     return counters["trajectories"] + counters["duplicates"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
