@@ -4,6 +4,8 @@ twice."""
 from __future__ import annotations
 
 import logging
+import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import Any
 import postgres_server
 import pytest
 import sqlalchemy as sa
+from rollout_cases import wait_for
 from store_cases import add_prompts, policy, start_process, trajectory
 
+from spo_ext.cli import main
 from spo_ext.store import Sampler, SamplerConfig, TrajectoryStore
 
 
@@ -159,3 +163,62 @@ def test_writers_outlive_a_restart(server: postgres_server.Server, mode: str) ->
         assert sorted(key for _, *ids in said for key in ids) == sorted(rows)
         found = store.counters()
         assert (found["trajectories"], found["duplicates"]) == (3500, 0)
+
+
+STEPS = 16
+
+
+def test_a_run_of_two_ranks_and_two_producers_outlives_a_restart(
+    server: postgres_server.Server, tmp_path: Path
+) -> None:
+    """Killed as by a power cut, and away for longer than a batch takes."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from end_to_end_cases import workplace
+
+    url = f"{server.url}/postgres"
+    with workplace(tmp_path, url) as place:
+        names = ("--store", url, "--tokenizer", str(place.policy))
+        assert main(["import", str(place.data_files()[-1]), *names]) == 0
+        place.write_config(max_steps=STEPS, per_device_train_batch_size=4, save_steps=8)
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        group |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        running = [
+            place.start_trainer(f"rank {rank}", RANK=str(rank), LOCAL_RANK=str(rank), **group)
+            for rank in range(2)
+        ]
+        running += [place.start_producer(f"producer {seed}", "--seed", seed) for seed in range(2)]
+        with TrajectoryStore(url) as store:
+            wait_for(lambda: place.check_running() and len(place.metrics()) >= 3, 600)
+            held = contents(store)
+            server.stop("immediate")
+            time.sleep(2)
+            place.check_running()
+            server.start()
+            assert [process.wait(600) for process in running] == [0] * 4
+            found = contents(store)
+            assert held.items() <= found.items(), "a stored trajectory is lost or changed"
+            assert store.counters()["draws"] == STEPS * 8, "a step has one batch"
+            online = list(store.trajectories(run="learner"))
+        said = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+        told = re.findall(r"(\d+) trajectories of \d+ prompts \((\d+) drawn before", said)
+        drawn = sum(int(count) for pair in told for count in pair)
+        assert drawn == sum(1 + row.duplicates for row in online), "each append counts once"
+        lines = place.metrics()
+        assert sorted(lines) == list(range(1, STEPS + 1))
+        assert all(len(line) == 1 for line in lines.values()), "no step was taken twice"
+        assert 2 <= said.count("trying again for up to 300 s") <= 8
+        assert "Traceback" not in said
+
+
+def contents(store: TrajectoryStore) -> dict[int, Any]:
+    return {
+        row.id: (row.prompt_id, row.token_ids, row.reward, row.origin)
+        for row in store.trajectories()
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
