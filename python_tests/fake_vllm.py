@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 END = 256
@@ -173,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             card = {"id": "policy", "owned_by": "vllm", "max_model_len": engine.room}
             self._send(200, {"data": [card] if engine.room < 100_000 else []})
+        elif self.path == "/health":
+            self._send(200, b"")
         elif self.path == "/v1/log":
             self._send(200, {"log": _log, "most_busy": _most_busy, "held": engine.held})
         else:
@@ -251,8 +255,23 @@ def _too_long(room: int, size: int, body: dict[str, Any]) -> str:
     )
 
 
+def _served(arguments: list[str]) -> int:
+    """The port of `vllm serve FOLDER --OPTION VALUE ...`, whose settings it takes."""
+    options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+    config = json.loads((Path(arguments[1]) / "config.json").read_text())
+    size = config["hidden_size"] // config["num_attention_heads"]
+    assert size % 32 == 0, f"head size {size} is not supported by the attention of a CPU"
+    assert options["--host"] == "127.0.0.1", "its development routes ask for no key"
+    assert options["--served-model-name"] == "policy"
+    assert options["--logprobs-mode"] == "processed_logprobs"
+    engine.dev = os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
+    engine.room = config["max_position_embeddings"]
+    return int(options["--port"])
+
+
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    port = _served(sys.argv[1:]) if sys.argv[1:] else 0
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)
     try:
