@@ -1,6 +1,5 @@
 """Shared fixtures: the devices under test, tolerances, seeded inputs."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,8 @@ def postgres() -> Iterator[str]:
     why_not = postgres_server.missing()
     if why_not is not None:
         pytest.skip(why_not)
-    # Not below pytest's folders: only their owner may enter those, which as root the server is not.
-    with tempfile.TemporaryDirectory() as folder, postgres_server.server(Path(folder)) as url:
-        yield url
+    with postgres_server.server() as server:
+        yield server.url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -143,7 +143,7 @@ def test_the_next_batch_is_generated_while_one_is_judged(store: TrajectoryStore)
 
     def reward(prompts: Any, completions: Any, ids: Any) -> list[Judgement | None]:
         assert threading.current_thread() is threading.main_thread()
-        waits.append(generating.acquire(timeout=5))  # of the batch after this one
+        waits.append(generating.acquire(timeout=60))  # of the batch after this one
         return odd_ones(prompts, completions, ids)
 
     generating.release()  # for the last batch, which has none after it

@@ -50,7 +50,7 @@ def measure(folder: Path, run: str, **options: Any) -> dict[str, Any]:
     changes = {"max_steps": 1, "output_dir": str(folder / run), "run": run, **SQUARED, **options}
     out = folder / f"{run}.json"
     process = start(trainer_memory.measure, settings(folder, **changes, out=str(out)))
-    process.join(200)
+    process.join(600)
     code = process.exitcode
     process.kill()
     assert code == 0

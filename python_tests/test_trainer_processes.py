@@ -63,7 +63,7 @@ def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
             }
         started.append(spawn(settings(folder, out=str(out), **options), environment))
     for process in started:
-        process.join(180)
+        process.join(600)
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()

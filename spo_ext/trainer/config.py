@@ -36,6 +36,9 @@ class SPOConfig(TrainingArguments):
     """
 
     store: str | None = _field(None, "trajectory store: a file, or postgresql://user@host/database")
+    store_retry_seconds: float = _field(
+        300.0, "how long a database that went away, as in a restart, is asked again"
+    )
     run: str | None = _field(None, "name of this run in the store (default: that of output_dir)")
     objective: str = _field("group", "loss: squared, cross_entropy, group or advantage")
     beta: float = _field(0.1, "softness, reward per nat of log-ratio to the reference")
@@ -153,6 +156,7 @@ class SPOConfig(TrainingArguments):
         number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)
         for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
             check_integer(owner, name, getattr(self, name), 1)
+        number(owner, "store_retry_seconds", self.store_retry_seconds, at_least=0.0)
         number(owner, "replay_ratio", self.replay_ratio, at_least=1.0, at_most=self.sync_every)
         if self.replay_ratio > 1 and self.rollouts != "embedded":
             expected = f"1 for rollouts {self.rollouts!r}, which others write"

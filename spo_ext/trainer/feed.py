@@ -54,6 +54,7 @@ class Feed:
     Args:
         produce: makes more trajectories of a policy version when the store has too few, and says
             whether it could; None if another process does that.
+        waiting: called now and then by the main process while it waits for such a process.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class Feed:
         values: PromptValues | None,
         layout: Layout,
         produce: Callable[[int], bool] | None,
+        waiting: Callable[[], object] = lambda: None,
     ) -> None:
         self._config, self._store, self._reference = config, store, reference
         self._values, self._layout, self._produce = values, layout, produce
+        self._waiting = waiting
         self._sampler: Sampler | None = None
 
     def start(self, step: int, resume: bool) -> None:
@@ -138,8 +141,11 @@ class Feed:
                         f"; waited {seconds:g} s for spo rollout to add some" if seconds else ""
                     )
                     raise SampleShortfall(f"{shortfall}{waited}", shortfall.pools) from None
-                if not waiting and self._config.process_index == 0:
-                    logger.warning("waiting up to %g s for trajectories: %s", seconds, shortfall)
+                if self._config.process_index == 0:
+                    if not waiting:
+                        words = "waiting up to %g s for trajectories: %s"
+                        logger.warning(words, seconds, shortfall)
+                    self._waiting()
                 waiting = True
             time.sleep(_POLL_SECONDS)
 

@@ -25,7 +25,7 @@ from spo_ext.trainer.model import (
 )
 from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish_server import publishers
+from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
@@ -43,7 +43,7 @@ class Parts:
         config, model = trainer.args, trainer.model
         assert model is not None
         self._config, self._trainer = config, trainer
-        self.store = TrajectoryStore(str(config.store))
+        self.store = TrajectoryStore(str(config.store), retry_s=config.store_retry_seconds)
         settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
         scorer = reference_model(config, model, ref_model)
         answer_logprobs(model, settings)
@@ -65,8 +65,12 @@ class Parts:
         values = self._prompt_values() if config.needs_q0 else None
         if config.eval_strategy != "no":
             self._eval_prompts()  # now, not after the first steps
-        self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
-        self._publishers = publishers(config.publish_url, config.publish_to, config.publish_keep)
+        self._publisher = make_publisher(
+            config.publish_url, config.publish_to, config.publish_keep, str(config.run)
+        )
+        self._feed = Feed(
+            config, self.store, self.reference, values, self.layout, produce, self._waiting
+        )
 
     def start(self, step: int, resume: bool) -> None:
         """Before training from this step on; see `Feed.start`."""
@@ -92,23 +96,22 @@ class Parts:
 
     def finish(self) -> None:
         """Tells those who follow the published policies that there will be no more."""
-        if self._trainer.accelerator.is_main_process:
-            for publisher in self._publishers:
-                publisher.finish()
+        if self._publisher is not None and self._trainer.accelerator.is_main_process:
+            self._publisher.finish()
+
+    def _waiting(self) -> None:
+        """While the main process waits for trajectories of others."""
+        if isinstance(self._publisher, ServerPublisher):
+            self._publisher.restore()
 
     def _publish(self, model: nn.Module, version: int) -> None:
-        if not self._publishers:
+        if self._publisher is None:
             return
         accelerator = self._trainer.accelerator
         weights = accelerator.get_state_dict(model) if self._sharded else None
         if accelerator.is_main_process:
-            for publisher in self._publishers:
-                publisher.publish(
-                    accelerator.unwrap_model(model),
-                    self._trainer.processing_class,
-                    version,
-                    weights,
-                )
+            unwrapped = accelerator.unwrap_model(model)
+            self._publisher.publish(unwrapped, self._trainer.processing_class, version, weights)
         accelerator.wait_for_everyone()
 
     def evaluate(self) -> dict[str, float]:
