@@ -93,7 +93,8 @@ class SPOConfig(TrainingArguments):
     reference: str = _field(
         "auto",
         "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
-        "without its adapters, trained before or not), cached, or auto: adapter if there is one",
+        "without its adapters, trained before or not), cached, or auto: the policy as it starts, "
+        "which is adapter where its adapters add nothing yet, and else model",
     )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"

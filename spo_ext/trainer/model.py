@@ -115,7 +115,8 @@ def _check_logits(model: nn.Module, temperature: float) -> None:
     with evaluating(model):
         output: Any = model(input_ids=ids[None], use_cache=False)
         ours = _probe(model, [ids])
-    logits = output.logits[0, :-1].float() / temperature
+    # Virtual tokens of prompt learning come first.
+    logits = output.logits[0, -len(ids) : -1].float() / temperature
     theirs = logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
     error = float((ours - theirs).abs().max())
     if not error < _tolerance(model):

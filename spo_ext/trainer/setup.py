@@ -45,7 +45,7 @@ class Parts:
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store))
         settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
-        scorer = reference_model(config, model, ref_model)
+        scorer = reference_model(config, model, ref_model, share=not self._sharded)
         answer_logprobs(model, settings)
         keep_logprobs(trainer.accelerator)
         if scorer is not None and scorer is not model:
