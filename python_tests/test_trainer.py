@@ -192,6 +192,18 @@ def test_online_policy_learns_what_is_rewarded(folder: Path) -> None:
     assert {"kl", "entropy", "spo/residual", "spo/calibration", "store/age_versions"} <= set(line)
 
 
+def test_a_reward_function_of_trls_form(folder: Path) -> None:
+    def reward(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        assert sorted(columns) == ["answer", "prompts", "tests"]
+        return [len(ids) / 8 for ids in completion_ids]
+
+    config = SPOConfig(**settings(folder, max_steps=1))
+    SPOTrainer(make_model(), config, make_tokenizer(), reward=reward).train()
+    with TrajectoryStore(folder / "store.db") as store:
+        rows = list(store.trajectories(run="run"))
+    assert rows and all(row.reward == len(row.token_ids) / 8 for row in rows)
+
+
 def test_half_online_takes_half_from_each(folder: Path) -> None:
     result = train(settings(folder, mixture="half-online", sync_every=2, max_steps=4))
     assert {line["store/offline_share"] for line in result["log"]} == {0.5}

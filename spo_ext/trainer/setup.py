@@ -12,7 +12,7 @@ from torch import nn
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import judged_by, load_reward
+from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 class Parts:
     """The store and what stands between it and the steps of one run."""
 
-    def __init__(
-        self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Reward | None
-    ) -> None:
+    def __init__(self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Any) -> None:
         config, model = trainer.args, trainer.model
         assert model is not None
         self._config, self._trainer = config, trainer
@@ -59,7 +57,7 @@ class Parts:
             trainer.processing_class,
             batch_size=config.rollout_batch_size * config.samples_per_prompt,
         )
-        self._reward = reward
+        self._reward = None if reward is None else as_reward(reward)
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None

@@ -47,7 +47,9 @@ class SPOTrainer(Trainer):
         args: see `SPOConfig`.
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
         ref_model: the reference; by default the model as it is now.
-        reward: judges embedded rollouts and evaluations; by default `load_reward(args.reward)`.
+        reward: judges embedded rollouts and evaluations: a function of TRL's form,
+            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, or a name; by default
+            args.reward.
         **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
             come from the store.
 
