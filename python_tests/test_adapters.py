@@ -7,7 +7,7 @@ import torch
 from test_huggingface import family, tokens
 
 import spo_ext
-from spo_ext.integrations.heads import head_product
+from spo_ext.integrations.adapters import head_product
 from spo_ext.integrations.huggingface import add_token_logprobs
 
 peft = pytest.importorskip("peft")

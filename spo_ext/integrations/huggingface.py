@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from spo_ext.head import HeadOptions, token_logprobs
-from spo_ext.integrations.heads import check_head, head_product
+from spo_ext.integrations.adapters import check_head, head_product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def add_token_logprobs(
     a mixture of experts, a number, not yet times its coefficient, over the tokens of the batch as
     the model itself computes it; what the config says of output_router_logits plays no part.
 
-    Adapters of PEFT may be anywhere, on the LM head too (`spo_ext.integrations.heads` says what
+    Adapters of PEFT may be anywhere, on the LM head too (`spo_ext.integrations.adapters` says what
     that costs). Virtual tokens of prompt learning come before those of input_ids and have no
     log-probabilities; they need this function to be called on PEFT's model, and go into a row once,
     so they do not fit sequences that are packed.
@@ -56,7 +56,7 @@ def add_token_logprobs(
         max_dropped_mass, workspace_mib: see `spo_ext.token_logprobs`.
 
     Raises:
-        TypeError: if the LM head is nothing that `spo_ext.integrations.heads` can serve.
+        TypeError: if the LM head is nothing that `spo_ext.integrations.adapters` can serve.
         ValueError: for a temperature that is not > 0. From the call: for output_router_logits of a
             model that has no such loss.
     """
