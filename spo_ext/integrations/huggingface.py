@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from spo_ext.head import HeadOptions, token_logprobs
+from spo_ext.integrations.heads import head_input, read_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,13 +55,15 @@ def add_token_logprobs(
     inside = getattr(model, "get_base_model", None)  # of a PEFT model
     model = model if inside is None else inside()
     _linear_head(model)
-    options = _head_scales(model.config.get_text_config())
+    scales = _head_scales(model.config.get_text_config())
+    options = scales.copy()
     options["temperature"] = temperature
     options["max_dropped_mass"] = max_dropped_mass
     options["workspace_mib"] = workspace_mib
     # Unbound, so that a deep copy of the model calls itself and not the model it was copied from.
     method = isinstance(model.forward, types.MethodType)
     original = getattr(model.forward, "__func__", model.forward)
+    reading = None if _is_hollow(model) else read_head(model, model.forward, scales)
 
     # The signature of the class, because `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
@@ -76,17 +79,27 @@ def add_token_logprobs(
             return original(self, *args, **inputs) if method else original(*args, **inputs)
         # Wrappers such as PEFT's pass on arguments that nobody gave.
         given = {name: value for name, value in inputs.items() if value is not None}
-        states = self.base_model(*args, **{**given, "use_cache": False}).last_hidden_state
+        given["use_cache"] = False
+        plain = functools.partial(original, self) if method else original
+        nonlocal reading
+        if reading is None:
+            reading = read_head(self, plain, scales)
+        if reading.of_base:
+            states = self.base_model(*args, **given).last_hidden_state
+        else:
+            states = head_input(self, plain, *args, **given)
         head = _linear_head(self)
         if logprob_index is not None:
             hidden, targets = states.flatten(0, 1)[logprob_index], logprob_targets
         else:
             hidden, targets = states[:, :-1], logprob_targets[:, 1:]
         device = head.weight.device  # with device_map the states may be on another one
-        hidden, targets, weight = hidden.to(device), targets.to(device), _whole(head.weight)
+        hidden, targets = hidden.to(device), targets.to(device)
+        words = slice(reading.vocabulary)
+        weight = _whole(head.weight)[words]
         call: HeadOptions = {
             **options,
-            "bias": None if head.bias is None else _whole(head.bias),
+            "bias": None if head.bias is None else _whole(head.bias)[words],
         }
         if logprob_entropy:
             return token_logprobs(hidden, weight, targets, return_entropy=True, **call)
@@ -103,6 +116,11 @@ def _linear_head(model: Any) -> nn.Linear:
             f"got {type(head).__name__}"
         )
     return head
+
+
+def _is_hollow(model: nn.Module) -> bool:
+    """Whether weights are still to come: on the meta device, or in parts elsewhere (ZeRO-3)."""
+    return any(one.is_meta or one.numel() == 0 for one in model.parameters())
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -122,7 +140,7 @@ def _head_scales(config: Any) -> HeadOptions:
         if getattr(config, "logits_scaling", None) is not None:
             by = float(config.logits_scaling)
             scales["logit_scale"] = by if config.model_type == "hyperclovax" else 1 / by
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is not None:
-        scales["softcap"] = float(softcap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None) is not None:
+            scales["softcap"] = float(getattr(config, name))
     return scales
