@@ -11,6 +11,7 @@ states (DoRA, LoHa, OFT, ..., quantised weights) is asked for its products with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -53,6 +54,21 @@ def check_head(head: Any) -> None:
         _refuse("of another type: LLM.int8 rounds the hidden states as well", head)
     elif not isinstance(head, nn.Linear) and not _is_quantised(head):
         _refuse("a linear layer, adapted by PEFT, quantised or neither", head)
+
+
+def plain_layer(head: Any) -> Any:
+    """The layer itself that PEFT wrapped, or the head."""
+    if _is_wrapper(head, "ModulesToSaveWrapper"):
+        return plain_layer(head.original_module)
+    if _is_wrapper(head, "TrainableTokensWrapper"):
+        return plain_layer(head.token_adapter)
+    return plain_layer(head.base_layer) if _is_tuner(head) else head
+
+
+def head_device(head: Any) -> torch.device:
+    """Where the weight of a head is, or what stands for it."""
+    found: torch.device = next(itertools.chain(head.parameters(), head.buffers())).device
+    return found
 
 
 def head_product(head: Any, hidden: Tensor) -> HeadProduct:

@@ -7,15 +7,14 @@ so taking `model.model` and `model.lm_head` apart is right on one process only.
 from __future__ import annotations
 
 import functools
-import inspect
-import itertools
 import types
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo_ext.head import HeadOptions, token_logprobs
-from spo_ext.integrations.adapters import check_head, head_product
+from spo_ext.integrations.adapters import check_head, head_device, head_product
+from spo_ext.integrations.heads import head_input, read_head, router_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +65,8 @@ def add_token_logprobs(
     inside = getattr(model, "get_base_model", None)  # of a PEFT model
     model = model if inside is None else inside()
     check_head(model.get_output_embeddings())
-    options = _head_scales(model.config.get_text_config())
+    scales = _head_scales(model.config.get_text_config())
+    options = scales.copy()
     options["temperature"] = temperature
     options["max_dropped_mass"] = max_dropped_mass
     options["workspace_mib"] = workspace_mib
@@ -74,6 +74,7 @@ def add_token_logprobs(
     method = isinstance(model.forward, types.MethodType)
     original = getattr(model.forward, "__func__", model.forward)
     virtual_tokens = _virtual_tokens(outside)
+    reading = None if _is_hollow(model) else read_head(model, model.forward, scales)
 
     # The signature of the class, because `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
@@ -92,13 +93,17 @@ def add_token_logprobs(
         # Wrappers such as PEFT's pass on arguments that nobody gave.
         given = {name: value for name, value in inputs.items() if value is not None}
         given["use_cache"] = False
-        router = given.pop("output_router_logits", False)
+        nonlocal reading
+        if reading is None:
+            reading = read_head(self, call, scales)
         more: tuple[Tensor, ...] = ()
-        if router:
-            states, aux_loss = _with_router_loss(self, call, *args, **given)
-            more = (aux_loss,)
-        else:
+        if given.pop("output_router_logits", False):
+            states, loss = router_loss(self, call, *args, **given)
+            more = (loss,)
+        elif reading.of_base:
             states = self.base_model(*args, **given).last_hidden_state
+        else:
+            states = head_input(self, call, *args, **given)
         if logprob_index is not None:
             before = virtual_tokens if "inputs_embeds" in given else 0
             hidden = states[:, before:].flatten(0, 1)[logprob_index]
@@ -106,11 +111,11 @@ def add_token_logprobs(
         else:
             hidden, targets = states[:, -logprob_targets.shape[1] : -1], logprob_targets[:, 1:]
         head: Any = self.get_output_embeddings()  # type: ignore[no-untyped-call]
-        # With device_map the states may be on another device.
-        hidden = hidden.to(next(itertools.chain(head.parameters(), head.buffers())).device)
+        hidden = hidden.to(head_device(head))  # with device_map the states may be on another one
         hidden, weight, bias = head_product(head, hidden)
-        targets = targets.to(hidden.device)
-        scored: HeadOptions = {**options, "bias": bias}
+        targets, words = targets.to(hidden.device), slice(reading.vocabulary)
+        weight = weight[words]
+        scored: HeadOptions = {**options, "bias": None if bias is None else bias[words]}
         results: tuple[Tensor, ...]
         if logprob_entropy:
             results = token_logprobs(hidden, weight, targets, return_entropy=True, **scored)
@@ -132,28 +137,9 @@ def _virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
 
 
-def _with_router_loss(model: Any, call: Any, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Last hidden states and the load-balancing loss, by the model's own forward pass, which makes
-    logits of one position a row."""
-    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
-        found = None
-    else:
-        kept: dict[str, Any] = {}
-        hook = model.base_model.register_forward_hook(
-            lambda module, inputs, output: kept.update(states=output.last_hidden_state)
-        )
-        try:
-            output = call(*args, **inputs, logits_to_keep=1, output_router_logits=True)
-        finally:
-            hook.remove()
-        found = getattr(output, "aux_loss", None)
-    if found is None:
-        raise ValueError(
-            "add_token_logprobs: output_router_logits must be left out for a model without a "
-            f"load-balancing loss, got {type(model).__name__}"
-        )
-    states: Tensor = kept["states"]
-    return states, found
+def _is_hollow(model: nn.Module) -> bool:
+    """Whether weights are still to come: on the meta device, or in parts elsewhere (ZeRO-3)."""
+    return any(one.is_meta or one.numel() == 0 for one in model.parameters())
 
 
 def _head_scales(config: Any) -> HeadOptions:
@@ -167,7 +153,7 @@ def _head_scales(config: Any) -> HeadOptions:
         if getattr(config, "logits_scaling", None) is not None:
             by = float(config.logits_scaling)
             scales["logit_scale"] = by if config.model_type == "hyperclovax" else 1 / by
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is not None:
-        scales["softcap"] = float(softcap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None) is not None:
+            scales["softcap"] = float(getattr(config, name))
     return scales

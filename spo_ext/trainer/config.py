@@ -112,6 +112,11 @@ class SPOConfig(TrainingArguments):
     publish_url: str | None = _field(None, "vLLM server that takes up each published policy")
 
     packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
+    disable_dropout: bool = _field(
+        True,
+        "train without dropout, also that of LoRA: the reference has none, so it would count as "
+        "learned",
+    )
     max_dropped_mass: float = _field(
         0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
     )

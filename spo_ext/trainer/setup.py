@@ -23,7 +23,7 @@ from spo_ext.trainer.model import (
     answer_logprobs,
     choose_layout,
 )
-from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
+from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish_server import publishers
 from spo_ext.trainer.reference import Reference, reference_model
@@ -42,7 +42,13 @@ class Parts:
         assert model is not None
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store))
-        settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
+        settings = HeadSettings(
+            config.temperature,
+            config.max_dropped_mass,
+            config.workspace_mib,
+            config.disable_dropout,
+        )
+        self._precision = precision_of(trainer.accelerator)
         scorer = reference_model(config, model, ref_model, share=not self._sharded)
         answer_logprobs(model, settings)
         keep_logprobs(trainer.accelerator)
@@ -50,8 +56,9 @@ class Parts:
             answer_logprobs(scorer, settings)
             scorer.to(config.device)
             round_like_sharded(scorer, trainer.accelerator)
-        self.layout = choose_layout(config.packing, model)
-        self.reference = self._reference(scorer)
+        with autocast(model, self._precision):
+            self.layout = choose_layout(config.packing, model, training=config.disable_dropout)
+        self.reference = self._reference(scorer, given=ref_model is not None)
         self._generator = ModelGenerator(
             model,
             trainer.processing_class,
@@ -159,9 +166,12 @@ class Parts:
         words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return words
 
-    def _reference(self, model: nn.Module | None) -> Reference:
+    def _reference(self, model: nn.Module | None, given: bool) -> Reference:
         config, trainer = self._config, self._trainer
-        how: Any = {"layout": self.layout, "precision": precision_of(trainer.accelerator)}
+        how: Any = {"layout": self.layout, "precision": self._precision}
+        if model is not None and given:  # a copy of the policy is called as the policy is
+            with autocast(model, self._precision):
+                how["layout"] = choose_layout(config.packing, model)
         if model is None:
             return Reference.cached(self.store, config.reference_fingerprint, **how)
         base_only = model is trainer.model
