@@ -16,6 +16,7 @@ from spo_ext.data.tests import call_tests, stdin_tests
 from spo_ext.rollout import Judgement, load_reward
 from spo_ext.rollout.answers import AnswerReward, _Verifier, final_answer, plainly_equal
 from spo_ext.rollout.programs import TestsReward, program_of
+from spo_ext.rollout.rewards import as_reward
 from spo_ext.sandbox import SandboxError, Submission, Verdict
 from spo_ext.store import Prompt
 
@@ -263,6 +264,45 @@ def test_functions_of_trls_form(functions: Path) -> None:
         [None, None, None],
         ["2", "2", None],
     )
+
+
+def by_keyword(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def of_columns(completion_ids, answer):
+    return [ids[0] + float(answer) for ids, answer in zip(completion_ids, answer, strict=True)]
+
+
+def by_position(_prompts, texts, ids):
+    return [Judgement(len(text) + row[0]) for text, row in zip(texts, ids, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("given", "reward"), [(by_keyword, 3.0), (of_columns, 5.0), (by_position, 4.0), ("answer", 0.0)]
+)
+def test_what_a_trainer_is_given_as_reward(given: Any, reward: float) -> None:
+    prompt = Prompt("2 + 2 =", answer="4")
+    [found] = as_reward(given)([prompt], ["abc"], [[1]])
+    assert found is not None and found.reward == reward
+
+
+def other_column(completions, solution):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ([by_keyword], "SPOTrainer: reward must be a name, a function of TRL's form"),
+        (lambda text: 1.0, "reward must be a name, .* got <function"),
+        (3.0, "reward must be a name, .* got 3.0"),
+        (other_column, "reward other_column: its arguments must be among"),
+    ],
+)
+def test_what_is_no_reward_is_refused(given: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        as_reward(given)
 
 
 def test_an_async_function_runs_where_a_loop_runs_already(functions: Path) -> None:

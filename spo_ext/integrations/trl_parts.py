@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from typing import Any, Literal, get_args
 
@@ -10,6 +12,8 @@ from torch import Tensor
 
 import spo_ext
 from spo_ext.stats import LossStats
+
+logger = logging.getLogger(__name__)
 
 Objective = Literal["squared", "cross_entropy"]
 PromptValue = Literal["leave_one_out", "group", "importance", "column"]
@@ -28,17 +32,25 @@ MODEL_INPUTS = (
     "image_position_ids",
 )
 
-# Attributes of GRPOTrainer with the only value under which the SPO loss does what they say.
-_SETTINGS: dict[str, tuple[object, str]] = {
-    "top_entropy_quantile": (1.0, "top_entropy_quantile=1.0"),
-    "off_policy_mask_threshold": (None, "off_policy_mask_threshold=None"),
-    "_entropy_bonus_enabled": (False, "entropy_coef=0.0 and use_adaptive_entropy=False"),
-    "aux_loss_enabled": (False, "router_aux_loss_coef=0.0"),
-    "multi_objective_aggregation": (
-        "sum_then_normalize",
-        "multi_objective_aggregation='sum_then_normalize'",
-    ),
-}
+# Settings of GRPOConfig that say how advantages and probability ratios are used: SPO has neither.
+_NO_EFFECT = (
+    "delta",
+    "epsilon",
+    "epsilon_high",
+    "importance_sampling_level",
+    "loss_type",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "scale_rewards",
+    "use_bias_correction_kl",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_mode",
+)
 
 
 def check_choices(objective: str, prompt_value: str) -> None:
@@ -56,20 +68,39 @@ def check_choices(objective: str, prompt_value: str) -> None:
         )
 
 
-def check_settings(trainer: Any) -> None:
-    """Refuses what the SPO loss would ignore. Raises ValueError."""
+def check_settings(trainer: Any, prompt_value: str) -> None:
+    """Raises ValueError for what does not fit the loss; warns of what has no effect on it."""
     if not trainer.beta > 0:
         raise ValueError(
             "SPOMixin: beta of GRPOConfig must be > 0: it is the softness, and without it TRL has "
             f"no reference log-probabilities; got {trainer.beta}"
         )
-    for name, (value, words) in _SETTINGS.items():
-        got = getattr(trainer, name, value)
-        if got != value:
-            raise ValueError(
-                f"SPOMixin: GRPOConfig must have {words}, which the SPO loss has no place for; "
-                f"got {got}"
-            )
+    if trainer.multi_objective_aggregation != "sum_then_normalize" and (
+        prompt_value not in ("leave_one_out", "group")
+    ):
+        raise ValueError(
+            "SPOMixin: multi_objective_aggregation must be 'sum_then_normalize' for prompt_value "
+            f"{prompt_value!r}, a value in reward units; got "
+            f"{trainer.multi_objective_aggregation!r}"
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer.args)}
+    given = [
+        f"{name}={getattr(trainer.args, name)!r}"
+        for name in _NO_EFFECT
+        if getattr(trainer.args, name) != defaults[name]
+    ]
+    if given:
+        logger.warning("SPOMixin: no effect on the SPO loss: %s", ", ".join(given))
+
+
+def normalized(rewards: Tensor, group_size: int) -> Tensor:
+    """Rewards [N, K] of K functions, each less its mean over a prompt's completions and divided by
+    their standard deviation (+ 1e-4); nan counts for nothing and stays."""
+    groups = rewards.view(-1, group_size, rewards.shape[1])
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    count = (~centred.isnan()).sum(dim=1, keepdim=True)
+    variance = centred.square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return (centred / (variance.sqrt() + 1e-4)).view_as(rewards)
 
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:

@@ -96,7 +96,8 @@ class SPOConfig(TrainingArguments):
     reference: str = _field(
         "auto",
         "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
-        "without its adapters, trained before or not), cached, or auto: adapter if there is one",
+        "without its adapters, trained before or not), cached, or auto: the policy as it starts, "
+        "which is adapter where its adapters add nothing yet, and else model",
     )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"
@@ -114,6 +115,11 @@ class SPOConfig(TrainingArguments):
     publish_url: str | None = _field(None, "vLLM server that takes up each published policy")
 
     packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
+    disable_dropout: bool = _field(
+        True,
+        "train without dropout, also that of LoRA: the reference has none, so it would count as "
+        "learned",
+    )
     max_dropped_mass: float = _field(
         0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
     )

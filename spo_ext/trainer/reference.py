@@ -16,7 +16,12 @@ from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerpri
 from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, Tokens, collate
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.model import adapters_off, completion_logprobs, has_adapters
+from spo_ext.trainer.model import (
+    adapters_off,
+    base_model,
+    completion_logprobs,
+    has_adapters,
+)
 from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
 
 Prompts = Mapping[int, Sequence[int]]
@@ -150,9 +155,13 @@ class Reference:
 
 
 def reference_model(
-    config: SPOConfig, model: nn.Module, given: nn.Module | None
+    config: SPOConfig, model: nn.Module, given: nn.Module | None, *, share: bool
 ) -> nn.Module | None:
-    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
+    """The model that scores, which may be the policy itself; None if nothing is to be loaded.
+
+    share: a frozen copy of a policy with adapters has the policy's own frozen parameters, not
+        copies of them: false where the policy is to be sharded, which would take them apart.
+    """
     kind = config.reference
     if given is not None and kind not in ("auto", "model"):
         refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
@@ -162,9 +171,32 @@ def reference_model(
         refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
     if given is not None:
         return given.requires_grad_(False).eval()
-    if kind != "model" and has_adapters(model):
+    if kind == "adapter" or (kind == "auto" and has_adapters(model) and _adds_nothing(model)):
         return model
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    shared = {id(parameter): parameter for parameter in frozen} if share else {}
+    try:
+        found = copy.deepcopy(model, shared if has_adapters(model) else {})
+    except RuntimeError as error:  # tied adapters are results of operations, not parameters
+        raise ValueError(
+            "SPO: reference must be adapter, model with a ref_model, or cached for this policy, "
+            f"which starts from a trained adapter and cannot be copied ({error}); got {kind!r}"
+        ) from error
+    return found.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _adds_nothing(model: nn.Module) -> bool:
+    """Whether the model says, to the last bit, what it would say without its adapters.
+
+    So it is with LoRA that was not trained yet. What is only nearly so counts as trained.
+    """
+    table = base_model(model).get_input_embeddings().weight
+    ids = (torch.arange(1, 9, device=table.device) * 7919 % len(table))[None]
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        with adapters_off(model):
+            return torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
 
 
 @torch.no_grad()

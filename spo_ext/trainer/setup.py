@@ -12,7 +12,7 @@ from torch import nn
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import judged_by, load_reward
+from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -23,7 +23,7 @@ from spo_ext.trainer.model import (
     answer_logprobs,
     choose_layout,
 )
-from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
+from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
@@ -37,29 +37,34 @@ if TYPE_CHECKING:
 class Parts:
     """The store and what stands between it and the steps of one run."""
 
-    def __init__(
-        self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Reward | None
-    ) -> None:
+    def __init__(self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Any) -> None:
         config, model = trainer.args, trainer.model
         assert model is not None
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store), retry_s=config.store_retry_seconds)
-        settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
-        scorer = reference_model(config, model, ref_model)
+        settings = HeadSettings(
+            config.temperature,
+            config.max_dropped_mass,
+            config.workspace_mib,
+            config.disable_dropout,
+        )
+        self._precision = precision_of(trainer.accelerator)
+        scorer = reference_model(config, model, ref_model, share=not self._sharded)
         answer_logprobs(model, settings)
         keep_logprobs(trainer.accelerator)
         if scorer is not None and scorer is not model:
             answer_logprobs(scorer, settings)
             scorer.to(config.device)
             round_like_sharded(scorer, trainer.accelerator)
-        self.layout = choose_layout(config.packing, model)
-        self.reference = self._reference(scorer)
+        with autocast(model, self._precision):
+            self.layout = choose_layout(config.packing, model, training=config.disable_dropout)
+        self.reference = self._reference(scorer, given=ref_model is not None)
         self._generator = ModelGenerator(
             model,
             trainer.processing_class,
             batch_size=config.rollout_batch_size * config.samples_per_prompt,
         )
-        self._reward = reward
+        self._reward = None if reward is None else as_reward(reward)
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None
@@ -164,9 +169,12 @@ class Parts:
         words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return words
 
-    def _reference(self, model: nn.Module | None) -> Reference:
+    def _reference(self, model: nn.Module | None, given: bool) -> Reference:
         config, trainer = self._config, self._trainer
-        how: Any = {"layout": self.layout, "precision": precision_of(trainer.accelerator)}
+        how: Any = {"layout": self.layout, "precision": self._precision}
+        if model is not None and given:  # a copy of the policy is called as the policy is
+            with autocast(model, self._precision):
+                how["layout"] = choose_layout(config.packing, model)
         if model is None:
             return Reference.cached(self.store, config.reference_fingerprint, **how)
         base_only = model is trainer.model

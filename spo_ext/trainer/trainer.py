@@ -46,8 +46,10 @@ class SPOTrainer(Trainer):
             `forward` learns to answer log-probabilities (`spo_ext.trainer.model`).
         args: see `SPOConfig`.
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
-        ref_model: the reference; by default the model as it is now, or with its adapters off.
-        reward: judges embedded rollouts and evaluations; by default `load_reward(args.reward)`.
+        ref_model: the reference; by default the model as it is now.
+        reward: judges embedded rollouts and evaluations: a function of TRL's form,
+            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, or a name; by default
+            args.reward.
         **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
             come from the store.
 
@@ -88,9 +90,10 @@ class SPOTrainer(Trainer):
         self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
         self._parts = Parts(self, ref_model, reward)
-        head = base_model(model).get_output_embeddings().weight
+        head = base_model(model).get_output_embeddings()
+        trains = any(parameter.requires_grad for parameter in head.parameters())
         # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
-        self._log_entropy = head.requires_grad if args.log_entropy is None else args.log_entropy
+        self._log_entropy = trains if args.log_entropy is None else args.log_entropy
         self.add_callback(RunLog(args))
 
     def train(
