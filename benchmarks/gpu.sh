@@ -23,15 +23,17 @@ export PYTHONPATH=$site PYTHONUNBUFFERED=1
 
 # Into a folder of its own: where python3 is itself a virtual environment, one made from it would not
 # see its packages. One wheel at a time, so that one for another Python does not stop the rest.
-for wheel in "$root"/.wheels/*.whl; do
-  case $call-${wheel##*/} in
-    *'*'.whl) continue ;;
-    a-spo_ext* | b-*)
-      timeout -s KILL 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
-        --no-cache-dir --upgrade --disable-pip-version-check --target "$site" "$wheel" ||
-        echo "not installed: ${wheel##*/}" ;;
-  esac
-done
+install() { # beginning of the names of wheels
+  local wheel
+  for wheel in "$root"/.wheels/"$1"*.whl; do
+    [ -f "$wheel" ] || continue
+    timeout -s KILL 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+      --no-cache-dir --upgrade --disable-pip-version-check --target "$site" "$wheel" ||
+      echo "not installed: ${wheel##*/}"
+  done
+}
+
+[ "$call" = a ] && install spo_ext || install ""
 # Away from the source tree, whose spo_ext/ has no compiled module.
 tar -C "$root" --exclude=results --exclude=__pycache__ -c python_tests benchmarks tools pyproject.toml |
   tar -C "$SPO_WORK" -x
@@ -39,6 +41,7 @@ cd "$SPO_WORK" || exit 1
 timeout -s KILL 40 "$python" -c "import spo_ext; print(spo_ext.build_info())"
 case $? in 0 | 137) ;; *)
   echo "no wheel of spo_ext that loads here: building it"
+  install nvidia_cutlass
   timeout -s KILL 400 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
     --upgrade --target "$site" "$root"
   SECONDS=0 ;;

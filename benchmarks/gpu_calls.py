@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +84,9 @@ class Call:
 
 def used(check: Row) -> float:
     """Return the share of its limit that an error takes; no number (a NaN) is above every limit."""
-    return math.inf if check["error"] is None else check["error"] / check["limit"]
+    error, limit = check.get("error"), check.get("limit")
+    numbers = isinstance(error, float | int) and isinstance(limit, float | int)
+    return error / limit if numbers and limit else math.inf
 
 
 def worst(row: Row) -> Row | None:
@@ -93,21 +95,29 @@ def worst(row: Row) -> Row | None:
 
 def summary(row: Row) -> str:
     parts = [f"{row['item']:32s} {row['status']:8s} {row.get('seconds', 0):6.1f} s"]
-    if found := worst(row):
-        error = math.nan if found["error"] is None else found["error"]
-        parts.append(f"{found['check']}: {error:.1e} of {found['limit']:.1e}")
+    if check := worst(row):
+        parts.append(f"{check['check']}: {used(check):.2g} of its limit")
     parts += [f"{key} {row[key]:.4g}" for key in ("ms", "over_gemm", "gemm_tflops") if key in row]
     parts += [row["error"][:160]] if row.get("error") else []
     return "  ".join(parts)
 
 
+def parsed(lines: Iterable[str]) -> Iterator[Row]:
+    """Yield the lines that are JSON: that at which a process was killed may be half a one."""
+    for line in lines:
+        try:
+            fact = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(fact, dict):
+            yield fact
+
+
 def merged(lines: Iterable[str]) -> Row:
     """Gather what an item printed as lines of JSON: its checks in a list, the rest as it is."""
     row: Row = {"checks": []}
-    for line in lines:
-        if line.startswith("{"):
-            fact = json.loads(line)
-            row["checks"].append(fact) if "check" in fact else row.update(fact)
+    for fact in parsed(lines):
+        row["checks"].append(fact) if "check" in fact else row.update(fact)
     return row
 
 
@@ -116,7 +126,7 @@ def status_of(code: int, row: Row, over_time: bool) -> str:
         return "hung"
     if code < 0 or code > 128:
         return "crashed"
-    if any(not used(check) <= 1 for check in row.get("checks", [])):
+    if any(used(check) > 1 for check in row.get("checks", [])):
         return "wrong"
     return "ok" if code == 0 else "failed"
 
@@ -152,12 +162,8 @@ def run(call: Call, item: Item) -> None:
         return
     began = time.monotonic()
     code, over_time, out, err = execute(item, seconds)
-    try:
-        row = merged(out.splitlines())
-        status = status_of(code, row, over_time)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        row, status = {}, "failed"
-        err += f"\nprinted what is no finding: {error!r}"
+    row = merged(out.splitlines())
+    status = status_of(code, row, over_time)
     if status == "ok" and item.must_check and not row["checks"]:
         status, err = "failed", err + "\nnothing was checked"
     if status != "ok":
@@ -216,25 +222,23 @@ def run_test_file(call: Call, path: Path, limit_s: float) -> None:
     `gpu_pytest` writes a line when a test begins and when it ends."""
     log = Path(os.environ["SPO_WORK"]) / f"{path.stem}.tests"
     log.touch()
-    began, tail, lines, code = time.monotonic(), "", [], 0
+    rows: dict[str, Row] = {}
+    began, tail, code = time.monotonic(), "", 0
     options = ["-m", "cuda", "-p", "gpu_pytest", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
     options += ["--capture=sys", "--tb=short", "-q", str(path)]
     environment = {"SPO_TEST_LOG": str(log), "PYTHONPATH": f"{HERE}:{os.environ['PYTHONPATH']}"}
     item = Item(path.stem, python("-m", "pytest", *options), limit_s, environment)
-    finished = False
-    while not finished and call.left() > 3:
-        before = len(lines)
-        code, _, out, err = execute(item, min(limit_s, call.left()))
+    while "all" not in rows and (left := min(began + limit_s - time.monotonic(), call.left())) > 3:
+        before = len(rows)
+        code, _, out, err = execute(item, left)
         tail += out[-20_000:] + err[-20_000:]
-        lines = log.read_text().splitlines()
-        finished = bool(lines) and json.loads(lines[-1])["test"] == "all"
-        if len(lines) == before:
+        rows = {fact["test"]: fact for fact in parsed(log.read_text().splitlines())}  # the last
+        if len(rows) == before:
             break
-    rows = {json.loads(line)["test"]: json.loads(line) for line in lines}  # the last of each
-    rows.pop("all", None)
+    finished = rows.pop("all", None) is not None
     bad = {name: row for name, row in rows.items() if row["outcome"] not in ("passed", "skipped")}
     passed = sum(row["outcome"] == "passed" for row in rows.values())
-    row = {"item": path.stem, "exit": code, "passed": passed, "bad": bad}
+    row: Row = {"item": path.stem, "exit": code, "passed": passed, "bad": bad}
     row["status"] = "wrong" if bad else "ok" if finished and passed else "failed"
     names = ", ".join(name.split("::")[-1] for name in bad)
     if bad:
@@ -267,11 +271,12 @@ def bench_items(work: str) -> list[Item]:
 def gather_benches(call: Call, work: Path) -> None:
     """One file like that of a single run, for report.py."""
     texts = [path.read_text() for path in sorted(work.glob("bench-*.json"))]
-    found = [json.loads(text) for text in texts if text]
+    found = [part for part in parsed(texts) if "benchmarks" in part and "spo" in part]
     if not found:
         return
     whole = found[0] | {"benchmarks": [row for part in found for row in part["benchmarks"]]}
-    whole["spo"]["skipped"] = {k: v for part in found for k, v in part["spo"]["skipped"].items()}
+    skipped = [part["spo"].get("skipped", {}) for part in found]
+    whole["spo"]["skipped"] = {name: why for part in skipped for name, why in part.items()}
     path = call.folder / "gpu_bench.json"
     path.write_text(json.dumps(whole))
     report = python(str(HERE / "report.py"), str(path), "--plots", str(call.folder))
@@ -283,7 +288,7 @@ def call_b(call: Call, jobs: int, only: list[str]) -> None:
     work = Path(os.environ["SPO_WORK"])
     files = [path for path in gpu_test_files() if not only or path.stem in only]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda path: run_test_file(call, path, 150), files))
+        list(pool.map(lambda path: run_test_file(call, path, 100), files))
     # Only our kernels: those of PyTorch would take minutes. Without its cache, an access past the
     # end of a tensor is one past the end of an allocation.
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
@@ -322,7 +327,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=145)
     parser.add_argument("--item-seconds", type=float, default=18, help="limit of an item of call a")
-    parser.add_argument("--jobs", type=int, default=8, help="items at a time that are not timed")
+    parser.add_argument("--jobs", type=int, default=6, help="items at a time that are not timed")
     parser.add_argument("--only", default="", help="names of items, separated by commas")
     given = parser.parse_args()
     call = Call(given.call, given.folder, time.monotonic() + given.seconds)

@@ -31,7 +31,7 @@ STATUS = {
     "exit": "failed",
     "leave": "failed",
     "error": "failed",
-    "garbage": "failed",
+    "garbage": "wrong",
     "lie": "wrong",
     "lie backward": "wrong",
     "nan": "wrong",
