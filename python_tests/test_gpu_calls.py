@@ -136,10 +136,10 @@ def test_no_line_waits_for_the_gpu_past_the_deadline(site):
         "import sys, time\ntime.sleep(99 * sys.orig_argv[-2].endswith('gpu_items.py'))"
     )
     began = time.monotonic()
-    rows = call_a(site, {}, 30, "--item-seconds=3", "--jobs=8", smi="sleep 99")
+    rows = call_a(site, {}, 14, "--item-seconds=1", "--jobs=8", smi="sleep 99")
     assert set(rows) == {"nvidia-smi", "machine", *ITEMS}
-    assert {row["status"] for row in rows.values()} == {"hung", "no time"}
-    assert time.monotonic() - began < 60  # and what else this machine is busy with
+    assert {row["status"] for row in rows.values()} <= {"hung", "no time"}
+    assert time.monotonic() - began < 14 + 40  # for what else this machine is busy with
 
 
 @pytest.mark.skipif("SPO_REHEARSE" not in os.environ, reason="SPO_REHEARSE is not set")
