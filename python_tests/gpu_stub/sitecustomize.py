@@ -36,7 +36,7 @@ def spoiled(function: Any, fault: str) -> Any:
             first = first * 1.01
         if fault == "nan":
             first = first * float("nan")
-        if fault in ("lie backward", "hang backward"):
+        if fault in ("lie backward", "hang backward") and first.requires_grad:
             first.register_hook(lambda grad: act(fault.removesuffix(" backward")) or grad * 1.01)
         return (first, *out[1:]) if several else first
 
