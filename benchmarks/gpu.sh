@@ -19,7 +19,7 @@ export SPO_WORK=$(mktemp -d)
 trap 'rm -rf "$SPO_WORK"' EXIT
 site=${SPO_SITE:-$SPO_WORK/site}
 mkdir -p "$out" "$site"
-export PYTHONPATH=$site PYTHONUNBUFFERED=1
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 # Into a folder of its own: where python3 is itself a virtual environment, one made from it would not
 # see its packages. One wheel at a time, so that one for another Python does not stop the rest.

@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ SHAPES = {
 }
 # What each kernel's result shows in. The gradient kernel's dz is summed over tokens in grad_bias.
 KERNELS = {"statistics": "", "gradient": "bias", "hidden-grad": "hidden", "weight-grad": "weight"}
-HEADLINE: HeadShape = HEADS["cuda"][0] if ON_GPU else HEADS["cpu"][-1]
+HEADLINE: HeadShape = replace(HEADS["cuda"][0] if ON_GPU else HEADS["cpu"][-1], noise_tokens=0)
 wrong: list[str] = []
 
 
