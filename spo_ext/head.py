@@ -90,14 +90,19 @@ def token_logprobs(
     The [N, V] logits never exist unless they fit in half of the workspace: memory beyond the inputs
     and gradients is `workspace_mib` MiB plus O(N), and with a frozen head one tensor like hidden.
     The logits of 16-bit inputs are float32. A token's result does not depend, to the
-    last bit, on the other tokens, on their order or on the number of threads.
+    last bit, on the other tokens, on their order or on the number of threads. A kernel that runs is
+    not interrupted: Ctrl-C takes effect when it returns.
+
+    Gradients are first derivatives: by backward, torch.func.grad or torch.func.vjp. torch.func.vmap
+    loops over the samples. Second derivatives and forward mode are refused.
 
     Args:
         hidden: [.., d], float32, bfloat16, float16 or float64; any strides.
         weight: [V, d], any of these types (float64 exactly when hidden is).
         targets: [..], int64 or int32, in [0, V) or `ignore_index`, whose rows are skipped.
         bias: [V].
-        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature.
+        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature. These and
+            logit_scale are numbers, or CPU tensors without dimensions that require no grad.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         return_dropped_mass: also return the probability left out of each token's gradient.
         max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass
@@ -112,7 +117,10 @@ def token_logprobs(
             bounds hold beside the rounding of dL/dz to 16 bits, for 16-bit inputs.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
-            5/8 of it cost one product more in the backward pass.
+            5/8 of it cost one product more in the backward pass. Too little for the backward pass
+            is told before the forward pass, on CUDA and under torch.compile in the backward pass.
+            Results do not depend on it, but for the last bits of grad_weight with
+            max_dropped_mass > 0, whose rows are added in portions that fit.
         process_group: weight and bias are this rank's part of the vocabulary, [V_r, d] and [V_r];
             the parts lie in the order of the ranks and may differ in size. Every rank calls with
             the same hidden and targets, and backward with the same gradient; all get the same
