@@ -183,18 +183,19 @@ def saved_instead(monkeypatch, name, **changes):
     shape |= {"vocab_size": example("tiny").tiny_model().config.vocab_size}
     shape |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     config = getattr(transformers, f"{name}Config")(**shape | changes)
+    config.initializer_range = 0.3
 
     def save(folder):
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder)
         return folder
 
     monkeypatch.setattr(example("trl_grpo"), "save_tiny_model", save)
 
 
-def test_a_model_that_ignores_padding_on_the_left_gets_it_on_the_right(tmp_path, monkeypatch):
-    saved_instead(monkeypatch, "Mamba", num_hidden_layers=2)
+def test_a_model_that_counts_padding_on_the_left_gets_it_on_the_right(tmp_path, monkeypatch):
+    saved_instead(monkeypatch, "GPT2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
     trainer, inputs = start(tmp_path)
     ids, mask = (
         torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1)
