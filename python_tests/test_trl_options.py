@@ -156,21 +156,7 @@ def completions(inputs):
 
 
 def test_router_loss_of_a_mixture_of_experts(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    module = example("trl_grpo")
-
-    def save(folder):
-        torch.manual_seed(0)
-        config = transformers.MixtralConfig(
-            vocab_size=example("tiny").tiny_model().config.vocab_size, hidden_size=32,
-            intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
-            num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5,
-            pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        )  # fmt: skip
-        transformers.MixtralForCausalLM(config).save_pretrained(folder)
-        return folder
-
-    monkeypatch.setattr(module, "save_tiny_model", save)
+    saved_instead(monkeypatch, "Mixtral", num_local_experts=4, router_aux_loss_coef=0.5)
     trainer, inputs = start(tmp_path)
     assert (trainer.aux_loss_enabled, trainer.router_aux_loss_coef) == (True, 0.5)
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -187,3 +173,61 @@ def test_router_loss_of_a_mixture_of_experts(tmp_path, monkeypatch):
     own = dict(trainer.model.named_parameters())[name]
     (expected,), (gradient,) = torch.autograd.grad(want, gate), torch.autograd.grad(loss, own)
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def saved_instead(monkeypatch, name, **changes):
+    """The example's model is another one."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    shape |= {"vocab_size": example("tiny").tiny_model().config.vocab_size}
+    shape |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**shape | changes)
+    config.initializer_range = 0.3
+
+    def save(folder):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder)
+        return folder
+
+    monkeypatch.setattr(example("trl_grpo"), "save_tiny_model", save)
+
+
+def test_a_model_that_counts_padding_on_the_left_gets_it_on_the_right(tmp_path, monkeypatch):
+    saved_instead(monkeypatch, "GPT2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    trainer, inputs = start(tmp_path)
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1)
+        for part in ("ids", "mask")
+    )
+    ids = torch.nn.functional.pad(ids, (3, 0))  # beside a longer prompt
+    mask = torch.nn.functional.pad(mask, (3, 0))
+    length = inputs["completion_ids"].shape[1]
+    with torch.no_grad():
+        got, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, length, compute_entropy=True
+        )
+        _, want, entropy = distributions(trainer.model, inputs)
+    counted = inputs["completion_mask"].bool()
+    assert set(trainer._right_padded.values()) == {True}
+    for ours, theirs in ((got, want), (entropies, entropy)):
+        torch.testing.assert_close(ours[counted], theirs[counted].float(), rtol=0, atol=2e-5)
+
+
+def test_models_that_depend_on_the_longest_sequence(tmp_path, monkeypatch):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    saved_instead(monkeypatch, "Llama", max_position_embeddings=8, rope_parameters=rope)
+    with pytest.raises(
+        ValueError, match="SPOMixin: prompt and completion must be at most 8 tokens"
+    ):
+        start(tmp_path)
+
+
+def test_warns_of_dropout(tmp_path, monkeypatch, caplog):
+    saved_instead(monkeypatch, "Llama", attention_dropout=0.1)
+    start(tmp_path, max_steps=1)
+    assert "the policy has dropout" in caplog.text
+    caplog.clear()
+    start(tmp_path, max_steps=1, disable_dropout=True)
+    assert "the policy has dropout" not in caplog.text

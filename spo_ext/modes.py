@@ -22,12 +22,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets dropout and layer drop of every module to 0, those of adapters included.
+    """Sets dropout and layer drop of every module to 0, those of adapters included."""
+    for module, name, _ in _dropout(model):
+        setattr(module, name, 0.0)
 
-    Models keep the probability in modules for dropout, or as a number of their own.
-    """
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(probability > 0 for *_, probability in _dropout(model))
+
+
+def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Models keep the probability in modules for dropout, or as a number of their own."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             of_dropout = "drop" in name or (isinstance(module, _DropoutNd) and name == "p")
             if of_dropout and isinstance(value, float):
-                setattr(module, name, 0.0)
+                yield module, name, value

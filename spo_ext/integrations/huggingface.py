@@ -10,11 +10,19 @@ import functools
 import types
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from spo_ext.head import HeadOptions, token_logprobs
 from spo_ext.integrations.adapters import check_head, head_device, head_product
-from spo_ext.integrations.heads import head_input, read_head, router_loss
+from spo_ext.integrations.heads import (
+    head_input,
+    inside,
+    ordinary_tokens,
+    read_head,
+    router_loss,
+)
+from spo_ext.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,9 +70,8 @@ def add_token_logprobs(
     if not temperature > 0:
         raise ValueError(f"add_token_logprobs: temperature must be > 0, got {temperature}")
     outside = model
-    inside = getattr(model, "get_base_model", None)  # of a PEFT model
-    model = model if inside is None else inside()
-    check_head(model.get_output_embeddings())
+    model = inside(model)
+    check_head(model.get_output_embeddings())  # type: ignore[no-untyped-call]
     scales = _head_scales(model.config.get_text_config())
     options = scales.copy()
     options["temperature"] = temperature
@@ -129,6 +136,35 @@ def add_token_logprobs(
     # The wrapper of llama-adapter keeps the method that it found.
     if wrapper is not None and vars(wrapper).get("forward") == former:
         vars(wrapper)["forward"] = model.forward
+
+
+@torch.no_grad()
+def router_coefficient(owner: str, model: Any, given: float | None) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by; 0 without one.
+
+    given: None for the router_aux_loss_coef of the model's config, as in TRL.
+
+    Raises ValueError for a number that is given to a model without such a loss.
+    """
+    model = inside(model)
+    config = model.config.get_text_config()
+    found = getattr(config, "router_aux_loss_coef", None) if given is None else given
+    if not found:
+        return 0.0
+    ids = ordinary_tokens(model)[:4].to(head_device(model.get_output_embeddings()))
+    try:
+        if not hasattr(config, "output_router_logits"):
+            raise ValueError(f"{type(model).__name__} has no output_router_logits in its config")
+        if not _is_hollow(model):
+            with evaluating(model):
+                router_loss(model, model.forward, input_ids=ids[None], use_cache=False)
+    except ValueError as error:
+        if given is None:
+            return 0.0
+        raise ValueError(
+            f"{owner}: router_aux_loss_coef must be left out for this model, got {given}: {error}"
+        ) from error
+    return float(found)
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -6,6 +6,7 @@ log-probabilities it is made of and the prompt values are ours. Written against 
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,24 @@ import torch
 from torch import Tensor
 
 import spo_ext
-from spo_ext.integrations.huggingface import add_token_logprobs
+from spo_ext.integrations.agreement import check_agreement, rope_limit
+from spo_ext.integrations.huggingface import add_token_logprobs, router_coefficient
 from spo_ext.integrations.trl_parts import (
     MODEL_INPUTS,
     Objective,
     PromptValue,
     check_choices,
     check_settings,
+    check_width,
     group_q0,
+    left_padding,
     loss_mask,
     normalized,
     q0_column,
+    rolled,
     sums_of,
 )
+from spo_ext.modes import has_dropout
 
 try:
     from trl.models.utils import disable_gradient_checkpointing
@@ -34,6 +40,8 @@ except ImportError as error:
     raise ImportError(
         f"spo_ext.integrations.trl needs TRL ({error}). Install it: pip install 'trl>=1.16'"
     ) from error
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from spo_ext.stats import LossStats
@@ -106,7 +114,8 @@ class SPOMixin(_Base):  # type: ignore[misc]
         RuntimeError: if this release of TRL lacks a method that is overridden here.
     """
 
-    entropy_coef: float  # these three are TRL's, which keeps them in its checkpoints
+    aux_loss_enabled: bool
+    entropy_coef: float  # this and the next two are in TRL's checkpoints
     _last_world_entropy: float
     _entropy_window_stats: Tensor | None
 
@@ -129,11 +138,27 @@ class SPOMixin(_Base):  # type: ignore[misc]
         self.spo_objective: Objective = objective
         self.spo_prompt_value: PromptValue = prompt_value
         self._gathered_rewards: Tensor | None = None
+        policy = self._plain(self.model)
+        self._rope_limit = rope_limit(policy.config)
+        self._right_padded: dict[Any, bool] = {}
         for model in (self.model, self.ref_model):
             if model is not None:
-                add_token_logprobs(
-                    self.accelerator.unwrap_model(model), temperature=self.temperature
-                )
+                plain = self._plain(model)
+                add_token_logprobs(plain, temperature=self.temperature)
+                with self.accelerator.autocast():
+                    way = check_agreement(plain, ("left", "padded"), owner="SPOMixin")
+                self._right_padded[plain] = way == "padded"
+        if self.aux_loss_enabled:
+            given = self.args.router_aux_loss_coef
+            self.aux_loss_enabled = router_coefficient("SPOMixin", policy, given) > 0
+        if not self.args.disable_dropout and has_dropout(policy):
+            logger.warning(
+                "SPOMixin: the policy has dropout, and the reference has none, so that their "
+                "log-ratio is not 0 at equal weights: set disable_dropout=True"
+            )
+
+    def _plain(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """As TRL, and keeps one reward [N] of each completion of all ranks, nan without any."""
@@ -221,14 +246,26 @@ class SPOMixin(_Base):  # type: ignore[misc]
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, also for the reference: it makes the model's inputs, images included, and what it
-        asks of its fused head, `spo_ext.token_logprobs` answers."""
+        asks of its fused head, `spo_ext.token_logprobs` answers. Padding is moved to the right for
+        a model that is not right with padding on the left."""
+        right = self._right_padded[self._plain(model)]
 
         def answer(*, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
+            check_width(labels, self._rope_limit)
+            shift = left_padding(inputs["attention_mask"]) if right else None
+            if shift is not None:
+                for name, value in inputs.items():
+                    if isinstance(value, Tensor) and value.shape == labels.shape:
+                        inputs[name] = rolled(value, shift)
+                labels = rolled(labels, shift)
             found = model(**inputs, logprob_targets=labels, logprob_entropy=compute_entropy)
             parts = iter(found if isinstance(found, tuple) else (found,))
+            per_token = [next(parts) for _ in range(1 + compute_entropy)]
+            if shift is not None:  # what comes round belongs to padding, and is 0
+                per_token = [rolled(part, -shift) for part in per_token]
             return SimpleNamespace(
-                log_probs=next(parts),
-                entropy=next(parts) if compute_entropy else None,
+                log_probs=per_token[0],
+                entropy=per_token[1] if compute_entropy else None,
                 aux_loss=next(parts) if compute_aux_loss else None,
             )
 

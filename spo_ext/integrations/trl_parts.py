@@ -109,6 +109,27 @@ def loss_mask(batch: dict[str, Any]) -> Tensor:
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
+def check_width(tokens: Tensor, limit: int | None) -> None:
+    """Raises ValueError where rotary frequencies depend on the longest sequence of a batch."""
+    if limit is not None and tokens.shape[1] > limit:
+        raise ValueError(
+            f"SPOMixin: prompt and completion must be at most {limit} tokens for this model, whose "
+            f"rotary frequencies follow from the longest sequence of a batch, got "
+            f"{tokens.shape[1]}: policy and reference would differ at equal weights"
+        )
+
+
+def left_padding(attention_mask: Tensor) -> Tensor:
+    """int64 [B, 1], how many of the first columns are padding."""
+    return attention_mask.int().argmax(dim=1, keepdim=True)
+
+
+def rolled(values: Tensor, shift: Tensor) -> Tensor:
+    """Rows [B, T] moved to the left by shift [B, 1]; what leaves there enters on the right."""
+    columns = torch.arange(values.shape[1], device=values.device)
+    return values.gather(1, (columns + shift) % values.shape[1])
+
+
 def q0_column(rows: list[dict[str, Any]]) -> Tensor:
     """float32 [B], the column `q0`. Raises ValueError."""
     values = [row.get("q0") for row in rows]

@@ -114,6 +114,11 @@ class SPOConfig(TrainingArguments):
     publish_keep: int = _field(2, "published policies to keep")
     publish_url: str | None = _field(None, "vLLM server that takes up each published policy")
 
+    router_aux_loss_coef: float | None = _field(
+        None,
+        "weight of the load-balancing loss of a mixture of experts (default: that of the model's "
+        "config; 0: without)",
+    )
     packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
     disable_dropout: bool = _field(
         True,
@@ -173,6 +178,8 @@ class SPOConfig(TrainingArguments):
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
         number(owner, "rarity", self.rarity, at_least=0.0)
+        if self.router_aux_loss_coef is not None:
+            number(owner, "router_aux_loss_coef", self.router_aux_loss_coef, at_least=0.0)
         if self.rarity and self.group_size < 2:
             refuse(owner, "group_size", "at least 2 for a rarity > 0", self.group_size)
         if self.taper_below is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,31 @@ def answer_logprobs(model: Any, settings: HeadSettings) -> None:
     )
 
 
+class Scores(NamedTuple):
+    """Of the completions' tokens, float32 [N] in nats; entropies and router_loss, a number, None
+    if they were not asked for."""
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    router_loss: Tensor | None
+
+
 def completion_logprobs(
     model: nn.Module, batch: TokenBatch, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the completions, float32 [N] in nats, and their entropies if asked for.
+    """Log-probabilities, and entropies if asked for; see `completion_scores`."""
+    scores = completion_scores(model, batch, entropy=entropy)
+    return scores.logprobs, scores.entropies
+
+
+def completion_scores(
+    model: nn.Module, batch: TokenBatch, *, entropy: bool = False, router: bool = False
+) -> Scores:
+    """What the model says of the completions, without a gradient in the entropies.
 
     In one call of the model, so that DDP, FSDP2, autocast and PEFT do what they do around it; in
-    several where sequences would change each other's in one.
+    several where sequences would change each other's in one. router: also the load-balancing loss
+    of a mixture of experts, the mean over the calls.
     """
     limit = rope_limit(_config(model))
     parts = _parts(batch, limit)
@@ -61,13 +79,23 @@ def completion_logprobs(
     if limit is not None:
         reset_rope(model)
     device = next(model.parameters()).device
-    answers: list[Any] = [model(**part.on(device), logprob_entropy=entropy) for part, _ in calls]
-    if len(answers) == 1:
-        found = answers[0]
-        return (found[0], found[1].detach()) if entropy else (found, None)
-    columns = list(zip(*answers, strict=True)) if entropy else [answers]
-    merged = [_merged(column, parts, batch.cu_seqlens) for column in columns]
-    return merged[0], merged[1].detach() if entropy else None
+    more = {"output_router_logits": True} if router else {}
+    answers: list[Any] = [
+        model(**part.on(device), **more, logprob_entropy=entropy) for part, _ in calls
+    ]
+    columns = list(zip(*answers, strict=True)) if entropy or router else [answers]
+    loss = _mean(columns.pop(), len(parts)) if router else None
+    merged = [
+        column[0] if len(calls) == 1 else _merged(column, parts, batch.cu_seqlens)
+        for column in columns
+    ]
+    return Scores(merged[0], merged[1].detach() if entropy else None, loss)
+
+
+def _mean(answers: Sequence[Tensor], count: int) -> Tensor:
+    """Of the first so many; those beyond belong to the graph."""
+    losses = torch.stack(list(answers))
+    return losses[:count].mean() + 0 * losses[count:].sum()
 
 
 def _parts(batch: TokenBatch, limit: int | None) -> list[tuple[TokenBatch, list[int]]]:
