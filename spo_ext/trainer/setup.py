@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.rewards import judged_by, load_reward
@@ -21,6 +22,7 @@ from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    base_model,
     choose_layout,
 )
 from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
@@ -72,7 +74,8 @@ class Parts:
         values = self._prompt_values() if config.needs_q0 else None
         if config.eval_strategy != "no":
             self._eval_prompts()  # now, not after the first steps
-        self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
+        limit = rope_limit(base_model(model).config)
+        self._feed = Feed(config, self.store, self.reference, values, self.layout, produce, limit)
         self._publishers = publishers(config.publish_url, config.publish_to, config.publish_keep)
 
     def start(self, step: int, resume: bool) -> None:
