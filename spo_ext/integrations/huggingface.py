@@ -105,6 +105,7 @@ def add_token_logprobs(
             return token_logprobs(hidden, weight, targets, return_entropy=True, **call)
         return token_logprobs(hidden, weight, targets, **call)
 
+    vars(forward)["temperature"] = temperature
     vars(model)["forward"] = types.MethodType(forward, model)
 
 
