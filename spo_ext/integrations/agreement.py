@@ -77,6 +77,8 @@ def check_agreement(
                 f"{owner}: a log-probability must not depend on later tokens, got a difference of "
                 f"{ahead:.3g} in {name} ({exact:.2g} would be rounding)"
             )
+        if inside(model) is not model:
+            _check_wrapped(model, sequences[0], alone[0], allowed, owner)
         if training:
             _check_training(model, sequences, alone, allowed, owner)
         seen = []
@@ -95,6 +97,25 @@ def check_agreement(
         f"{owner}: {name} must give a sequence the log-probabilities that it gets alone "
         f"({allowed:.2g} would be rounding), got {'; '.join(seen)}"
     )
+
+
+def _check_wrapped(model: Any, one: Tokens, alone: Tensor, allowed: float, owner: str) -> None:
+    """`add_token_logprobs` has compared the model inside with its logits; this, the one around it,
+    which may put tokens of its own before the sequence."""
+    temperature = getattr(inside(model).forward, "temperature", None)
+    if temperature is None:  # covered by a later wrapper
+        return
+    ids = torch.tensor([one.all], device=device(model))
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -len(one.completion) - 1 : -1]
+    targets = ids[0, -len(one.completion) :, None]
+    own = (logits.float() / temperature).log_softmax(-1).gather(-1, targets)[:, 0]
+    allowed += torch.finfo(logits.dtype).eps * float(logits.abs().max()) / temperature
+    error = distance([alone], [own])
+    if not error <= allowed:
+        raise ValueError(
+            f"{owner}: log-probabilities of {type(model).__name__} must be those of its logits, "
+            f"got a difference of {error:.3g} ({allowed:.2g} would be rounding)"
+        )
 
 
 def _check_training(

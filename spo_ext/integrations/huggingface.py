@@ -131,6 +131,7 @@ def add_token_logprobs(
         results += more
         return results if len(results) > 1 else results[0]
 
+    vars(forward)["temperature"] = temperature
     former, wrapper = model.forward, getattr(outside, "base_model", None)
     vars(model)["forward"] = types.MethodType(forward, model)
     # The wrapper of llama-adapter keeps the method that it found.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,17 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.modes import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout, Tokens, collate
+from spo_ext.trainer.batches import Layout, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.model import (
-    adapters_off,
-    base_model,
-    completion_logprobs,
-    has_adapters,
-)
+from spo_ext.trainer.model import adapters_off, base_model, completion_logprobs, has_adapters
 from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
 
 Prompts = Mapping[int, Sequence[int]]
@@ -138,13 +134,27 @@ class Reference:
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
-        parts = _parts(rows, prompts, self._batch_tokens)
+        parts = []
+        for together in self._together(rows, prompts):
+            parts += _parts(together, prompts, self._batch_tokens)
         for part in parts + [[]] * (self._rounds(len(parts)) - len(parts)):
             tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
             with self.speaking():
                 scored = score_tokens(self.model, tokens or [_NOTHING], self._layout)
             pairs = zip(part, scored, strict=False)
             self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
+
+    def _together(
+        self, rows: Sequence[StoredTrajectory], prompts: Prompts
+    ) -> Iterable[list[StoredTrajectory]]:
+        """Rows that may be in one call of the model, so that ranks can count their calls."""
+        assert self.model is not None
+        groups: dict[int, list[StoredTrajectory]] = {}
+        limit = rope_limit(base_model(self.model).config)
+        for row in rows:
+            tokens = Tokens(prompts[row.prompt_id], row.token_ids)
+            groups.setdefault(company(tokens, self._layout, limit), []).append(row)
+        return groups.values()
 
     def _rounds(self, mine: int) -> int:
         """Forward passes of the rank that needs most: sharded weights take all ranks."""

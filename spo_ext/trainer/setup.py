@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
@@ -21,6 +22,7 @@ from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    base_model,
     choose_layout,
 )
 from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
@@ -73,8 +75,9 @@ class Parts:
         self._publisher = make_publisher(
             config.publish_url, config.publish_to, config.publish_keep, str(config.run)
         )
+        limit = rope_limit(base_model(model).config)
         self._feed = Feed(
-            config, self.store, self.reference, values, self.layout, produce, self._waiting
+            config, self.store, self.reference, values, self.layout, produce, self._waiting, limit
         )
 
     def start(self, step: int, resume: bool) -> None:
