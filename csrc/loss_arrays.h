@@ -48,8 +48,12 @@ struct LossArrays {
       return {weight * point.value, weight * point.slope};
     }
     if (!last) return {0, 0};
-    if (residuals) return squared_loss(residuals[s], 0);
     return point_loss(q, rewards[s] + paid_at(i));
+  }
+
+  // For the forward pass, where the residual of the group objective is known already.
+  SPO_HD double token_value(int64_t s, int64_t i, double q, bool last) const {
+    return residuals && last ? residuals[s] * residuals[s] : token_loss(s, i, q, last).value;
   }
 
   // Q_T minus its target; as probabilities for cross_entropy, where a log-optimality may be -inf.

@@ -103,7 +103,7 @@ void loss_of_sequence(const Loss<Real>& d, int64_t s, const LossOutputs<Real>& o
     if (d.objective == Objective::kAdvantage)
       loss += d.advantage_loss(s, i, walk.num_tokens).value;
     else if (d.objective != Objective::kLinear)
-      loss += d.token_loss(s, i, q, last).value;
+      loss += d.token_value(s, i, q, last);
   });
   const bool empty = walk.num_tokens == 0;
   if (d.objective == Objective::kLinear) loss = -walk.log_ratio();

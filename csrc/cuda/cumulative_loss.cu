@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
       const double value = i < 0 ? 0
                            : d.objective == Objective::kAdvantage
                                ? d.advantage_loss(s, i, walk.num_tokens).value
-                               : d.token_loss(s, i, state.q(), i == walk.last).value;
+                               : d.token_value(s, i, state.q(), i == walk.last);
       team.add(value, &loss);
     }
     if (i < 0 || i != walk.last) return;
@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
     if (d.has_residual())
       out.residual[s] = static_cast<Real>(d.residual(s, state.q(), d.paid_at(i)));
     if (d.sums_tokens()) return;
-    const double terminal = d.objective == Objective::kLinear
-                                ? -state.log_ratio
-                                : d.token_loss(s, i, state.q(), true).value;
+    const double terminal =
+        d.objective == Objective::kLinear ? -state.log_ratio : d.token_value(s, i, state.q(), true);
     out.loss[s] = static_cast<Real>(d.weight_of(s) * terminal);
   });
   if (d.sums_tokens() && team.leader() && walk.num_tokens > 0)
