@@ -22,8 +22,9 @@ CUDA_PIP := $(CUDA_BIN)/pip install --quiet --disable-pip-version-check -c const
 CUDA_PYTHON ?= $(shell for python in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python \
 	$(PYTHON); do "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
 NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
-# Carried to a GPU machine without network: peers of the benchmarks, and the CUDA wheel.
-PEERS := liger_kernel cut-cross-entropy quack-kernels
+# Carried to a GPU machine without network beside the CUDA wheel: peers of the benchmarks, and CUTLASS, with
+# which it can be built there.
+CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 
 .PHONY: quickstart test lint format bench reproduce build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
 	clean
@@ -40,7 +41,7 @@ $(VENV)/.ready: constraints.txt
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark safetensors ruff mypy \
 		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
-		accelerate peft trl datasets lightning-fabric tensorboard trackio fastapi uvicorn openai
+		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai
 	touch $@
 
 build: $(VENV)/.ready
@@ -127,7 +128,7 @@ cuda-wheel: $(CUDA_VENV)/.ready
 carry: cuda
 	mkdir -p .wheels && rm -f .wheels/*
 	cd .wheels && $(abspath $(CUDA_BIN))/pip download --quiet --disable-pip-version-check --no-deps \
-		-c ../constraints-cuda.txt $(PEERS)
+		-c ../constraints-cuda.txt $(CARRIED)
 	cp dist/cuda/*.whl .wheels
 	test "$$(du -sm .wheels | cut -f1)" -lt 60
 

@@ -1,10 +1,8 @@
 """Builds spo_ext._C from csrc/sources.txt: the CPU kernels always, the CUDA kernels where they can
 be compiled.
 
-SPO_CUDA=1 insists on CUDA, SPO_CUDA=0 refuses it; otherwise CUDA is built when nvcc and a CUDA
-build of torch are there. Whether a GPU is present never matters. TORCH_CUDA_ARCH_LIST picks the
-architectures; CUTLASS headers come from CUTLASS_HOME or the package nvidia-cutlass.
-SPO_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
+CUDA is built when nvcc and a CUDA build of torch are there; whether a GPU is present never matters.
+CONTRIBUTING.md lists the environment variables that change this.
 """
 
 import os
@@ -14,6 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 VERSION = "0.1.0"
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml: what was tried
+OLDEST_SETUPTOOLS = 77
+INSTALL = "pip install --no-build-isolation ."
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import cuda_build  # noqa: E402  (the folder is not a package, and pip does not add it)
@@ -24,13 +25,28 @@ def fail(message: object) -> NoReturn:
 
 
 try:
+    import setuptools
     import torch
-    from setuptools import setup
     from torch.utils import cpp_extension
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "setuptools"):
+        fail(f"building needs PyTorch, which is installed but does not import: {error}")
     fail(
-        "building needs PyTorch, setuptools and ninja: pip install torch setuptools ninja, "
-        "then pip install --no-build-isolation ."
+        "building needs PyTorch, setuptools and ninja where spo_ext will run, not in an "
+        f"environment that pip makes for the build: pip install torch 'setuptools>="
+        f"{OLDEST_SETUPTOOLS}' ninja, then {INSTALL}"
+    )
+except (ImportError, OSError) as error:  # a library that is missing, or of another version
+    fail(f"building needs PyTorch, which is installed but does not import: {error}")
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    fail(
+        f"building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, found "
+        f"{torch.__version__}: install a later one first, then {INSTALL}"
+    )
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    fail(
+        f"building needs setuptools {OLDEST_SETUPTOOLS} or later, found {setuptools.__version__}: "
+        f"pip install 'setuptools>={OLDEST_SETUPTOOLS}', then {INSTALL}"
     )
 
 
@@ -92,4 +108,4 @@ except cuda_build.BuildError as error:
     fail(error)
 check_compiler()
 
-setup(version=VERSION, ext_modules=[extension(plan)], cmdclass={"build_ext": Build})
+setuptools.setup(version=VERSION, ext_modules=[extension(plan)], cmdclass={"build_ext": Build})

@@ -4,6 +4,7 @@ Every round times the implementation, spo_ext and the bare matrix product of the
 ratios of medians are the result. Before anything is timed, the log-probabilities must agree.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -23,8 +24,10 @@ SHAPES: list[HeadShape] = chosen(HEADS[DEVICE])
 
 def pairs() -> list[Any]:
     """spo_ext and eager at every shape come first: a peer may take minutes to compile, or crash the
-    GPU's context, and then only the peers after it are lost."""
+    GPU's context, and then only the peers after it are lost. SPO_BENCH_PEERS=name,name picks."""
     usable = {n: p for n, p in PEERS.items() if not (p.cpu_only if ON_GPU else p.gpu_only)}
+    asked = os.environ.get("SPO_BENCH_PEERS", "")
+    usable = {n: p for n, p in usable.items() if not asked or n in asked.split(",")}
     ours = [(s, n) for s in SHAPES for n in usable if n.startswith("spo_ext") or n == "eager"]
     peers = [(s, n) for s in SHAPES for n, p in usable.items() if s.every_peer or p.every_shape]
     ordered = [*ours, *(pair for pair in peers if pair not in ours)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module spo_ext._C: importing it registers the operators; it answers how it was built.
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include <string>
 
@@ -21,6 +22,9 @@
 
 namespace {
 
+// spo_ext/_compiled.py looks for these words in the file, since with another torch it may not load.
+constexpr char kBuiltWith[] = "spo_ext was built with torch " TORCH_VERSION;
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -32,6 +36,7 @@ std::string compiler() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = SPO_VERSION;
+  info["torch"] = std::string(kBuiltWith).substr(std::string(kBuiltWith).rfind(' ') + 1);
   info["compiler"] = compiler();
   info["cpu_isa"] = spo::head_kernels<float>().isa;
   info["cuda_toolkit"] = std::string(SPO_CUDA_TOOLKIT);

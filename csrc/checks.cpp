@@ -21,11 +21,6 @@ void check_float(const char* op, const char* name, const at::Tensor& t) {
       ": ", name, " must be float32, float64, float16 or bfloat16, got ", type);
 }
 
-void check_positive(const char* op, const char* name, double value) {
-  TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, op, ": ", name,
-                    " must be a finite number > 0, got ", value);
-}
-
 void check_device(const char* op, const char* name, const at::Tensor& t, const at::Tensor& other) {
   TORCH_CHECK_VALUE(t.device() == other.device(), op, ": ", name, " must be on ", other.device(),
                     " like the first argument, got ", t.device());
@@ -143,7 +138,10 @@ void check_cu_seqlens_values(const char* op, const at::Tensor& cu_seqlens, int64
                     num_tokens, ", got ", at[last]);
 }
 
-void check_beta(const char* op, double beta) { check_positive(op, "beta", beta); }
+void check_positive(const char* op, const char* name, double value) {
+  TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, op, ": ", name,
+                    " must be a finite number > 0, got ", value);
+}
 
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
                 const at::Tensor& other) {

@@ -52,7 +52,7 @@ inline at::ScalarType result_type_of(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_beta(const char* op, double beta);
+void check_positive(const char* op, const char* name, double value);
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
                 const at::Tensor& other);
 

@@ -60,6 +60,11 @@ int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kep
   return std::max(workspace_mib - taken, (workspace_mib + 1) / 2);
 }
 
+int64_t workspace_beside(const HeadArgs& args, Keep keep) {
+  const auto options = at::TensorOptions(at::kMeta).dtype(result_type_of(args.hidden));
+  return workspace_beside(args.workspace_mib, keep, at::empty(kept_shape(args, keep), options));
+}
+
 void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,
                 const OptionalTensor& grad_entropy, std::array<bool, 3> needs) {
   check_like(args.op, "kept", kept, kept_shape(args, keep), args.hidden);

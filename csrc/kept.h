@@ -36,6 +36,7 @@ at::Tensor make_kept(const HeadArgs& args, Keep keep, bool return_entropy);
 // What is left of the workspace beside kept logits or masses: these are the caller's to bound, so
 // never less than half.
 int64_t workspace_beside(int64_t workspace_mib, Keep keep, const at::Tensor& kept);
+int64_t workspace_beside(const HeadArgs& args, Keep keep);  // before they are made
 
 // What the backward pass was given, before it works.
 void check_kept(const HeadArgs& args, Keep keep, const at::Tensor& kept,

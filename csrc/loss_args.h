@@ -29,31 +29,51 @@ struct LossArgs {
   OptionalTensor groups, advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask;
 
   at::ScalarType type() const { return result_type_of(logprobs); }
-  bool summed_reference() const { return ref_logprobs.sizes() != logprobs.sizes(); }
-  bool advantage_per_token() const { return advantages && advantages->sizes() == logprobs.sizes(); }
+  int64_t size() const { return num_sequences(logprobs, cu_seqlens); }
+
+  // Per token: shaped like logprobs, or packed [1, N]. Per sequence: [S] or [S, 1]. Where N = S,
+  // the two with one dimension less look alike, and are only taken if they mean the same.
+  bool per_token(const at::Tensor& t) const {
+    return t.sizes() == logprobs.sizes() ||
+           (cu_seqlens && t.sizes() == at::IntArrayRef{1, logprobs.numel()});
+  }
+  bool looks_like_both(const at::Tensor& t) const {
+    return cu_seqlens && t.dim() == 1 && per_token(t) && t.numel() == size();
+  }
+  bool may_be_summed() const { return objective != Objective::kAdvantage && !q_targets; }
+  bool ambiguous_reference() const { return may_be_summed() && looks_like_both(ref_logprobs); }
+  bool ambiguous_advantages() const { return advantages && looks_like_both(*advantages); }
+  bool summed_reference() const { return !per_token(ref_logprobs); }
+  bool advantage_per_token() const { return advantages && per_token(*advantages); }
+  bool has_residual() const { return rewards && objective != Objective::kAdvantage; }
 
   void check() const {
     check_layout(op, logprobs, cu_seqlens, mask);
-    check_beta(op, beta);
-    TORCH_CHECK_VALUE(delta > 0, op, ": delta must be > 0, got ", delta);
-    const int64_t size = num_sequences(logprobs, cu_seqlens);
+    check_positive(op, "beta", beta);
+    check_positive(op, "delta", delta);
+    const auto has_shape = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+      if (!t) return;
+      check_like(op, name, *t, shape, logprobs);
+      TORCH_CHECK_TYPE(!t->is_complex(), op, ": ", name, " must be real, got ", t->scalar_type());
+    };
     const auto per_token = [&](const char* name, const OptionalTensor& t) {
-      if (t) check_like(op, name, *t, logprobs.sizes(), logprobs);
+      has_shape(name, t, logprobs.sizes());
     };
     const auto per_sequence = [&](const char* name, const OptionalTensor& t) {
-      if (t) check_like(op, name, *t, {size}, logprobs);
+      has_shape(name, t, {size()});
     };
-    if (summed_reference()) {
-      per_sequence("ref_logprobs", ref_logprobs);
-      TORCH_CHECK_VALUE(
-          objective != Objective::kAdvantage && !q_targets, op,
-          ": ref_logprobs must be per token for this objective, got one per sequence");
-    } else {
-      per_token("ref_logprobs", ref_logprobs);
-    }
-    if (advantages && !advantage_per_token()) per_sequence("advantages", advantages);
+    const auto either = [&](const char* name, const at::Tensor& t) {
+      const bool column = t.dim() == 2 && t.sizes() == at::IntArrayRef{size(), 1};
+      has_shape(name, t, this->per_token(t) || column ? t.sizes() : at::IntArrayRef{size()});
+    };
+    either("ref_logprobs", ref_logprobs);
+    if (advantages) either("advantages", *advantages);
+    TORCH_CHECK_VALUE(may_be_summed() || !summed_reference(), op,
+                      ": ref_logprobs must be per token for this objective, got one per sequence");
     per_sequence("rewards", rewards), per_sequence("q0", q0), per_sequence("weights", weights);
     per_sequence("groups", groups);
+    TORCH_CHECK_TYPE(!groups || at::isIntegralType(groups->scalar_type(), false), op,
+                     ": groups must be integers, got ", groups->scalar_type());
     per_token("q_targets", q_targets), per_token("q_weights", q_weights);
     per_token("token_rewards", token_rewards);
   }
@@ -66,6 +86,7 @@ struct LossData : LossArrays<Real> {
     this->objective = a.objective, this->beta = a.beta, this->delta = a.delta;
     this->summed_reference = a.summed_reference();
     this->advantage_per_token = a.advantage_per_token();
+    this->ambiguous = a.ambiguous_reference() || a.ambiguous_advantages();
     this->logprobs = read(a.logprobs), this->ref_logprobs = read(a.ref_logprobs);
     this->rewards = read(a.rewards), this->q0 = read(a.q0), this->weights = read(a.weights);
     this->advantages = read(a.advantages), this->q_targets = read(a.q_targets);
@@ -81,17 +102,23 @@ struct LossData : LossArrays<Real> {
   std::vector<at::Tensor> kept_;
 };
 
-// What the forward pass returns, each [S].
+// loss, terminal_q, log_ratio, used_q0, residual, num_tokens (spo_ops.cpp).
+using LossTensors =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// What the forward pass returns, each [S]; no residual where the objective has none.
 template <class Real>
 struct LossOutputs {
   LossOutputs(const at::Tensor& loss_, const at::Tensor& terminal_q_, const at::Tensor& log_ratio_,
-              const at::Tensor& used_q0_, const at::Tensor& num_tokens_)
+              const at::Tensor& used_q0_, const at::Tensor& residual_,
+              const at::Tensor& num_tokens_)
       : loss(loss_.mutable_data_ptr<Real>()),
         terminal_q(terminal_q_.mutable_data_ptr<Real>()),
         log_ratio(log_ratio_.mutable_data_ptr<Real>()),
         used_q0(used_q0_.mutable_data_ptr<Real>()),
+        residual(residual_.mutable_data_ptr<Real>()),
         num_tokens(num_tokens_.mutable_data_ptr<int64_t>()) {}
-  Real *loss, *terminal_q, *log_ratio, *used_q0;
+  Real *loss, *terminal_q, *log_ratio, *used_q0, *residual;
   int64_t* num_tokens;
 };
 

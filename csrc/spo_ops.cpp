@@ -21,6 +21,12 @@ TORCH_LIBRARY(spo, m) {
       "bool[3] needs, int workspace_mib, str keep) -> (Tensor grad_hidden, Tensor grad_weight, "
       "Tensor grad_bias)");
 
+  // Raises where token_logprobs_backward would not find room. On the CPU alone: on CUDA it needs
+  // little beside what grows with N.
+  m.def(
+      "check_backward_workspace(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "bool[3] needs, int workspace_mib, str keep) -> ()");
+
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], top and log_sum [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "
@@ -47,13 +53,14 @@ TORCH_LIBRARY(spo, m) {
       "soft_q_backward(Tensor grad_q_values, float beta, Tensor? cu_seqlens, Tensor? mask) "
       "-> (Tensor grad_logprobs, Tensor grad_q0)");
 
-  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, number of tokens: [S].
+  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, residual (Q_T minus its
+  // target; [0] where the objective has none), number of tokens: [S].
   m.def(
       "cumulative_loss(Tensor logprobs, Tensor ref_logprobs, Tensor? rewards, Tensor? q0, "
       "str objective, float beta, float delta, Tensor? groups, bool leave_one_out, "
       "Tensor? advantages, Tensor? q_targets, Tensor? q_weights, Tensor? token_rewards, "
       "Tensor? weights, Tensor? cu_seqlens, Tensor? mask) -> (Tensor loss, Tensor terminal_q, "
-      "Tensor log_ratio, Tensor used_q0, Tensor num_tokens)");
+      "Tensor log_ratio, Tensor used_q0, Tensor residual, Tensor num_tokens)");
   m.def(
       "cumulative_loss_backward(Tensor grad_loss, Tensor logprobs, Tensor ref_logprobs, "
       "Tensor? rewards, Tensor? q0, str objective, float beta, float delta, Tensor? advantages, "

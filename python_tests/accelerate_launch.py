@@ -25,7 +25,7 @@ def launch(
     arguments: Sequence[str] = (),
     *,
     processes: int = 2,
-    timeout_s: float = 120.0,
+    timeout_s: float = 600.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What each rank wrote, as JSON, to the file named by its variable OUT; None if nothing.

@@ -1,6 +1,5 @@
-"""Shared fixtures: the devices under test, one tolerance table, seeded inputs."""
+"""Shared fixtures: the devices under test, tolerances, seeded inputs."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,15 @@ import postgres_server
 import pytest
 import torch
 from sandbox_cases import FAST, WHY_NOT
+from tolerances import GRAD_TOLERANCE as GRAD_TOLERANCE
+from tolerances import LOGPROB_TOLERANCE as LOGPROB_TOLERANCE
+from tolerances import logprob_error as logprob_error
+from tolerances import relative_error as relative_error
 from torch import Tensor
 
 import spo_ext
 from spo_ext.sandbox import Sandbox
 
-# Largest relative error against the reference in float64 on the same (rounded) inputs.
-# Log-probabilities come out in
-# float32 whatever the input, so only gradients are coarser for 16-bit types: they are rounded once
-# to that type.
-LOGPROB_TOLERANCE = {
-    torch.float64: 1e-13,
-    torch.float32: 3e-6,
-    torch.bfloat16: 3e-6,
-    torch.float16: 3e-6,
-}
-GRAD_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 4e-3,  # 2^-8: half a unit in the last place of bfloat16 is 2^-9
-    torch.float16: 6e-4,  # 2^-11 likewise, and some subnormals
-}
 DTYPES = list(LOGPROB_TOLERANCE)
 
 
@@ -135,9 +122,8 @@ def postgres() -> Iterator[str]:
     why_not = postgres_server.missing()
     if why_not is not None:
         pytest.skip(why_not)
-    # Not below pytest's folders: only their owner may enter those, which as root the server is not.
-    with tempfile.TemporaryDirectory() as folder, postgres_server.server(Path(folder)) as url:
-        yield url
+    with postgres_server.server() as server:
+        yield server.url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -155,23 +141,6 @@ def store(store_target: str) -> Iterator[Any]:
 
     with TrajectoryStore(store_target) as opened:
         yield opened
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; the difference itself where the truth is
-    0."""
-    want = want.detach().double().to(got.device)
-    difference = (got.detach().double() - want).norm()
-    scale = want.norm()
-    return float(difference / scale) if scale > 0 else float(difference)
-
-
-def logprob_error(got: Tensor, want: Tensor) -> float:
-    """max |error| / max(1, |log-probability|)."""
-    if got.numel() == 0:
-        return 0.0
-    want = want.detach().double().to(got.device)
-    return float(((got.detach().double() - want).abs() / want.abs().clamp(min=1)).max())
 
 
 def doubled(tensor: Tensor) -> Tensor:

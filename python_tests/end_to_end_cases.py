@@ -75,7 +75,7 @@ class Workplace:
             "publish_to": str(self.policies),
             "sync_every": 4,
             "max_age": 1,
-            "wait_seconds": 90,
+            "wait_seconds": 300,
             "max_steps": 50,
             "save_strategy": "steps",
             "save_steps": 10,
@@ -106,14 +106,15 @@ class Workplace:
         self._processes[name] = process
         return process
 
-    def start_trainer(self, name: str, *more: str) -> subprocess.Popen[bytes]:
-        return self.start(name, "train", "--config", self.folder / "train.yaml", *more)
+    def start_trainer(self, name: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+        config = self.folder / "train.yaml"
+        return self.start(name, "train", "--config", config, *more, **environment)
 
-    def start_producer(self, name: str) -> subprocess.Popen[bytes]:
+    def start_producer(self, name: str, *more: object) -> subprocess.Popen[bytes]:
         """Eight prompts of each version, two of them stored at a time."""
         where = ("--store", self.store, "--follow", self.policies, "--run", "learner")
         how = ("--n", 2, "--max-new-tokens", 5, "--prompts-per-version", 8, "--batch-size", 2)
-        return self.start(name, "rollout", *where, *how, "--reward", self.reward, "--quiet")
+        return self.start(name, "rollout", *where, *how, "--reward", self.reward, "--quiet", *more)
 
     def start_evaluation(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
         """Four completions of each test prompt, one prompt at a time."""
@@ -142,7 +143,7 @@ class Workplace:
         for process in self._processes.values():
             with suppress(ProcessLookupError):  # the group lives as long as any process of it
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            process.wait(120)
 
     def print_logs(self) -> None:
         """pytest shows it if the test fails."""
@@ -164,7 +165,7 @@ def workplace(folder: Path, store: str) -> Iterator[Workplace]:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    assert process.wait(30) == -signal.SIGKILL, "it had ended before it was killed"
+    assert process.wait(120) == -signal.SIGKILL, "it had ended before it was killed"
 
 
 def _sums() -> list[dict[str, Any]]:

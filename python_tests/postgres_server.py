@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,39 +29,55 @@ def missing() -> str | None:
     return None
 
 
-@contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """Starts a server whose files lie in the empty `folder`; yields its URL without a database."""
-    binaries = _binaries()
-    assert binaries is not None, missing()
-    prefix: list[str] = []
-    user = "postgres"
-    account = _user()
-    if os.geteuid() == 0 and account is not None:
-        os.chown(folder, account.pw_uid, account.pw_gid)
-        prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}"]
-        prefix += ["--clear-groups"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+class Server:
+    """A server whose files lie in the empty `folder`; url is without a database."""
 
-    def run(program: str, *arguments: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._binaries, self._folder = _binaries(), folder
+        self._prefix: list[str] = []
+        user = "postgres"
+        account = _user()
+        if os.geteuid() == 0 and account is not None:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+            self._prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}"]
+            self._prefix += ["--clear-groups"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql://{user}@127.0.0.1:{self._port}"
+        init = ("-D", "data", "-U", user, "--auth=trust", "--encoding=UTF8", "--no-sync")
+        self._run("initdb", *init)
+
+    def start(self) -> None:
+        # fsync: the machine does not lose power during a test.
+        options = f"-h 127.0.0.1 -p {self._port} -c unix_socket_directories='' -c fsync=off"
+        self._run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self._run("pg_ctl", "-D", "data", "-m", mode, "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
         # Its folder may lie below one that the other user cannot enter: so it starts inside.
-        command = [*prefix, str(binaries / program), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert self._binaries is not None, missing()
+        command = [*self._prefix, str(self._binaries / program), *arguments]
+        done = subprocess.run(command, cwd=self._folder, capture_output=True, text=True)
         if done.returncode:
-            log = folder / "log"
+            log = self._folder / "log"
             said = log.read_text() if log.exists() else ""
             raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}{said}")
 
-    run("initdb", "-D", "data", "-U", user, "--auth=trust", "--encoding=UTF8", "--no-sync")
-    # fsync: the machine does not lose power during a test.
-    options = f"-h 127.0.0.1 -p {port} -c unix_socket_directories='' -c fsync=off"
-    run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
-    try:
-        yield f"postgresql://{user}@127.0.0.1:{port}"
-    finally:
-        run("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """A server in a temporary folder, not below pytest's: only their owner may enter those, which
+    as root the server is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Server(Path(folder))
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
 
 
 def new_schema(url: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from data_cases import save_tokenizer
@@ -96,6 +99,30 @@ def start_rollout(*arguments: object, cwd: Path | None = None) -> subprocess.Pop
     )
 
 
+@contextmanager
+def fake_server() -> Iterator[str]:
+    """The URL of fake_vllm.py in a process of its own."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "fake_vllm.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def change_server(url: str, **how: Any) -> None:
+    """See fake_vllm.py."""
+    body = json.dumps(how).encode()
+    with urlopen(url.removesuffix("/v1") + "/fake", body) as response:
+        assert response.status == 200
+
+
 def rows(store: TrajectoryStore) -> list[tuple[Any, ...]]:
     """All trajectories, but for ids, times and log-probabilities, in an order of their own."""
     return sorted(
@@ -141,7 +168,7 @@ def total(store: TrajectoryStore) -> int:
     return counters["trajectories"] + counters["duplicates"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +41,8 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, words in {"python": "", "spo": "-m spo_ext.cli "}.items():
+    fake = f"'{Path(__file__).parent / 'fake_vllm.py'}' "
+    for name, words in {"python": "", "spo": "-m spo_ext.cli ", "vllm": fake}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
@@ -82,6 +85,33 @@ def test_the_page_works(clone: Path) -> None:
     check_rows(mine)
     check_runs(mine)
     check_results(mine)
+
+
+def test_the_commands_with_a_server_work(clone: Path) -> None:
+    """Those that need vLLM, with one that behaves as it."""
+    needed = (
+        "make_tiny_model",
+        "spo import mine/prompts",
+        "cat > mine/rewards",
+        "cat > mine/train",
+    )
+    before = [block for block in blocks("sh") if any(words in block for words in needed)]
+    # Of the block that trains, the file alone.
+    before = [block.split("spo train")[0] for block in before]
+    [served] = [block for block in blocks("sh") if "vllm serve" in block]
+    assert served.startswith(NOT_RUN) and shutil.which("curl") is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    activate = ". .venv/bin/activate\n"
+    follow(clone, "".join([activate, *before, served.replace("8000", str(port))]))
+    mine = clone / "mine"
+    with TrajectoryStore(mine / "store.db") as store:
+        rows = list(store.trajectories(run="served"))
+    found = {(row.origin.policy_version, row.token_ids[3] - 1) for row in rows}
+    assert found == {(0, 0), (1, 1)}, "the weights of each version wrote what is stored under it"
+    assert all(row.behaviour_logprobs is not None for row in rows)
+    assert "version 1: 64 trajectories of 8 prompts" in (mine / "served.log").read_text()
 
 
 def check_rows(mine: Path) -> None:

@@ -36,6 +36,22 @@ def test_shapes(emulated, path, tokens, depth, vocabulary, dtype) -> None:
     Case(tokens, depth, vocabulary, dtype).check(emulated)
 
 
+def test_hopper_can_be_switched_off(emulated, monkeypatch) -> None:
+    """The bits are those of the portable kernels, which differ from those of the Hopper ones."""
+    case = Case((70,), 40, 507, torch.bfloat16)
+
+    def logprobs(on_hopper: str, wanted: str):
+        monkeypatch.setenv("SPO_EMULATE_HOPPER", on_hopper)
+        monkeypatch.setenv("SPO_HOPPER", wanted)
+        return case.forward(emulated)[0]
+
+    portable, hopper = logprobs("0", ""), logprobs("1", "")
+    assert not torch.equal(portable, hopper)
+    assert torch.equal(logprobs("1", "0"), portable) and torch.equal(logprobs("1", "1"), hopper)
+    with pytest.raises(ValueError, match="SPO_HOPPER must be 0, 1 or unset, got 'no'"):
+        logprobs("1", "no")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_option(emulated, path, dtype) -> None:
     case = Case((37,), 40, 507, dtype)

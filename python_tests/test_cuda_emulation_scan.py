@@ -34,12 +34,13 @@ def run_soft_q(ops, logprobs, ref_logprobs, q0, upstream, cu_seqlens=None, mask=
 
 
 def run_loss(ops, logprobs, ref_logprobs, arguments):
-    """(loss, terminal_q, log_ratio, used_q0, num_tokens), (grad_logprobs, grad_q0)"""
+    """(loss, terminal_q, log_ratio, used_q0, residual, num_tokens), (grad_logprobs, grad_q0)"""
     values = dict(delta=0.2, leave_one_out=False) | arguments
     logprobs = logprobs.detach()
     out = ops.cumulative_loss(logprobs, ref_logprobs, *(values.get(k) for k in LOSS_ARGUMENTS))
-    if values["objective"] == "group":
-        values |= dict(objective="squared", q0=out[3])
+    if values["objective"] == "group":  # as _cumulative_loss_setup does
+        slope = -2 * values["beta"] * out[4] * values.get("weights", 1)
+        values |= dict(objective="linear", rewards=None, weights=slope)
     kept = [k for k in LOSS_ARGUMENTS if k not in ("groups", "leave_one_out")]
     upstream = torch.ones_like(out[0])
     given = (values.get(k) for k in kept)
@@ -77,7 +78,7 @@ def test_loss(ops, form, team, layout):
     out, grads = run_loss(ops, *case)
     assert relative_error(out[0], want) <= 1e-12
     assert relative_error(grads[0], want_grad) <= 1e-12
-    assert out[4].tolist() == lengths
+    assert out[5].tolist() == lengths
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +127,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(ops):
             cu_seqlens=offsets,
         )
         out, grads = run_loss(ops, logprobs, ref, arguments)
-        tokens, sequences = (q[0], q[1], grads[0]), (q[2], *out, grads[1])
+        tokens, sequences = (q[0], q[1], grads[0]), (q[2], *out[:4], out[5], grads[1])
         piece = slice(first, first + 300)
         results.append([*(t[piece] for t in tokens), *(s[at] for s in sequences)])
     for other in results[1:]:
@@ -159,6 +160,21 @@ def test_no_tokens(ops, shape):
         (dict(cu_seqlens=torch.tensor([0, 3, 5])), "must end at the number of tokens"),
         (dict(rewards=torch.tensor([0.0, float("nan")])), "rewards must be finite"),
         (dict(q0=torch.tensor([0.0, float("inf")])), "q0 must be finite"),
+        (dict(q_targets=torch.full((6,), float("nan"))), "q_targets must be finite"),
+        (dict(q_targets=torch.ones(6), objective="cross_entropy"), "q_targets must be log-opt"),
+        (dict(q_weights=torch.full((6,), float("inf"))), "q_weights must be finite"),
+        (dict(token_rewards=torch.full((6,), float("nan"))), "token_rewards must be finite"),
+        (
+            dict(token_rewards=torch.full((6,), -float("inf")), objective="cross_entropy"),
+            "finite before the last token",
+        ),
+        (dict(advantages=torch.full((2,), float("nan"))), "advantages must be finite"),
+        (dict(advantages=torch.full((6,), float("nan"))), "advantages must be finite"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 0, 1, 2, 3, 4, 6]), rewards=None, q0=None),
+            "ref_logprobs and advantages must be .1, N. if they are per token",
+        ),
+        (dict(delta=float("inf")), "delta must be a finite number > 0"),
         (dict(beta=0.0), "beta must be a finite number > 0"),
     ],
 )

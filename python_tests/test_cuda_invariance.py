@@ -3,8 +3,8 @@ in play."""
 
 import pytest
 import torch
-from conftest import head_inputs
-from cuda_cases import assert_same_bits, run_head
+from conftest import GRAD_TOLERANCE, head_inputs, relative_error
+from cuda_cases import Outputs, assert_same_bits, run_head
 
 import spo_ext
 
@@ -13,16 +13,21 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPE = (1100, 32000, 512)
 
 
+def assert_same_tokens(got: Outputs, want: Outputs) -> None:
+    """Log-probabilities and entropies bit for bit, grad_hidden but for the order of its sums: it is
+    added up over slices of the vocabulary, whose width depends on the number of tokens and on
+    workspace_mib. (A float16 one is also scaled by the largest gradient of the batch.)"""
+    assert_same_bits(got[:2], want[:2])
+    assert relative_error(got[2], want[2]) <= GRAD_TOLERANCE[want[2].dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_is_the_same_alone_in_any_batch_order_or_slice(dtype):
     hidden, weight, targets = head_inputs(*SHAPE, dtype)
-    # float16 gradients are scaled by a power of two that depends on the largest of the batch, so
-    # that subnormal parts of grad_hidden may differ; the promise is about results, not gradients.
-    bits = 2 if dtype == torch.float16 else 3
-    whole = run_head(hidden, weight, targets)[:bits]
+    whole = run_head(hidden, weight, targets)[:3]
     order = torch.randperm(len(hidden))
-    permuted = run_head(hidden[order], weight, targets[order])[:bits]
-    assert_same_bits(permuted, tuple(t[order] for t in whole))
+    permuted = run_head(hidden[order], weight, targets[order])
+    assert_same_tokens(permuted, tuple(t[order] for t in whole))
     # one row, rows of one tile, across tiles, all but one, a tile and one more
     for first, last in (
         (0, 1),
@@ -33,16 +38,16 @@ def test_a_token_is_the_same_alone_in_any_batch_order_or_slice(dtype):
         (1, 1100),
         (0, 129),
     ):
-        part = run_head(hidden[first:last], weight, targets[first:last])[:bits]
-        assert_same_bits(part, tuple(t[first:last] for t in whole))
+        part = run_head(hidden[first:last], weight, targets[first:last])
+        assert_same_tokens(part, tuple(t[first:last] for t in whole))
 
 
 def test_a_much_larger_batch_changes_nothing():
     hidden, weight, targets = head_inputs(20000, 50257, 128, torch.bfloat16)
     whole = run_head(hidden, weight, targets)[:3]
     for first, last in ((0, 64), (9999, 10001), (19990, 20000)):
-        part = run_head(hidden[first:last], weight, targets[first:last])[:3]
-        assert_same_bits(part, tuple(t[first:last] for t in whole))
+        part = run_head(hidden[first:last], weight, targets[first:last])
+        assert_same_tokens(part, tuple(t[first:last] for t in whole))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +95,8 @@ def test_the_workspace_changes_no_logprob(dtype):
     inputs = head_inputs(*SHAPE, dtype)
     small = run_head(*inputs, workspace_mib=16)
     large = run_head(*inputs, workspace_mib=512)
-    assert_same_bits(small[:2], large[:2])
+    assert_same_tokens(small, large)
+    assert relative_error(small[3], large[3]) <= GRAD_TOLERANCE[dtype]
 
 
 def test_losses_and_q_values_are_equal_in_every_run_and_batch():

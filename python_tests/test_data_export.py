@@ -124,6 +124,24 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, printed.out, printed.err
 
 
+def test_notes_of_one_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As those of rows that share a system prompt with another split."""
+    system = {"role": "system", "content": " ".join(f"word{i}" for i in range(60))}
+    rows = [
+        {
+            "prompt": [system, {"role": "user", "content": f"question {i} {'and ' * i}"}],
+            "split": "test" if i == 0 else "train",
+        }
+        for i in range(30)
+    ]
+    path, store = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "store.db"
+    status, out, err = run(capsys, "import", path, "--store", store)
+    assert status == 0 and "0 contaminated, 29 notes" in out
+    first, rest = err.splitlines()
+    assert first.startswith(f"{path}:2: note: ") and "are in prompts of the split test" in first
+    assert rest.startswith(f"{path}: note: 28 more rows like row 2: ")
+
+
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "a", "completion_ids": [8], "reward": 2.0}, "{", SEVERAL]
     path, store = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "store.db"  # type: ignore

@@ -22,7 +22,7 @@ from spo_ext.store import TrajectoryStore
 from spo_ext.trainer.checkpoints import last_complete, read_state
 
 STEPS = 50
-SECONDS = 180.0  # for what a process is waited for, on a busy machine
+SECONDS = 600.0  # for what a process is waited for, on a busy machine
 # Of a step that is replayed with the same weights; the others tell the time, or what was appended
 # meanwhile.
 SAME = ("loss", "grad_norm", "learning_rate", "kl", "entropy", "spo/residual", "store/reward")

@@ -107,27 +107,45 @@ def test_generation_stays_as_it_was():
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), want)
 
 
-def test_adapters():
-    peft = pytest.importorskip("peft")
+MIXTURES = [
+    ("Mixtral", {"num_local_experts": 4}),
+    ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), MIXTURES)
+def test_router_loss_is_the_models_own(name, settings):
+    model = family(name, settings)
     input_ids, attention_mask, targets = tokens()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(family("Qwen2", {}), lora)
-    base = eager_logprobs(family("Qwen2", {}), input_ids, attention_mask, 1.0)
-    adapted = eager_logprobs(model, input_ids, attention_mask, 1.0)
+    want = model(**inputs, output_router_logits=True)
+    router = [parameter for name, parameter in model.named_parameters() if "router" in name]
+    router += [parameter for name, parameter in model.named_parameters() if "gate.weight" in name]
+    want_grads = torch.autograd.grad(want.aux_loss, router)
     huggingface.add_token_logprobs(model)
-    counted = targets[:, 1:] != -100
-    got = model(**inputs, logprob_targets=targets)
-    torch.testing.assert_close(got.double(), adapted.where(counted, 0), rtol=0, atol=2e-5)
-    with model.disable_adapter():
-        got = model(**inputs, logprob_targets=targets)
-    torch.testing.assert_close(got.double(), base.where(counted, 0), rtol=0, atol=2e-5)
-    assert (adapted - base).abs().max() > 1e-3
-    on_head = peft.get_peft_model(family("Qwen2", {}), peft.LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match="linear layer without an adapter"):
-        huggingface.add_token_logprobs(on_head)
+    plain = model(**inputs, logprob_targets=targets)
+    asked = {"logprob_targets": targets, "output_router_logits": True}
+    logprobs, aux_loss = model(**inputs, **asked)
+    assert torch.equal(logprobs, plain)
+    torch.testing.assert_close(aux_loss, want.aux_loss)
+    assert aux_loss > 1  # its least value is the number of experts that a token takes
+    for got, expected in zip(torch.autograd.grad(aux_loss, router), want_grads, strict=True):
+        torch.testing.assert_close(got, expected)
+    again, entropy, loss = model(**inputs, **asked, logprob_entropy=True)
+    assert (
+        torch.equal(again, plain) and torch.equal(loss, aux_loss) and entropy.shape == plain.shape
+    )
+
+
+def test_what_is_refused():
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
         huggingface.add_token_logprobs(family("Qwen2", {}), temperature=0)
+    model = family("Qwen2", {})
+    huggingface.add_token_logprobs(model)
+    input_ids, _, targets = tokens()
+    with pytest.raises(ValueError, match="output_router_logits must be left out.* got Qwen2For"):
+        model(input_ids, logprob_targets=targets, output_router_logits=True)
 
 
 def losses(model, rows):

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from conftest import reference
+from tolerances import LOGPROB_TOLERANCE, gpu_logprob_tolerance
 
 import spo_ext
 
@@ -35,12 +36,17 @@ def real_states(device):
 @pytest.mark.parametrize("states", [synthetic_states, real_states])
 def test_sum_over_a_long_completion(states, device):
     hidden, weight, targets = states(device)
-    truth = reference.token_logprobs(hidden.double(), weight.double(), targets)[0].sum()
+    want = reference.token_logprobs(hidden.double(), weight.double(), targets)[0]
+    truth, bound = want.sum(), 1e-4
+    if device == "cuda":  # tensor cores err toward zero, so that their errors do add up
+        dtype, depth = hidden.dtype, hidden.shape[1]
+        bias = gpu_logprob_tolerance(dtype, depth) - LOGPROB_TOLERANCE[dtype]
+        bound += bias * float(want.abs().clamp(min=1).sum())
 
     def error(logprobs):
         return abs(float(logprobs.double().sum() - truth))
 
     rounded = torch.log_softmax((hidden @ weight.T).float(), -1)
     rounded = rounded.gather(-1, targets.long()[:, None])
-    assert error(spo_ext.token_logprobs(hidden, weight, targets)) <= 1e-4
+    assert error(spo_ext.token_logprobs(hidden, weight, targets)) <= bound
     assert error(rounded) >= 0.01  # what logits rounded to bf16 do to the same sum

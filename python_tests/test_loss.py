@@ -210,6 +210,13 @@ def test_stats():
     assert means["loss"].item() == pytest.approx(
         spo_ext.loss(logprobs, ref_logprobs, **arguments).item()
     )
+    logprobs, ref_logprobs, arguments = packed_case("cross_entropy, token rewards")
+    _, other = spo_ext.loss(logprobs, ref_logprobs, **arguments, return_stats=True)
+    pieces = arguments["token_rewards"].split(LENGTHS)
+    last = torch.stack([p[-1] if len(p) else p.sum() for p in pieces])
+    chance = (other.terminal_q / BETA).clamp(max=0).exp()
+    target = ((arguments["rewards"] + last) / BETA).exp()
+    torch.testing.assert_close(other.residual, chance - target)
 
 
 def test_long_sums_keep_their_digits():
@@ -261,19 +268,79 @@ REFUSED = [
     ("squared", dict(denominator=3), "denominator must be None unless reduction is sum"),
     ("squared", dict(beta=0.0), "beta must be a finite number > 0, got 0"),
     ("squared", dict(beta=math.nan), "beta must be a finite number > 0"),
-    ("cross_entropy", dict(delta=0.0), "delta must be > 0, got 0"),
+    ("cross_entropy", dict(delta=0.0), "delta must be a finite number > 0, got 0"),
     ("squared", dict(rewards=torch.zeros(5)), r"rewards must have shape \[6\], got \[5\]"),
     ("squared", dict(mask=torch.ones(22)), "mask must be bool"),
     ("squared", dict(mask=torch.ones(21).bool()), r"mask must have shape \[22\], got \[21\]"),
     ("squared", dict(cu_seqlens=None), r"logprobs must be padded \[B, T\], or packed \[N\]"),
     ("squared", dict(cu_seqlens=torch.tensor([0.0, 22.0])), "cu_seqlens must be int64 or int32"),
     ("squared", dict(weights=torch.zeros(6, requires_grad=True)), "weights must not require grad"),
+    ("squared", dict(delta=0.1), "delta must be left out for objective 'squared', got 0.1"),
+    ("cross_entropy", dict(delta=math.inf), "delta must be a finite number > 0, got inf"),
+    ("squared", dict(beta=torch.tensor(1.0, requires_grad=True)), "beta must not require grad"),
+    ("squared", dict(beta="high"), "beta must be a number, got 'high'"),
+    ("squared", dict(beta=torch.ones(2)), r"beta must be a number, got 'a tensor \[2\] on "),
+    ("squared", dict(q0=True), "q0 must be a number, got True"),
+    ("group", dict(groups=torch.rand(6)), "groups must be integers, got Float"),
+    ("group", dict(groups=torch.ones(6).bool()), "groups must be integers, got Bool"),
+    ("squared", dict(rewards=torch.zeros(6) * 1j), "rewards must be real, got Complex"),
+    ("squared", dict(reduction="sum", denominator=math.inf), "denominator must be a finite number"),
+    ("squared", dict(reduction="sum", denominator=0), "denominator must be a finite number > 0"),
+    (
+        "squared",
+        dict(reduction="sum", denominator=torch.ones(1, requires_grad=True)),
+        "denominator must not require grad",
+    ),
+    ("squared", dict(reduction="sum", denominator=torch.ones(6)), "denominator must be one number"),
 ]
 # Without a host synchronisation only the GPU sees values.
 REFUSED_VALUES = [
     ("squared", dict(rewards=torch.full((6,), math.nan)), "must be finite, got nan at position 0"),
     ("cross_entropy", dict(rewards=torch.ones(6)), "rewards must be log-optimalities <= 0"),
     ("squared", dict(q0=torch.full((6,), math.inf)), "q0 must be finite, got inf"),
+    ("squared", dict(q0=math.nan), "q0 must be finite, got nan"),
+    ("squared", dict(rewards=torch.full((6,), 1e300, dtype=torch.float64)), None),
+    ("group", dict(rewards=torch.full((6,), -math.inf)), "rewards must be finite, got -inf"),
+    ("squared, weights", dict(weights=torch.full((6,), math.inf)), "weights must be finite"),
+    ("linear", dict(weights=torch.full((6,), math.nan)), "weights must be finite, got nan"),
+    ("advantage, shared gain", dict(rewards=torch.full((6,), math.nan)), "rewards must be finite"),
+    (
+        "advantage, per token",
+        dict(advantages=torch.full((22,), math.nan)),
+        "advantages must be fin",
+    ),
+    ("advantage, per token", dict(advantages=torch.full((6,), math.inf)), "advantages must be fin"),
+    (
+        "squared, per-token targets",
+        dict(q_targets=torch.full((22,), math.nan)),
+        "q_targets must be",
+    ),
+    (
+        "cross_entropy, per-token targets",
+        dict(q_targets=torch.full((22,), math.nan)),
+        r"q_targets must be log-optimalities <= 0 for cross_entropy \(-inf for none\), got nan at",
+    ),
+    ("cross_entropy, per-token targets", dict(q_targets=torch.full((22,), 0.5)), "q_targets must "),
+    (
+        "cross_entropy, per-token targets",
+        dict(q_weights=torch.full((22,), math.nan)),
+        "q_weights must be finite, got nan at position 0",
+    ),
+    (
+        "squared, token rewards",
+        dict(token_rewards=torch.full((22,), math.nan)),
+        "token_rewards mus",
+    ),
+    (
+        "cross_entropy, token rewards",
+        dict(token_rewards=torch.full((22,), -math.inf)),
+        "token_rewards must be <= 0 for cross_entropy, and finite before the last token, got -inf",
+    ),
+    (
+        "squared",
+        dict(reduction="sum", denominator=torch.tensor(math.nan)),
+        "denominator must be a finite number > 0, got nan",
+    ),
     ("squared", dict(cu_seqlens=torch.tensor([0, 5, 4, 22])), "must not fall, got 5 then 4"),
     ("squared", dict(cu_seqlens=torch.tensor([1, 22])), "cu_seqlens must start at 0, got 1"),
     ("squared", dict(cu_seqlens=torch.tensor([0, 21])), "must end at the number of tokens 22"),
@@ -289,8 +356,96 @@ def test_refuses(form, change, message, device):
     if "cu_seqlens" in change and change["cu_seqlens"] is not None:
         size = len(change["cu_seqlens"]) - 1
         arguments |= dict(rewards=torch.zeros(size), q0=torch.zeros(size))
-    with pytest.raises((ValueError, TypeError), match=message):
+    if message is None:  # what float64 holds and float32 does not
         spo_ext.loss(logprobs, ref_logprobs, **arguments)
+        logprobs, message = logprobs.float(), "must be finite, got inf"
+    with pytest.raises((ValueError, TypeError), match=f"^loss: .*{message}"):
+        spo_ext.loss(logprobs, ref_logprobs, **arguments)
+
+
+@pytest.mark.parametrize("name", ["q_targets", "q_weights", "token_rewards", "advantages"])
+def test_what_is_masked_is_not_read(name):
+    """Nor checked: padding may hold anything."""
+    form = (
+        "advantage, per token" if name == "advantages" else "squared, per-token targets and weights"
+    )
+    leaf, ref, rows = padded(*packed_case(form))
+    want = spo_ext.loss(leaf, ref, **rows)
+    rows[name] = rows[name].masked_fill(~rows["mask"], math.nan)
+    assert torch.equal(spo_ext.loss(leaf, ref, **rows), want)
+
+
+def ambiguous_case():
+    """As many tokens as sequences, packed and padded: lengths 0, 1, 2."""
+    offsets = torch.tensor([0, 0, 1, 3])
+    rows = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
+    mask = torch.tensor([[False, False], [True, False], [True, True]])
+    return (rows[mask], dict(cu_seqlens=offsets)), (rows, dict(mask=mask))
+
+
+@pytest.mark.parametrize("name", ["ref_logprobs", "advantages"])
+def test_one_reading_of_a_shape(name, device):
+    (packed, cut), (rows, mask) = ambiguous_case()
+    per_sequence, per_token = torch.tensor([9.0, -1.0, -2.0]), torch.tensor([-0.5, -0.25, -3.0])
+
+    def losses(logprobs, value, where):
+        ref = value if name == "ref_logprobs" else torch.zeros_like(logprobs)
+        terms = dict(advantages=value) if name == "advantages" else {}
+        objective = "squared" if name == "ref_logprobs" else "advantage"
+        given = (torch.zeros(3), 0.0) if name == "ref_logprobs" else (None, None)
+        return spo_ext.loss(
+            logprobs, ref, *given, beta=1.0, objective=objective, reduction="none", **terms, **where
+        ).tolist()
+
+    want = losses(rows, per_sequence, mask)
+    assert losses(rows, per_sequence[:, None], mask) == want
+    assert losses(packed, per_sequence[:, None], cut) == want
+    padded_tokens = torch.zeros(3, 2).masked_scatter(mask["mask"], per_token)
+    assert losses(packed, per_token[None], cut) == losses(rows, padded_tokens, mask) != want
+    one_each = dict(cu_seqlens=torch.arange(4))  # either reading is the same
+    assert losses(packed, per_token, one_each) == losses(packed, per_token[:, None], one_each)
+    if device == "cpu":  # the GPU asserts it
+        with pytest.raises(ValueError, match=rf"{name} must be \[1, 3\] if it is per token, or"):
+            losses(packed, per_token, cut)
+
+
+@pytest.mark.parametrize("length", [1, 64])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_alone_in_a_group_there_is_exactly_no_gradient(leave_one_out, length):
+    """Q_0 + beta R - r does not cancel in float32 at beta = 1000, nor in float64."""
+    logprobs = torch.full((3, length), -1.7, requires_grad=True)
+    total = spo_ext.loss(
+        logprobs,
+        torch.full((3, length), -0.3),
+        torch.tensor([0.123, 0.3, 0.7]),
+        None,
+        beta=1e3,
+        objective="group",
+        groups=torch.tensor([4, 0, 0]),
+        leave_one_out=leave_one_out,
+    )
+    grad = torch.autograd.grad(total, logprobs)[0]
+    assert (grad[0] == 0).all() and (grad[1:] != 0).all()
+    # and the residual of the others keeps its digits, though Q_0 is 1e5 and rounded to .008
+    half = 1 if leave_one_out else 0.5
+    want = 2 * 1e3 * half * (0.7 - 0.3) / 3
+    assert grad[1, 0].item() == pytest.approx(want, rel=1e-5)
+    assert grad[2, 0].item() == pytest.approx(-want, rel=1e-5)
+
+
+def test_an_impossible_failure_is_solved():
+    """log pi = -inf and y = 0: loss and gradient are exactly 0, alone and beside other tokens."""
+    logprobs = torch.tensor([[-math.inf, -1.0], [-1.0, -2.0]], requires_grad=True)
+    failed = torch.full((2,), -math.inf)
+    losses = spo_ext.loss(logprobs, torch.zeros(2, 2), failed, -0.1, beta=0.1, reduction="none")
+    grad = torch.autograd.grad(losses.sum(), logprobs)[0]
+    assert losses[0] == 0 and (grad[0] == 0).all() and losses[1] > 0 and (grad[1] > 0).all()
+    success = spo_ext.loss(
+        logprobs, torch.zeros(2, 2), torch.zeros(2), -0.1, beta=0.1, reduction="none"
+    )
+    assert success[0] == math.inf and success[1].isfinite()
+    nan = torch.tensor([[math.nan, -1.0]])
+    assert spo_ext.loss(nan, torch.zeros(1, 2), failed[:1], -0.1, beta=0.1).isnan()
 
 
 def test_refuses_a_reference_that_is_neither_per_token_nor_per_sequence():
@@ -314,5 +469,38 @@ def test_taper_weights():
     # the failure the policy has left fades; a success and a failure it now prefers keep their
     # weight
     assert weights.tolist() == pytest.approx([math.exp(-2), 1.0, 1.0])
+    gone = spo_ext.taper_weights(
+        torch.tensor([-math.inf]), torch.tensor([-3.0]), torch.tensor([-1.0]), threshold=0.0
+    )
+    assert gone.tolist() == [0.0]
     with pytest.raises(ValueError, match=r"taper_weights: rewards must have shape \[3\]"):
         spo_ext.taper_weights(torch.zeros(3), torch.zeros(3), torch.zeros(2), threshold=0.0)
+
+
+@pytest.mark.cpu_only("values are asserted on the GPU")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(logprob_sums=torch.tensor([math.nan])),
+            "logprob_sums must be finite or -inf, got nan",
+        ),
+        (dict(behaviour=torch.tensor([-math.inf])), "behaviour_logprob_sums must be finite"),
+        (dict(rewards=torch.tensor([math.nan])), "rewards must be finite or -inf, got nan"),
+        (dict(threshold=math.nan), "threshold must be a number, got nan"),
+        (dict(threshold=torch.zeros(1)), "threshold must be a number"),
+    ],
+)
+def test_taper_weights_refuses(change, message):
+    given = dict(logprob_sums=torch.zeros(1), behaviour=torch.zeros(1), rewards=torch.zeros(1))
+    given |= dict(threshold=0.0) | change
+    threshold = given.pop("threshold")
+    with pytest.raises((ValueError, TypeError), match=f"^taper_weights: {message}"):
+        spo_ext.taper_weights(*given.values(), threshold=threshold)
+
+
+@pytest.mark.cpu_only("values are asserted on the GPU")
+def test_soft_q_refuses_an_infinite_q0():
+    with pytest.raises(ValueError, match="^soft_q: q0 must be finite, got inf at position 1"):
+        q0 = torch.tensor([0.0, math.inf])
+        spo_ext.soft_q(torch.zeros(2, 3), torch.zeros(2, 3), q0, beta=1.0)

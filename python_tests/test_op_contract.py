@@ -150,13 +150,11 @@ def scalar_ops():
             logprobs,
             spo_ext.soft_q(logprobs, ref, 0.0, beta=1.0, cu_seqlens=a["cu_seqlens"]),
         ),
-        "cumulative_loss": (logprobs, spo_ext.loss(logprobs, ref, **a)),
+        "loss": (logprobs, spo_ext.loss(logprobs, ref, **a)),
     }
 
 
-@pytest.mark.parametrize(
-    "op", ["token_logprobs", "logprobs_from_logits", "soft_q", "cumulative_loss"]
-)
+@pytest.mark.parametrize("op", ["token_logprobs", "logprobs_from_logits", "soft_q", "loss"])
 def test_second_derivatives_are_refused(op):
     leaf, out = scalar_ops()[op]
     upstream = torch.ones_like(out).requires_grad_()

@@ -27,6 +27,46 @@ def test_reference_does_not_overflow():
     assert value.item() == pytest.approx(1000 - 0.01 * math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "rewards, beta",
+    [
+        ([[1.0, 1.0], [0.0, 0.0]], 0.001),
+        ([[12.0, 11.0], [-15.0, -14.0]], 0.03),
+        ([[1e9, 1e9], [0.0, 1.0], [-1e9, -math.inf]], 1e-6),
+    ],
+)
+def test_a_prompt_is_shifted_by_its_own_rewards(rewards, beta):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = prompt_value(rewards, beta=beta)
+        alone = torch.cat([prompt_value(row, beta=beta) for row in rewards])
+    top = rewards.max(1).values
+    want = top + beta * ((rewards == top[:, None]).sum(1) / 2).log()
+    assert torch.equal(value, alone)
+    torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_smoothing_at_a_small_beta():
+    """(k + s) / (n + 2 s) of the best reward, and nothing of the worst."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    value = prompt_value(rewards, beta=1e-3, smoothing=0.5)
+    assert value.tolist() == pytest.approx([1 + 1e-3 * math.log(p / 3) for p in (1.5, 0.5)])
+
+
+def test_a_large_beta_gives_the_mean():
+    rewards = torch.tensor([[1.0, 0.0, 0.5], [3.0, 3.0, 0.0]])
+    assert prompt_value(rewards, beta=1e9).tolist() == pytest.approx([0.5, 2.0], rel=1e-6)
+
+
+def test_leave_one_out_of_an_impossible_reward():
+    rewards = torch.tensor([0.0, -math.inf, -1.0])
+    value = prompt_value(rewards, beta=0.1, estimator="leave_one_out")
+    assert value.tolist() == [-math.inf, -0.5, -math.inf]
+    huge = torch.tensor([1e30, 1.0, 2.0])  # a total less itself would leave 0
+    assert prompt_value(huge, beta=1.0, estimator="leave_one_out")[0] == 1.5
+
+
 def test_optimal_policy_is_solved():
     """At the exact Q_0 and the optimal policy pi_ref exp((r - Q_0) / beta), the residual Q_T - r
     is zero."""
@@ -119,6 +159,28 @@ def test_ema_keeps_prompts_without_samples():
         ),
         (dict(beta=0.0), "beta must be a finite number > 0, got 0.0"),
         (dict(smoothing=-1.0), "smoothing must be >= 0"),
+        (dict(smoothing=math.nan), "smoothing must be >= 0, .* got nan"),
+        (dict(smoothing=math.inf), "smoothing must be >= 0, .* got inf"),
+        (dict(beta=math.nan), "beta must be a finite number > 0, got nan"),
+        (dict(beta=torch.ones(1, requires_grad=True)), "beta must not require grad"),
+        (dict(decay=0.5), "decay must be left out unless estimator is ema, got 0.5"),
+        (dict(estimator="ema", previous=torch.full((1,), math.nan)), "previous must be finite"),
+        (dict(num_prompts=3), "num_prompts must be None without groups, got 3"),
+        (dict(groups=torch.zeros(4).long(), num_prompts=1.5), "num_prompts must be a whole number"),
+        (dict(groups=torch.zeros(4)), "groups must be integers of shape .* got torch.float32"),
+        (dict(groups=torch.zeros(4).bool()), "groups must be integers of shape .* got torch.bool"),
+        (dict(reward_range=(0.0, 1.0), estimator="group"), "reward_range must be None unless"),
+        (dict(reward_range=(math.nan, 1.0)), "reward_range must be .worst, best."),
+        (dict(reward_range=(0.0,)), "reward_range must be .worst, best., got .0.0,."),
+        (
+            dict(reward_range=(-0.5, 0.0), groups=torch.tensor([0, 1, 1, 1])),
+            r"rewards must lie in reward_range .-0.5, 0.0., got -1.0 for prompt 1",
+        ),
+        (dict(rewards=torch.full((4,), math.inf)), "rewards must be finite or -inf"),
+        (
+            dict(estimator="group", log_ratios=torch.tensor([0.0, 0.0, math.nan, 0.0])),
+            "log_ratios must be finite, got nan or inf",
+        ),
         (dict(smoothing=0.5, estimator="group"), "and 0 unless estimator is reference"),
         (dict(log_ratios=torch.zeros(4)), "log_ratios must be None"),
         (
@@ -141,5 +203,5 @@ def test_ema_keeps_prompts_without_samples():
 )
 def test_refuses(arguments, message):
     given = dict(rewards=torch.tensor([0.0, -1.0, 0.0, -1.0]), beta=1.0) | arguments
-    with pytest.raises(ValueError, match=f"prompt_value: .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"^prompt_value: .*{message}"):
         prompt_value(given.pop("rewards"), **given)

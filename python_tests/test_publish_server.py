@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from publish_cases import lora_model, tiny_model, trained
 
-from spo_ext.trainer.publish_server import PublishError, ServerPublisher, VLLMClientPublisher
+from spo_ext.rollout.follow import version_of
+from spo_ext.trainer.publish_server import PublishError, ServerPublisher
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,6 +26,9 @@ class Server(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.answers: dict[str, list[tuple[int, Any]]] = {}
         self.weights: torch.Tensor | None = None
+        self.version = "default"
+        self.latest: list[bool] = []  # whether DIR/latest was there when it was asked to resume
+        self.directory: Path | None = None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
@@ -36,6 +39,10 @@ class Server(ThreadingHTTPServer):
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
             self.weights = loaded.model.norm.weight.detach()
             return 200, {"results": [None]}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path == "/resume" and self.directory is not None:
+            self.latest.append((self.directory / "latest").exists())
         if path == "/v1/load_lora_adapter":
             assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
             return 200, "Success: LoRA adapter added successfully."
@@ -45,12 +52,18 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
+    def do_GET(self) -> None:
+        status, answer = self.server.answer(self.path, None)
+        self.reply(status, {"weight_version": self.server.version} if status == 200 else answer)
+
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.loads(text) if text else None
         self.server.calls.append((self.path, body))
         self.server.headers.append(dict(self.headers))
-        status, answer = self.server.answer(self.path, body)
+        self.reply(*self.server.answer(self.path, body))
+
+    def reply(self, status: int, answer: Any) -> None:
         content = b"" if answer is None else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -79,17 +92,24 @@ def routes(server: Server) -> list[str]:
 def test_whole_weights(server: Server, tmp_path: Path) -> None:
     model = trained(tiny_model())
     publisher = ServerPublisher(f"{server.url}/v1/", tmp_path, api_key="secret")
+    server.directory = tmp_path
     publisher.publish(model, None, 3)
     folder = str(tmp_path / "version-0000003")
+    first = server.version
+    assert version_of(first) == 3
     assert server.calls == [
         ("/pause?mode=wait", None),
         ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
         ("/reset_prefix_cache", None),
+        ("/update_weight_version", {"new_version": first}),
         ("/resume", None),
     ]
+    assert server.latest == [True], "whoever gets an answer of the new weights can know"
     assert torch.equal(server.weights, model.model.norm.weight)
     assert all(headers["Authorization"] == "Bearer secret" for headers in server.headers)
     assert (tmp_path / "latest").read_text() == "version-0000003"
+    publisher.publish(model, None, 3)
+    assert version_of(server.version) == 3 and server.version != first, "told apart"
     publisher.finish()
     assert (tmp_path / "finished").exists()
 
@@ -99,7 +119,8 @@ def test_only_the_adapter(server: Server, tmp_path: Path) -> None:
     publisher.publish(lora_model("linear"), None, 1)
     path = str(tmp_path / "version-0000001")
     load = {"lora_name": "policy", "lora_path": path, "load_inplace": True}
-    assert server.calls == [("/v1/load_lora_adapter", load), ("/reset_prefix_cache", None)]
+    assert server.calls[:2] == [("/v1/load_lora_adapter", load), ("/reset_prefix_cache", None)]
+    assert routes(server)[2:] == ["/update_weight_version"]
 
 
 def test_a_server_that_does_not_load_in_place(server: Server, tmp_path: Path) -> None:
@@ -107,7 +128,7 @@ def test_a_server_that_does_not_load_in_place(server: Server, tmp_path: Path) ->
     server.answers["/v1/load_lora_adapter"] = [(400, {"error": {"message": said, "code": 400}})]
     publisher = ServerPublisher(server.url, tmp_path, lora_name="policy", prefix_cache=False)
     publisher.publish(lora_model("linear"), None, 1)
-    assert routes(server)[1:-1] == [
+    assert routes(server)[1:-2] == [
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
         "/v1/load_lora_adapter",
@@ -134,6 +155,7 @@ def test_the_server_may_see_the_folder_elsewhere(server: Server, tmp_path: Path)
         ("/collective_rpc", (500, {"error": {"message": "no file"}}), ["status 500: no file"]),
         ("/collective_rpc", (400, {"detail": "Missing 'method'"}), ["400: Missing 'method'"]),
         ("/reset_prefix_cache", (200, {"success": False}), ["requests are under way"]),
+        ("/update_weight_version", (500, None), ["status 500: no message"]),
         ("/resume", (503, None), ["status 503: no message"]),
     ],
 )
@@ -146,7 +168,38 @@ def test_what_the_server_says_is_passed_on(
     for word in [f"POST {server.url}{route}", *words]:
         assert word in str(error.value)
     assert routes(server)[-1] == route  # in particular no /resume with half of the weights
-    assert not (tmp_path / "latest").exists()  # nobody believes that the server has it
+    # Nobody believes that the server has it before it has.
+    assert (tmp_path / "latest").exists() == (route == "/resume")
+
+
+def test_a_server_that_keeps_no_version_is_published_to_all_the_same(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answers["/update_weight_version"] = [(404, {"detail": "Not Found"})]
+    ServerPublisher(server.url, tmp_path).publish(tiny_model(), None, 1)
+    assert routes(server)[-1] == "/resume"
+    assert "has no /update_weight_version, as vLLM before 0.32" in caplog.text
+
+
+def test_a_server_that_was_started_anew_gets_the_latest_version(
+    server: Server, tmp_path: Path
+) -> None:
+    model = trained(tiny_model())
+    ServerPublisher(server.url, tmp_path).publish(model, None, 2)
+    publisher = ServerPublisher(server.url, tmp_path)  # of a trainer that was started anew too
+    before = len(server.calls)
+    publisher.restore()
+    assert len(server.calls) == before, "it has what it should"
+    server.version, server.weights = "default", None
+    publisher.restore()
+    assert torch.equal(server.weights, model.model.norm.weight)
+    assert version_of(server.version) == 2 and routes(server)[-1] == "/resume"
+    before = len(server.calls)
+    for answer in [(404, {"detail": "Not Found"}), (404, {"detail": "Not Found"})]:
+        server.answers["/weight_info"] = [answer]
+        publisher.restore()
+    assert len(server.calls) == before
+    ServerPublisher("http://127.0.0.1:1", tmp_path).restore()  # not there now: later, perhaps
 
 
 def test_an_adapter_that_cannot_be_loaded(server: Server, tmp_path: Path) -> None:
@@ -178,32 +231,3 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     publisher = ServerPublisher("http://localhost:8000", tmp_path, lora_name="policy")
     with pytest.raises(ValueError, match="must be a PeftModel .*, got Qwen2ForCausalLM"):
         publisher.publish(tiny_model(), None, 1)
-
-
-@pytest.mark.parametrize("kind", ["plain", "gathered", "lora"])
-def test_weights_through_the_client_of_trl(kind: str) -> None:
-    client_module = pytest.importorskip("trl.generation.vllm_client")
-    # autospec: a call that the installed TRL would refuse fails here too.
-    client = mock.create_autospec(client_module.VLLMClient, instance=True)
-    sent: dict[str, torch.Tensor] = {}
-    announced: list[Any] = []
-
-    def receive(metadata: Any, named: Any) -> None:
-        announced.extend(metadata)
-        sent.update({name: weight.clone() for name, weight in named})
-
-    client.update_named_params.side_effect = receive
-    model = lora_model("linear") if kind == "lora" else trained(tiny_model())
-    state = {**model.state_dict()} if kind == "gathered" else None
-    publisher = VLLMClientPublisher(client, "cpu")
-    publisher.publish(model, None, 1, state)
-    assert [name for name, _, _ in announced] == list(sent)
-    assert ("model.norm.weight", "float32", [32]) in announced
-    loaded = tiny_model()
-    loaded.load_state_dict(sent)  # every weight, under the name that the server knows
-    ids = torch.arange(6)[None]
-    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
-    calls = [call[0] for call in client.method_calls]
-    assert calls == ["update_named_params", "reset_prefix_cache"]
-    publisher.finish()
-    client.close_communicator.assert_called_once_with()

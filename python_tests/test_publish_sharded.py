@@ -27,7 +27,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"ranks \[1\] failed[^$]*rank one says why"):
         launch(script)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 55
 
 
 def test_time_is_up_for_what_ranks_started_too(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_time_is_up_for_what_ranks_started_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="time is up") as error:
         launch(script, processes=1, timeout_s=2.0)
     child = int(str(error.value).split()[-1])
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while _runs(child):  # a process of another parent takes its signal when it is scheduled
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -15,9 +15,9 @@ from sandbox_cases import FAST
 
 from spo_ext.data.tests import call_tests, stdin_tests
 from spo_ext.rollout import Judgement, load_reward
-from spo_ext.rollout.answers import normalised
+from spo_ext.rollout.answers import AnswerReward, _Verifier, final_answer, plainly_equal
 from spo_ext.rollout.programs import TestsReward, program_of
-from spo_ext.rollout.rewards import judged_by
+from spo_ext.rollout.rewards import as_reward, judged_by
 from spo_ext.sandbox import SandboxError, Submission, Verdict
 from spo_ext.store import Prompt
 
@@ -157,25 +157,76 @@ def test_a_prompt_whose_tests_cannot_be_used_is_left_out_by_name(tests: Any) -> 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("72", "72"),
         ("so 6 * 12.\n#### 72", "72"),
-        ("#### 5\nno:\n####  1,072.50 \nthat is it", "1072.5"),
+        ("#### 5\nno:\n####  1,072.50 \nthat is it", "1,072.50"),
         (r"it is \boxed{7}, no, \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
         (r"#### 4 \boxed{5}", "5"),
         (r"unclosed \boxed{5", r"unclosed \boxed{5"),
-        ("$1,000,000", "1000000"),
-        ("1,2", "1,2"),
-        ("+3.0", "3"),
-        ("-0.50", "-0.5"),
-        ("1e3", "1000"),
-        ("  New\n York. ", "new york"),
-        ("\uff14\uff12", "42"),
-        ("nan", "nan"),
-        ("1e999999", "1e999999"),
+        ("#### 5" + " " * 200_000 + "x", "5" + " " * 200_000 + "x"),  # in linear time
     ],
 )
-def test_answers_are_normalised(text: str, answer: str) -> None:
-    assert normalised(text) == answer
+def test_the_final_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("72", "72.00", True),
+        ("$1,000,000", "1000000", True),
+        ("1,2", "1, 2", True),
+        ("1,2", "12", None),
+        ("+3.0", "3", True),
+        (".5", "0.50", True),
+        ("1e3", "1000", True),
+        (r"\$18", "18.", True),
+        ("-5", "\u22125", True),
+        ("  New\n York. ", "new york", True),
+        ("\uff14\uff12", "42", True),
+        (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
+        ("1267650600228229401496703205376", "1267650600228229401496703205379", False),
+        ("0.1234567", "0.1234568", False),  # math-verify would round them
+        ("32,349", "32, 349", None),
+        ("89", "8_9", None),
+        ("52", "5\u00b2", None),
+        ("nan", "nan", True),
+        ("1e999999", "1e999999", True),
+    ],
+)
+def test_the_same_text_or_number(one: str, other: str, equal: bool | None) -> None:
+    assert plainly_equal(one, other) is equal and plainly_equal(other, one) is equal
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        ("1/2", r"so \boxed{0.5}", True),
+        (r"\{1, 2\}", r"$\{2, 1\}$", True),
+        ("(1, 2)", "$(2, 1)$", False),
+        ("x^2 + 2x + 1", "$(x + 1)^2$", True),
+        ("1234", "It cost 3 and 12. She has $1,234 left.", True),
+        ("18", r"It costs \$18", True),
+        ("3, 5", r"$\boxed{3}$ and $\boxed{5}$", True),
+        ("72", "<think>\\boxed{72}</think> 71", False),
+        ("72", "<think>\\boxed{71}</think> The answer is 72.", True),
+        ("89", r"\boxed{8_9}", False),
+        ("52", "\\boxed{5\u00b2}", False),
+        ("9", "10^(10^(10^10))", False),  # never ends
+        ("9", "9", True),  # and the next one is judged
+    ],
+)
+def test_mathematics(answer: str, completion: str, right: bool) -> None:
+    found = judge(AnswerReward(cpu_seconds=2), (Prompt("a", answer=answer), completion))
+    assert found[0].reward == float(right)
+
+
+def test_without_math_verify_only_text_and_numbers_agree(monkeypatch) -> None:
+    monkeypatch.setattr("spo_ext.rollout.answers._VERIFIER", _Verifier())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reward, half = AnswerReward(), Prompt("a", answer="1/2")
+    with pytest.warns(UserWarning, match="math-verify is not installed"):
+        found = judge(reward, (half, "0.5"), (half, "#### 1 / 2"), (half, "2/4"))
+    assert [j.reward for j in found] == [0.0, 1.0, 0.0]
 
 
 def test_answers_are_compared() -> None:
@@ -256,6 +307,45 @@ def test_functions_of_trls_form(functions: Path) -> None:
         [None, None, None],
         ["2", "2", None],
     )
+
+
+def by_keyword(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def of_columns(completion_ids, answer):
+    return [ids[0] + float(answer) for ids, answer in zip(completion_ids, answer, strict=True)]
+
+
+def by_position(_prompts, texts, ids):
+    return [Judgement(len(text) + row[0]) for text, row in zip(texts, ids, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("given", "reward"), [(by_keyword, 3.0), (of_columns, 5.0), (by_position, 4.0), ("answer", 0.0)]
+)
+def test_what_a_trainer_is_given_as_reward(given: Any, reward: float) -> None:
+    prompt = Prompt("2 + 2 =", answer="4")
+    [found] = as_reward(given)([prompt], ["abc"], [[1]])
+    assert found is not None and found.reward == reward
+
+
+def other_column(completions, solution):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ([by_keyword], "SPOTrainer: reward must be a name, a function of TRL's form"),
+        (lambda text: 1.0, "reward must be a name, .* got <function"),
+        (3.0, "reward must be a name, .* got 3.0"),
+        (other_column, "reward other_column: its arguments must be among"),
+    ],
+)
+def test_what_is_no_reward_is_refused(given: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        as_reward(given)
 
 
 def test_an_async_function_runs_where_a_loop_runs_already(functions: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_next_batch_is_generated_while_one_is_judged(store: TrajectoryStore)
 
     def reward(prompts: Any, completions: Any, ids: Any) -> list[Judgement | None]:
         assert threading.current_thread() is threading.main_thread()
-        waits.append(generating.acquire(timeout=5))  # of the batch after this one
+        waits.append(generating.acquire(timeout=60))  # of the batch after this one
         return odd_ones(prompts, completions, ids)
 
     generating.release()  # for the last batch, which has none after it
@@ -238,6 +238,14 @@ def test_metrics_have_the_names_of_trl() -> None:
     tally.add_prompt([short], [-math.inf])
     assert tally.stats(1.0).mean_reward == -math.inf and tally.stats(1.0).reward_std == math.inf
     assert math.isnan(Tally().stats(0.0).entropy)
+    empty = Tally()
+    assert str(empty.stats(0.0)) == (
+        "0 trajectories of 0 prompts (0 drawn before, 0 without a reward)"
+    )
+    empty.add_prompt([], [])
+    assert str(empty.stats(1.0)).endswith(", 1 prompts without completions")
+    empty.add_prompt([long], [])
+    assert "nan" not in str(empty.stats(1.0)) and "100.0% truncated" in str(empty.stats(1.0))
     assert math.isnan(Tally().stats(0.0).mean_reward) and Tally().stats(0.0).tokens_per_second == 0
 
 

@@ -26,7 +26,7 @@ _WRITER = """
 def test_two_processes_that_write_lose_nothing(store_target: str) -> None:
     # Both open the new database at once, and batches 20 to 40 are written by both.
     writers = [start_process(_WRITER, store_target, *span) for span in (("0", "40"), ("20", "60"))]
-    said = [writer.communicate(timeout=120)[0].splitlines() for writer in writers]
+    said = [writer.communicate(timeout=300)[0].splitlines() for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
     assert said[0][20:] == said[1][:20]
     with TrajectoryStore(store_target) as store:
@@ -42,7 +42,8 @@ def test_a_killed_writer_loses_no_batch_and_halves_none(store_target: str, after
     assert writer.stdout is not None
     said = [writer.stdout.readline() for _ in range(after)]
     os.kill(writer.pid, signal.SIGKILL)
-    said += writer.communicate(timeout=60)[0].splitlines()
+    said += writer.stdout.readlines()  # communicate() would lose what readline() has read ahead
+    writer.wait(60)
     promised = [int(x) for line in said for x in line.split()]
     with TrajectoryStore(store_target) as store:
         stored = [row.id for row in store.trajectories()]

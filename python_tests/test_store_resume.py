@@ -120,7 +120,7 @@ def test_ranks_with_one_name_get_the_same_batches(store_target: str) -> None:
         assert rank.stdin is not None
         rank.stdin.write("\n")
         rank.stdin.flush()
-    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    said = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
     assert said[0] == said[1]
     assert len(said[0]) == 12
     with TrajectoryStore(store_target) as store:
@@ -141,13 +141,14 @@ def test_a_learner_that_is_killed_gets_its_batches_again(store_target: str) -> N
     assert killed.stdout is not None
     said = [killed.stdout.readline().strip() for _ in range(7)]
     killed.kill()
-    said += killed.communicate(timeout=60)[0].splitlines()
+    said += [line.strip() for line in killed.stdout.readlines()]
+    killed.wait(60)
     with TrajectoryStore(store_target) as store:
         recorded, rest = divmod(store.counters()["draws"], 4)
     assert rest == 0
     assert recorded - len(said) in (0, 1)  # recorded, but not yet said
     resumed = start_process(body, store_target, str(recorded + 2), "resume")
-    again = resumed.communicate(timeout=60)[0].splitlines()
+    again = resumed.communicate(timeout=300)[0].splitlines()
     assert again[: len(said)] == said
     with TrajectoryStore(store_target) as store:
         assert store.counters()["draws"] == 4 * (recorded + 2)

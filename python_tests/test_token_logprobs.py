@@ -229,16 +229,19 @@ def test_only_the_wanted_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_workspace_gives_the_same_result(dtype):
+def test_small_workspace_gives_the_same_result(dtype, device):
     """Groups of rows, slices of words and the two-pass backward of 16-bit states change nothing,
-    bit for bit."""
+    bit for bit; on a GPU, the order of the gradients' sums."""
     hidden, weight, targets = head_inputs(700, 900, 256, dtype)
     results = []
     for workspace_mib in (2, 64):
         logprobs = spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=workspace_mib)
         results.append((logprobs, *torch.autograd.grad(logprobs.square().sum(), (hidden, weight))))
-    for small, large in zip(*results, strict=True):
+    exact = len(results[0]) if device == "cpu" else 1
+    for small, large in zip(*(r[:exact] for r in results), strict=True):
         assert torch.equal(small, large)
+    for small, large in zip(*(r[exact:] for r in results), strict=True):
+        assert relative_error(small, large) <= GRAD_TOLERANCE[dtype]
 
 
 def test_gradients_are_rounded_once():

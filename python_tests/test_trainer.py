@@ -117,7 +117,9 @@ def test_adapters_train_and_the_base_is_the_reference(folder: Path) -> None:
     base = make_model()
     model = with_adapters(make_model())
     trainer = SPOTrainer(
-        model, SPOConfig(**settings(folder, **SQUARED, max_steps=2)), make_tokenizer()
+        model,
+        SPOConfig(**settings(folder, **SQUARED, max_steps=2, reference="adapter")),
+        make_tokenizer(),
     )
     trainer.train()
     # One model in memory: the trainer scored with the policy itself, adapters off.
@@ -130,6 +132,25 @@ def test_adapters_train_and_the_base_is_the_reference(folder: Path) -> None:
     expected = score_tokens(base, [Tokens(prompt.token_ids, row.token_ids)], "padded")[0]
     held = trainer._parts.reference.logprobs([row], {prompt.id: prompt.token_ids})[0]
     torch.testing.assert_close(held, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_a_trained_adapter_is_a_part_of_the_reference(folder: Path, target: str) -> None:
+    """What the policy says as it starts, not what its base says; and the base is there once."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["v_proj", target], init_lora_weights=False)
+    model = get_peft_model(make_model(), config)
+    arguments = SPOConfig(**settings(folder, **SQUARED, max_steps=2, logging_steps=1))
+    trainer = SPOTrainer(model, arguments, make_tokenizer())
+    reference = trainer._parts.reference.model
+    assert reference is not None and reference is not model
+    pairs = list(zip(model.parameters(), reference.parameters(), strict=True))
+    assert all((a is b) != a.requires_grad for a, b in pairs)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert (lines[0]["spo/log_ratio"], lines[0]["kl"]) == (0.0, 0.0)
+    assert lines[1]["kl"] > 0
 
 
 def test_cached_reference_needs_no_model(folder: Path) -> None:
@@ -169,6 +190,18 @@ def test_online_policy_learns_what_is_rewarded(folder: Path) -> None:
     assert found[0] < 0.2 and min(found[-5:]) > 0.7
     line = trainer.state.log_history[0]
     assert {"kl", "entropy", "spo/residual", "spo/calibration", "store/age_versions"} <= set(line)
+
+
+def test_a_reward_function_of_trls_form(folder: Path) -> None:
+    def reward(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        assert sorted(columns) == ["answer", "prompts", "tests"]
+        return [len(ids) / 8 for ids in completion_ids]
+
+    config = SPOConfig(**settings(folder, max_steps=1))
+    SPOTrainer(make_model(), config, make_tokenizer(), reward=reward).train()
+    with TrajectoryStore(folder / "store.db") as store:
+        rows = list(store.trajectories(run="run"))
+    assert rows and all(row.reward == len(row.token_ids) / 8 for row in rows)
 
 
 def test_half_online_takes_half_from_each(folder: Path) -> None:

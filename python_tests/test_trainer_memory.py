@@ -50,7 +50,7 @@ def measure(folder: Path, run: str, **options: Any) -> dict[str, Any]:
     changes = {"max_steps": 1, "output_dir": str(folder / run), "run": run, **SQUARED, **options}
     out = folder / f"{run}.json"
     process = start(trainer_memory.measure, settings(folder, **changes, out=str(out)))
-    process.join(200)
+    process.join(600)
     code = process.exitcode
     process.kill()
     assert code == 0
@@ -72,7 +72,8 @@ def test_no_tensor_of_tokens_by_vocabulary(folder: Path) -> None:
 
 
 def test_models_in_memory(folder: Path) -> None:
-    """Two with a reference of its own, one with adapters or cached log-probabilities."""
+    """Two with a reference of its own, one with cached log-probabilities, and one with trained
+    adapters, of which alone the reference has copies."""
     pytest.importorskip("peft")
     options = {"shape": LARGE, "per_device_train_batch_size": ROWS}
     two = measure(folder, "two", reference="model", **options)
@@ -86,4 +87,4 @@ def test_models_in_memory(folder: Path) -> None:
     assert cached["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
     adapters = measure(folder, "adapters", adapters=True, **options)
-    assert adapters["held"] == adapters["one_model"] < 1.01 * model
+    assert adapters["one_model"] < adapters["held"] < 1.01 * model

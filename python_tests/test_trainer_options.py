@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from test_trainer_model import LAYOUTS, answer, by_logits, sequences
-from trainer_cases import fill, make_model, make_tokenizer, with_adapters
+from trainer_cases import VOCABULARY, fill, make_model, make_tokenizer, with_adapters
 from trainer_process import settings
 
 from spo_ext.store import Origin, PromptValue, Trajectory, TrajectoryStore
@@ -281,3 +281,40 @@ def test_a_tapered_failure_counts_as_much_as_the_policy_would_still_write_it(fol
     assert weight == pytest.approx((1 + float(failed.mean())) / 2, rel=1e-4) and weight < 0.9
     assert "spo/weight" not in lines(found[False])[0]
     assert float(found[True].first["loss"]) != pytest.approx(float(found[False].first["loss"]))
+
+
+def mixture_of_experts(coefficient: float) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"num_local_experts": 4, "max_position_embeddings": 128}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(**shape, **ends, router_aux_loss_coef=coefficient)
+    )
+
+
+def test_router_loss_of_a_mixture_of_experts(folder: Path) -> None:
+    """coefficient times the mean of the model's own loss over micro-batches is added."""
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    options |= {"max_steps": 1, "packing": "padded"}
+    without, of_config, given = (
+        lines(learn(folder, name, mixture_of_experts(coefficient), **options, **more))[0]
+        for name, coefficient, more in (
+            ("without", 0.5, {"router_aux_loss_coef": 0.0}),
+            ("config", 0.5, {}),
+            ("given", 0.0, {"router_aux_loss_coef": 0.25}),
+        )
+    )
+    assert "aux_loss" not in without and of_config["aux_loss"] == given["aux_loss"]
+    assert of_config["aux_loss"] > 1.5  # 2 experts a token
+    for line, coefficient in ((of_config, 0.5), (given, 0.25)):
+        added = coefficient * line["aux_loss"]
+        assert line["loss"] == pytest.approx(without["loss"] + added, rel=1e-4)
+
+
+def test_a_router_loss_that_there_is_not(folder: Path) -> None:
+    with pytest.raises(ValueError, match="SPOConfig: router_aux_loss_coef must be left out .*0.1"):
+        learn(folder, "plain", router_aux_loss_coef=0.1)

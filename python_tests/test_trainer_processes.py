@@ -63,7 +63,7 @@ def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
             }
         started.append(spawn(settings(folder, out=str(out), **options), environment))
     for process in started:
-        process.join(180)
+        process.join(600)
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()
@@ -177,7 +177,8 @@ def test_adapters_with_ranks_that_need_unlike_work(
 ) -> None:
     """Half of the prompts are scored already, so that a rank may have nothing to score in a step;
     and the values of prompts come from the base, which the ranks hold in parts."""
-    options = {**OFFLINE, "model": "adapters", "group_size": 4, "q0_samples": 2, "beta": 0.25}
+    options = {**OFFLINE, "model": "adapters", "reference": "adapter"}
+    options |= {"group_size": 4, "q0_samples": 2, "beta": 0.25}
     ends = []
     for processes, extra in ((1, {}), (2, {"per_device_train_batch_size": 4, **sharding})):
         folder = make_folder(tmp_path / str(processes))

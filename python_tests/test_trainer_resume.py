@@ -23,7 +23,7 @@ RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "sync_every": 
 def run(folder: Path, **options: Any) -> int:
     """The exit status, in a process of its own."""
     process = spawn(settings(folder, **RUN, **options))
-    process.join(120)
+    process.join(600)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return int(process.exitcode)
 

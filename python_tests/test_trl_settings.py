@@ -55,19 +55,24 @@ def test_answers_of_tools_do_not_count():
         ),
         ({"prompt_value": "ema"}, {}, "prompt_value must be one of leave_one_out, group"),
         ({"objective": "cross_entropy"}, {}, "must be column or importance for objective cross_"),
-        ({}, {"top_entropy_quantile": 0.2}, "must have top_entropy_quantile=1.0.* got 0.2"),
-        ({}, {"off_policy_mask_threshold": 0.5}, "must have off_policy_mask_threshold=None"),
-        ({}, {"entropy_coef": 0.01}, "must have entropy_coef=0.0"),
         (
-            {},
+            {"prompt_value": "column"},
             {"multi_objective_aggregation": "normalize_then_sum"},
-            "must have multi_objective_aggregation='sum_then_normalize'",
+            "multi_objective_aggregation must be 'sum_then_normalize' for prompt_value 'column'",
         ),
     ],
 )
-def test_refuses_what_it_would_ignore(tmp_path, spo, options, message):
+def test_refuses_what_does_not_fit(tmp_path, spo, options, message):
     with pytest.raises(ValueError, match=f"SPOMixin: .*{message}"):
         run(tmp_path, spo, per_device_train_batch_size=8, **options)
+
+
+def test_says_what_has_no_effect(tmp_path, caplog):
+    run(tmp_path, per_device_train_batch_size=8, max_steps=1, loss_type="grpo", epsilon=0.3)
+    assert "no effect on the SPO loss: epsilon=0.3, loss_type='grpo'" in caplog.text
+    caplog.clear()
+    run(tmp_path, per_device_train_batch_size=8, max_steps=1)
+    assert "no effect" not in caplog.text
 
 
 def test_refuses_beta_zero_and_other_trainers(tmp_path, monkeypatch):

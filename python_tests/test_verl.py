@@ -51,7 +51,6 @@ def core(request, monkeypatch):
     """core_algos, after the plugin was loaded as verl loads it."""
     if request.param == "installed":
         core = pytest.importorskip("verl.trainer.ppo.core_algos")
-        core.ADV_ESTIMATOR_REGISTRY.pop("spo", None)  # verl has loaded the plugin itself
     else:
         core = recorded_verl()
         parts = core.__name__.split(".")
@@ -59,12 +58,14 @@ def core(request, monkeypatch):
             name = ".".join(parts[:i])
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, core.__name__, core)
+    # verl may have loaded the plugin itself, registers no name twice, and shall find it afterwards.
+    monkeypatch.setattr(core, "ADV_ESTIMATOR_REGISTRY", {})
+    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", {})
     monkeypatch.delitem(sys.modules, "spo_ext.integrations.verl", raising=False)
     declared = '[project.entry-points."verl.plugins"]\nspo = "spo_ext.integrations.verl"\n'
     assert declared in (ROOT / "pyproject.toml").read_text()
     EntryPoint("spo", "spo_ext.integrations.verl", "verl.plugins").load()
     yield core
-    core.ADV_ESTIMATOR_REGISTRY.pop("spo")  # verl registers no name twice
     sys.modules.pop("spo_ext.integrations.verl")
 
 

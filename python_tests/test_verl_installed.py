@@ -31,7 +31,7 @@ def test_verl_finds_the_entry_point(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.split() == ["spo_policy_loss", "spo_advantages"], done.stderr
 

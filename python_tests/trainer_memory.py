@@ -23,6 +23,7 @@ from trainer_cases import make_model, make_tokenizer, with_adapters
 
 from spo_ext.trainer import SPOConfig, SPOTrainer
 from spo_ext.trainer import trainer as trainer_module
+from spo_ext.trainer.model import Scores
 
 
 class Largest(TorchDispatchMode):
@@ -54,10 +55,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def from_logits(model: Any, batch: Any, entropy: bool = False) -> tuple[Tensor, None]:
-    """What `completion_logprobs` gives, by way of [N, V]."""
+def from_logits(model: Any, batch: Any, **_: bool) -> Scores:
+    """What `completion_scores` gives, by way of [N, V]."""
     logits = model(**batch.model_inputs).logits.flatten(0, 1)[batch.index]
-    return logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1), None
+    logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
+    return Scores(logprobs, None, None)
 
 
 class Watched(SPOTrainer):
@@ -78,7 +80,7 @@ def measure(options: dict[str, Any]) -> None:
     if options.pop("adapters", False):
         model = with_adapters(model)
     if options.pop("logits", False):
-        trainer_module.completion_logprobs = from_logits
+        trainer_module.completion_scores = from_logits
     one_model = parameter_bytes()
     trainer = Watched(model, SPOConfig(**options), make_tokenizer())
     known = {tuple(p.shape) for p in model.parameters()}  # gradients and the optimiser's moments

@@ -2,24 +2,29 @@
 per op.
 
 Schemas are in csrc/spo_ops.cpp. A fake kernel answers with the shape and dtype of the real one,
-for torch.compile.
+for torch.compile, and refuses the shapes that it refuses, as far as they are known.
 The backward ops have no derivative of their own and say so.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from spo_ext import _C
+from spo_ext import _compiled
 
+_C = _compiled.load()  # registers the schemas and kernels
 _OPS = torch.ops.spo
 _BLOCK_WORDS = 256  # kBlockWords of csrc/kept.h
 
 
 def build_info() -> dict[str, str]:
-    """How this extension was built: version, compiler, the instruction set in use, CUDA toolkit,
-    architectures and the CUTLASS version of the Hopper kernel.
+    """How this extension was built: version, torch, compiler, the instruction set in use, CUDA
+    toolkit, architectures and the CUTLASS version of the Hopper kernel.
 
     `cuda_toolkit`, `cuda_archs` and `cutlass` are empty for a build without CUDA; `cutlass` also
     for one without the Hopper kernel.
@@ -27,18 +32,96 @@ def build_info() -> dict[str, str]:
     return dict(_C.build_info())
 
 
-def _result_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
-def _refuse_second_derivative(op: str) -> None:
-    def backward(ctx: Any, *grads: Any) -> None:
+def _transformed(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch.func or forward-mode AD is at work, for which an op has no rule of its own."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = (a for a in arguments if isinstance(a, Tensor))
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
+
+
+def run(op: str, *arguments: Any) -> Any:
+    """torch.ops.spo.<op>, whose gradient torch.func can take as well."""
+    if _transformed(arguments):
+        return _FUNCTIONS[op].apply(*arguments)  # type: ignore[no-untyped-call]
+    return getattr(_OPS, op)(*arguments)
+
+
+def _register_autograd(
+    op: str, backward: Callable[..., Any], setup: Callable[..., None], name: str
+) -> None:
+    """First derivatives of an op, for autograd and for torch.func; `name` is what the user knows
+    it by."""
+
+    def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
-            f"{op}: second derivatives are not implemented; "
+            f"{name}: second derivatives are not implemented; "
             "call backward or grad without create_graph"
         )
 
-    torch.library.register_autograd(f"spo::{op}_backward", backward)
+    def no_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    torch.library.register_autograd(f"spo::{op}", backward, setup_context=setup)
+    torch.library.register_autograd(f"spo::{op}_backward", refuse_backward)
+    _FUNCTIONS[op] = _function(name, op, backward, setup)
+    _FUNCTIONS[f"{op}_backward"] = _function(name, f"{op}_backward", refuse_backward, no_setup)
+
+
+def _function(
+    name: str, op: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    def refuse_jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: forward-mode derivatives (torch.func.jvp, dual numbers) are not implemented; "
+            "take gradients by backward, torch.func.grad or torch.func.vjp"
+        )
+
+    members = {
+        "forward": staticmethod(lambda *arguments: getattr(_OPS, op)(*arguments)),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(refuse_jvp),
+        "generate_vmap_rule": True,
+    }
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for the backward pass; what was made in inference mode as a copy, since autograd takes
+    no other."""
+    ctx.save_for_backward(
+        *(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    )
+
+
+def _known_to_differ(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a != b
+    # Costs a second to import, and is there already where sizes are symbols.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a != b)
+
+
+def _check_shape(op: str, name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
+    """Without a guard on a size that is a symbol."""
+    if tensor is None:
+        return
+    for shape in shapes:
+        if len(shape) == tensor.dim() and not any(map(_known_to_differ, tensor.shape, shape)):
+            return
+    raise ValueError(f"{op}: {name} must have shape {shapes[-1]}, got {list(tensor.shape)}")
+
+
+def _result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 # --- token_logprobs ------------------------------------------------------------------------------
@@ -59,6 +142,14 @@ def _(
     keep,
     max_dropped_mass,
 ):
+    if hidden.dim() < 1 or weight.dim() != 2:
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(
+            f"token_logprobs: hidden and weight must be [.., d] and [V, d], got {shapes}"
+        )
+    _check_shape("token_logprobs", "weight", weight, [weight.shape[0], hidden.shape[-1]])
+    _check_shape("token_logprobs", "targets", targets, list(hidden.shape[:-1]))
+    _check_shape("token_logprobs", "bias", bias, [weight.shape[0]])
     logprobs = hidden.new_empty(targets.shape, dtype=_result_dtype(hidden))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     kept = {
@@ -101,7 +192,16 @@ def _(
 
 def _token_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, *output)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError(
+                f"token_logprobs: {name} must not be made in torch.inference_mode where another "
+                "tensor requires grad, since autograd cannot keep it; make it under torch.no_grad, "
+                "or clone it"
+            )
+    logprobs, entropy, *states = output
+    # The caller may change what he was given.
+    _keep(ctx, hidden, weight, targets, bias, logprobs.clone(), entropy.clone(), *states)
     ctx.set_materialize_grads(False)
 
 
@@ -116,7 +216,8 @@ def _token_logprobs_backward(
         ctx.options
     )
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = _OPS.token_logprobs_backward(
+    grads = run(
+        "token_logprobs_backward",
         grad_logprobs,
         grad_entropy if return_entropy else None,
         hidden,
@@ -142,10 +243,26 @@ def _token_logprobs_backward(
     return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
 
 
-torch.library.register_autograd(
-    "spo::token_logprobs", _token_logprobs_backward, setup_context=_token_logprobs_setup
+_register_autograd(
+    "token_logprobs", _token_logprobs_backward, _token_logprobs_setup, "token_logprobs"
 )
-_refuse_second_derivative("token_logprobs")
+
+
+# For torch.utils.flop_counter, which knows shapes: every token is taken to count, and of
+# max_dropped_mass nothing, since what it saves depends on the probabilities.
+
+
+@register_flop_formula(_OPS.token_logprobs)
+def _(hidden, weight, targets, bias, *options, out_shape=None, **_):
+    keep = options[-2]
+    return 2 * math.prod(hidden) * weight[0] * (2 if keep == "jacobian" else 1)
+
+
+@register_flop_formula(_OPS.token_logprobs_backward)
+def _(grad_logprobs, grad_entropy, hidden, weight, *rest, out_shape=None, **_):
+    needs, _workspace, keep = rest[-3:]
+    products = needs[0] + needs[1] + (keep != "logits")
+    return 0 if keep == "jacobian" else 2 * math.prod(hidden) * weight[0] * products
 
 
 # --- logprobs_from_logits ------------------------------------------------------------------------
@@ -153,6 +270,9 @@ _refuse_second_derivative("token_logprobs")
 
 @torch.library.register_fake("spo::logprobs_from_logits")
 def _(logits, targets, temperature, ignore_index, return_entropy, inplace_backward):
+    if logits.dim() < 1:
+        raise ValueError("logprobs_from_logits: logits must be [.., V], got a scalar")
+    _check_shape("logprobs_from_logits", "targets", targets, list(logits.shape[:-1]))
     logprobs = logits.new_empty(targets.shape, dtype=_result_dtype(logits))
     entropy = logprobs.new_empty(targets.shape if return_entropy else (0,))
     return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -172,7 +292,8 @@ def _logprobs_from_logits_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     logits, targets, *ctx.options = inputs
-    ctx.save_for_backward(logits, targets, *output)
+    logprobs, entropy, *states = output
+    _keep(ctx, logits, targets, logprobs.clone(), entropy.clone(), *states)
     ctx.set_materialize_grads(False)
 
 
@@ -186,53 +307,61 @@ def _logprobs_from_logits_backward(
     temperature, ignore_index, return_entropy, inplace_backward = ctx.options
     grad_entropy = grad_entropy if return_entropy else None
     arguments = (grad_logprobs, grad_entropy, logits, *saved, temperature, ignore_index)
-    if inplace_backward and not torch.compiler.is_compiling():
+    if inplace_backward and not torch.compiler.is_compiling() and not _transformed(arguments):
         _OPS.logprobs_from_logits_backward_(*arguments)
         return logits, *[None] * 5
-    return _OPS.logprobs_from_logits_backward(*arguments), *[None] * 5
+    return run("logprobs_from_logits_backward", *arguments), *[None] * 5
 
 
-torch.library.register_autograd(
-    "spo::logprobs_from_logits",
+_register_autograd(
+    "logprobs_from_logits",
     _logprobs_from_logits_backward,
-    setup_context=_logprobs_from_logits_setup,
+    _logprobs_from_logits_setup,
+    "logprobs_from_logits",
 )
-_refuse_second_derivative("logprobs_from_logits")
 
 
 # --- soft_q --------------------------------------------------------------------------------------
 
 
+def _check_layout(
+    op: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> list[Any]:
+    """[S], the shape of what is per sequence."""
+    if tokens.dim() != (2 if cu_seqlens is None else 1):
+        layout = "padded [B, T]" if cu_seqlens is None else "packed [N] when cu_seqlens is given"
+        raise ValueError(f"{op}: logprobs must be {layout}, got {list(tokens.shape)}")
+    _check_shape(op, "mask", mask, list(tokens.shape))
+    return [tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1]
+
+
 @torch.library.register_fake("spo::soft_q")
 def _(logprobs, ref_logprobs, q0, beta, cu_seqlens, mask):
+    size = _check_layout("soft_q", logprobs, cu_seqlens, mask)
+    _check_shape("soft_q", "ref_logprobs", ref_logprobs, list(logprobs.shape))
+    _check_shape("soft_q", "q0", q0, size)
     return logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
 
 
 @torch.library.register_fake("spo::soft_q_backward")
 def _(grad_q_values, beta, cu_seqlens, mask):
-    return grad_q_values.new_empty(grad_q_values.shape), grad_q_values.new_empty(
-        _num_sequences(grad_q_values, cu_seqlens)
-    )
-
-
-def _num_sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
-    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = _check_layout("soft_q_backward", grad_q_values, cu_seqlens, mask)
+    return grad_q_values.new_empty(grad_q_values.shape), grad_q_values.new_empty(size)
 
 
 def _soft_q_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logprobs, ref_logprobs, q0, ctx.beta, cu_seqlens, mask = inputs
     ctx.dtypes = logprobs.dtype, q0.dtype
-    ctx.save_for_backward(cu_seqlens, mask)
+    _keep(ctx, cu_seqlens, mask)
 
 
 def _soft_q_backward(ctx: Any, grad_q_values: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logprobs, grad_q0 = _OPS.soft_q_backward(grad_q_values, ctx.beta, *ctx.saved_tensors)
+    grad_logprobs, grad_q0 = run("soft_q_backward", grad_q_values, ctx.beta, *ctx.saved_tensors)
     logprobs_dtype, q0_dtype = ctx.dtypes
     return grad_logprobs.to(logprobs_dtype), None, grad_q0.to(q0_dtype), None, None, None
 
 
-torch.library.register_autograd("spo::soft_q", _soft_q_backward, setup_context=_soft_q_setup)
-_refuse_second_derivative("soft_q")
+_register_autograd("soft_q", _soft_q_backward, _soft_q_setup, "soft_q")
 
 
 # --- cumulative_loss -----------------------------------------------------------------------------
@@ -257,9 +386,34 @@ def _(
     cu_seqlens,
     mask,
 ):
-    size = _num_sequences(logprobs, cu_seqlens)
-    columns = [logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)]
-    return *columns, logprobs.new_empty(size, dtype=torch.int64)
+    size = _check_layout("loss", logprobs, cu_seqlens, mask)
+    tokens = list(logprobs.shape)
+    either = (
+        [tokens, [*size, 1], size]
+        if cu_seqlens is None
+        else [tokens, [1, *tokens], [*size, 1], size]
+    )
+    for name, tensor in (("ref_logprobs", ref_logprobs), ("advantages", advantages)):
+        _check_shape("loss", name, tensor, *either)
+    for name, tensor in (
+        ("rewards", rewards),
+        ("q0", q0),
+        ("groups", groups),
+        ("weights", weights),
+    ):
+        _check_shape("loss", name, tensor, size)
+    for name, tensor in (
+        ("q_targets", q_targets),
+        ("q_weights", q_weights),
+        ("token_rewards", token_rewards),
+    ):
+        _check_shape("loss", name, tensor, tokens)
+    loss, terminal_q, log_ratio, used_q0 = (
+        logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)
+    )
+    has_residual = rewards is not None and objective != "advantage"
+    residual = loss.new_empty(size if has_residual else 0)
+    return loss, terminal_q, log_ratio, used_q0, residual, loss.new_empty(size, dtype=torch.int64)
 
 
 @torch.library.register_fake("spo::cumulative_loss_backward")
@@ -280,7 +434,9 @@ def _(
     cu_seqlens,
     mask,
 ):
-    grad_q0 = grad_loss.new_empty(grad_loss.shape, dtype=_result_dtype(logprobs))
+    size = _check_layout("loss_backward", logprobs, cu_seqlens, mask)
+    _check_shape("loss_backward", "grad_loss", grad_loss, size)
+    grad_q0 = grad_loss.new_empty(size, dtype=_result_dtype(logprobs))
     return logprobs.new_empty(logprobs.shape), grad_q0
 
 
@@ -301,11 +457,13 @@ def _cumulative_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
         mask,
     ) = inputs
     ctx.q0_dtype = None if q0 is None else q0.dtype
-    if ctx.objective == "group":  # the baseline is detached: from here on it is a given Q_0
-        ctx.objective, q0 = "squared", output[3]
-    ctx.save_for_backward(
-        logprobs, ref_logprobs, rewards, q0, *per_token, weights, cu_seqlens, mask
-    )
+    if ctx.objective == "group":
+        # The baseline is detached, so that dL/dR = -2 beta w residual, as of the linear objective
+        # with these weights; a residual of exactly 0, as of a group of one, leaves no gradient.
+        slope = -2 * ctx.beta * output[4]
+        ctx.objective, rewards = "linear", None
+        weights = slope if weights is None else slope * weights
+    _keep(ctx, logprobs, ref_logprobs, rewards, q0, *per_token, weights, cu_seqlens, mask)
     ctx.set_materialize_grads(False)
 
 
@@ -313,14 +471,20 @@ def _cumulative_loss_backward(ctx: Any, grad_loss: Tensor | None, *others: Any) 
     if grad_loss is None:
         return (None,) * 16
     logprobs, ref_logprobs, rewards, q0, *rest = ctx.saved_tensors
-    grad_logprobs, grad_q0 = _OPS.cumulative_loss_backward(
-        grad_loss, logprobs, ref_logprobs, rewards, q0, ctx.objective, ctx.beta, ctx.delta, *rest
+    grad_logprobs, grad_q0 = run(
+        "cumulative_loss_backward",
+        grad_loss,
+        logprobs,
+        ref_logprobs,
+        rewards,
+        q0,
+        ctx.objective,
+        ctx.beta,
+        ctx.delta,
+        *rest,
     )
     needs_q0 = ctx.needs_input_grad[3]
     return grad_logprobs, None, None, grad_q0.to(ctx.q0_dtype) if needs_q0 else None, *[None] * 12
 
 
-torch.library.register_autograd(
-    "spo::cumulative_loss", _cumulative_loss_backward, setup_context=_cumulative_loss_setup
-)
-_refuse_second_derivative("cumulative_loss")
+_register_autograd("cumulative_loss", _cumulative_loss_backward, _cumulative_loss_setup, "loss")

@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from spo_ext._ops import run
+from spo_ext.arguments import integer, number, same_device
 from spo_ext.sharded import Scales, sharded_logprobs
 from spo_ext.strategy import KEEP, BackwardPlan, Chosen, HeadCall, Strategy, choose, plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_OPS = torch.ops.spo
-
-
-def same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
-    # Here and not only in the kernels: with one tensor on another device, PyTorch may not get as
-    # far as a kernel.
-    for other, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {other} must be on {first.device} like {name}, got {tensor.device}"
-            )
 
 
 class HeadOptions(TypedDict, total=False):
@@ -100,14 +90,19 @@ def token_logprobs(
     The [N, V] logits never exist unless they fit in half of the workspace: memory beyond the inputs
     and gradients is `workspace_mib` MiB plus O(N), and with a frozen head one tensor like hidden.
     The logits of 16-bit inputs are float32. A token's result does not depend, to the
-    last bit, on the other tokens, on their order or on the number of threads.
+    last bit, on the other tokens, on their order or on the number of threads. A kernel that runs is
+    not interrupted: Ctrl-C takes effect when it returns.
+
+    Gradients are first derivatives: by backward, torch.func.grad or torch.func.vjp. torch.func.vmap
+    loops over the samples. Second derivatives and forward mode are refused.
 
     Args:
         hidden: [.., d], float32, bfloat16, float16 or float64; any strides.
         weight: [V, d], any of these types (float64 exactly when hidden is).
         targets: [..], int64 or int32, in [0, V) or `ignore_index`, whose rows are skipped.
         bias: [V].
-        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature.
+        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature. These and
+            logit_scale are numbers, or CPU tensors without dimensions that require no grad.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         return_dropped_mass: also return the probability left out of each token's gradient.
         max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass
@@ -122,7 +117,10 @@ def token_logprobs(
             bounds hold beside the rounding of dL/dz to 16 bits, for 16-bit inputs.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
         workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
-            5/8 of it cost one product more in the backward pass.
+            5/8 of it cost one product more in the backward pass. Too little for the backward pass
+            is told before the forward pass, on CUDA and under torch.compile in the backward pass.
+            Results do not depend on it, but for the last bits of grad_weight with
+            max_dropped_mass > 0, whose rows are added in portions that fit.
         process_group: weight and bias are this rank's part of the vocabulary, [V_r, d] and [V_r];
             the parts lie in the order of the ranks and may differ in size. Every rank calls with
             the same hidden and targets, and backward with the same gradient; all get the same
@@ -138,6 +136,17 @@ def token_logprobs(
             On CUDA a target out of range stops the kernel by a device-side assert instead: to read
             it on the host would mean to wait for the device.
     """
+    temperature, logit_scale, max_dropped_mass = (
+        number("token_logprobs", name, value)
+        for name, value in (
+            ("temperature", temperature),
+            ("logit_scale", logit_scale),
+            ("max_dropped_mass", max_dropped_mass),
+        )
+    )
+    softcap = None if softcap is None else number("token_logprobs", "softcap", softcap)
+    ignore_index = integer("token_logprobs", "ignore_index", ignore_index)
+    workspace_mib = integer("token_logprobs", "workspace_mib", workspace_mib)
     if not 0 <= max_dropped_mass < 1:
         raise ValueError(
             f"token_logprobs: max_dropped_mass must be in [0, 1), got {max_dropped_mass}"
@@ -156,7 +165,13 @@ def token_logprobs(
         )  # fmt: skip
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
     chosen = choose(strategy, call)
-    logprobs, entropy, *_, kept = _OPS.token_logprobs(
+    if chosen != "none" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        torch.ops.spo.check_backward_workspace(
+            hidden, weight, targets, bias, needs, workspace_mib, KEEP[chosen]
+        )
+    logprobs, entropy, *_, kept = run(
+        "token_logprobs",
         hidden,
         weight,
         targets,

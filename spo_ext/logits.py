@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from spo_ext.head import same_device
-
-_OPS = torch.ops.spo
+from spo_ext._ops import run
+from spo_ext.arguments import integer, number, same_device
 
 
 class LogitsOptions(TypedDict, total=False):
@@ -55,21 +54,31 @@ def logprobs_from_logits(
         targets: [..], int64 or int32, in [0, V) or `ignore_index`.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         inplace_backward: let the backward pass overwrite `logits` with its gradient, so that no
-            second [.., V] tensor is made. The logits must not be a leaf and must not be used
-            afterwards; PyTorch's version counter catches it if another operation saved them. Under
-            torch.compile the gradient is a new tensor.
+            second [.., V] tensor is made. The logits must be neither a leaf nor a view of one, and
+            must not be used afterwards; PyTorch's version counter catches it if another operation
+            saved them. Under torch.compile the gradient is a new tensor.
 
     Returns:
         float32 (float64 for float64 logits) [..] in nats, 0 at ignored targets; with
         `return_entropy`, also the entropies.
     """
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            "logprobs_from_logits: logits must not be a leaf with inplace_backward=True, "
-            "since its values would be lost"
-        )
+    temperature = number("logprobs_from_logits", "temperature", temperature)
+    ignore_index = integer("logprobs_from_logits", "ignore_index", ignore_index)
+    if inplace_backward and logits.requires_grad and not torch.compiler.is_compiling():
+        base = logits._base  # of a view
+        if (logits if base is None else base).is_leaf:
+            raise ValueError(
+                "logprobs_from_logits: logits must not be a leaf with inplace_backward=True, since "
+                f"its values would be lost, got {'one' if base is None else 'a view of one'}"
+            )
     same_device("logprobs_from_logits", "logits", logits, targets=targets)
-    logprobs, entropy, *_ = _OPS.logprobs_from_logits(
-        logits, targets, temperature, ignore_index, return_entropy, inplace_backward
+    logprobs, entropy, *_ = run(
+        "logprobs_from_logits",
+        logits,
+        targets,
+        temperature,
+        ignore_index,
+        return_entropy,
+        inplace_backward,
     )
     return (logprobs, entropy) if return_entropy else logprobs

@@ -5,13 +5,16 @@ per-sequence tensors [S].
 Symbols follow Soft Policy Optimization, arXiv 2503.05453.
 """
 
+import math
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from spo_ext.head import HeadOptions, same_device, token_logprobs
+from spo_ext._ops import run
+from spo_ext.arguments import check_values, number, refuse_grad, same_device
+from spo_ext.head import HeadOptions, token_logprobs
 from spo_ext.stats import LossStats
 from spo_ext.strategy import Strategy
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 Objective = Literal["squared", "cross_entropy", "advantage", "group", "linear"]
 Reduction = Literal["none", "mean", "sum"]
 
-_OPS = torch.ops.spo
+_DELTA = 0.2
 
 
 def soft_q(
@@ -38,15 +41,17 @@ def soft_q(
 
     Args:
         logprobs, ref_logprobs: [N] with `cu_seqlens`, or [B, T]; nats.
-        q0: [S], the prompt value, in reward units.
+        q0: [S] or a number, the prompt value, in reward units; finite.
+        beta: softness, a finite number > 0.
         mask: bool like logprobs; a masked position adds nothing and repeats the value before it.
 
     Returns:
         float32 (float64 for float64 logprobs), shaped like logprobs, summed in double.
         Differentiable in logprobs and q0.
     """
-    _refuse_grad("soft_q", ref_logprobs=ref_logprobs)
-    start = _per_sequence(q0, logprobs, cu_seqlens)
+    refuse_grad("soft_q", ref_logprobs=ref_logprobs)
+    beta = number("soft_q", "beta", beta)
+    start = _per_sequence("soft_q", q0, logprobs, cu_seqlens)
     same_device(
         "soft_q",
         "logprobs",
@@ -56,7 +61,7 @@ def soft_q(
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    return _OPS.soft_q(logprobs, ref_logprobs, start, beta, cu_seqlens, mask)  # type: ignore[no-any-return]
+    return run("soft_q", logprobs, ref_logprobs, start, beta, cu_seqlens, mask)  # type: ignore[no-any-return]
 
 
 # Which arguments an objective needs, and which it may have beside them. Everything else is refused:
@@ -92,30 +97,14 @@ def _check_arguments(objective: str, given: dict[str, object]) -> None:
             raise ValueError(f"loss: {name} must be None for {described}, which does not use it")
 
 
-def _refuse_grad(op: str, **constants: Tensor | None) -> None:
-    for name, tensor in constants.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{op}: {name} must not require grad (it is a constant of the loss); detach it"
-            )
-
-
-def _per_sequence(value: Tensor | float, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _per_sequence(
+    op: str, q0: Tensor | float, logprobs: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     """A number becomes [S]; a tensor is left for the op to check."""
     size = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if not isinstance(value, Tensor):
-        return logprobs.new_full((size,), float(value), dtype=torch.float64)
-    return value.expand(size) if value.dim() == 0 else value
-
-
-def _residual(
-    objective: str, beta: float, rewards: Tensor | None, terminal_q: Tensor
-) -> Tensor | None:
-    if rewards is None or objective == "advantage":
-        return None
-    if objective == "cross_entropy":  # as probabilities: a log-optimality may be -inf
-        return (terminal_q / beta).clamp(max=0).exp() - (rewards / beta).exp()
-    return terminal_q - rewards
+    if not isinstance(q0, Tensor):
+        return logprobs.new_full((size,), number(op, "q0", q0), dtype=torch.float64)
+    return q0.expand(size) if q0.dim() == 0 else q0
 
 
 def _reduce(
@@ -132,15 +121,27 @@ def _reduce(
     return total if denominator is None else total / denominator
 
 
-def _check_reduction(reduction: str, denominator: Tensor | float | None) -> None:
+def _check_reduction(reduction: str, denominator: Tensor | float | None) -> Tensor | float | None:
+    """The denominator, if the two go together."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"loss: reduction must be none, mean or sum, got {reduction!r}")
     if denominator is not None and reduction != "sum":
         raise ValueError(
             f"loss: denominator must be None unless reduction is sum, got {reduction!r}"
         )
-    if isinstance(denominator, (int, float)) and not denominator > 0:
-        raise ValueError(f"loss: denominator must be > 0, got {denominator}")
+    if isinstance(denominator, Tensor):
+        refuse_grad("loss", denominator=denominator)
+        if denominator.numel() != 1:
+            shape = list(denominator.shape)
+            raise ValueError(f"loss: denominator must be one number, got a tensor {shape}")
+        allowed = denominator.isfinite() & (denominator > 0)
+        check_values("loss", "denominator", denominator, allowed, "a finite number > 0")
+        return denominator.reshape(())
+    if denominator is not None:
+        denominator = number("loss", "denominator", denominator)
+        if not 0 < denominator < math.inf:
+            raise ValueError(f"loss: denominator must be a finite number > 0, got {denominator}")
+    return denominator
 
 
 class LossOptions(TypedDict, total=False):
@@ -206,7 +207,7 @@ def loss(
     q_weights: Tensor | None = None,
     token_rewards: Tensor | None = None,
     weights: Tensor | None = None,
-    delta: float = 0.2,
+    delta: float = _DELTA,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -218,51 +219,55 @@ def loss(
     With A_t = beta (logprobs_t - ref_logprobs_t) and Q_t = Q_0 + sum_{i<=t} A_i, per sequence of T
     tokens:
 
-    ================
-    =========================================================================================
-    squared           (Q_T - r)^2
-    cross_entropy     -y u - (1 - y) log(1 - exp u), u = Q_T / beta, y = exp(r / beta); r <= 0 is a
-    log-optimality. The
-                      first term stops at u = 0, the second is continued along its tangent from u =
-                      -delta
-    group             (Q_T - r)^2 with Q_0 = mean over the group of r - beta sum_t (log-ratio),
-    detached
-    advantage         sum_t (A_t - target_t)^2, target `advantages`, or (r - Q_0) / T
-    linear            -weight sum_t (log-ratio)
-    with q_targets    sum_t q_weights_t phi(Q_t, q_targets_t), phi of `squared` or `cross_entropy`
-    ================
-    =========================================================================================
+    squared: (Q_T - r)^2
+    cross_entropy: -y u - (1 - y) log(1 - exp u) with u = Q_T / beta, y = exp(r / beta). r <= 0 is a
+        log-optimality. The first term stops at u = 0; the second goes on along its tangent from
+        u = -delta.
+    group: (Q_T - r)^2, where Q_0 is the mean of r - beta sum_t (log-ratio) over the group, detached
+    advantage: sum_t (A_t - target_t)^2, where target is `advantages`, or (r - Q_0) / T
+    linear: -weight sum_t (log-ratio)
+    squared or cross_entropy with `q_targets`: sum_t q_weights_t phi(Q_t, q_targets_t), where phi is
+        the loss above of Q_T and r
 
     Args:
         logprobs: policy, nats, [B, T], or [N] with `cu_seqlens`. Differentiable.
-        ref_logprobs: reference, like logprobs; or summed per sequence [S] for a terminal objective.
+        ref_logprobs: reference, per token like logprobs; or, for an objective of Q_T alone, summed
+            per sequence, [S] or [S, 1]. Packed, it may be [1, N] if it is per token. Where there
+            are as many tokens as sequences, and not one each, [N] and [S] look alike and are
+            refused: give it two dimensions.
         rewards: [S], r. For a success rate y in [0, 1] under cross_entropy pass beta * log(y);
-        -inf is allowed there.
+            -inf is allowed there.
         q0: [S] or a number, the prompt value Q_0 (see `prompt_value`), in reward units.
-        Differentiable.
+            Differentiable.
         beta: softness > 0, reward units per nat.
-        groups: [S] integers, equal for completions of one prompt.
-        leave_one_out: take a group's Q_0 over the other sequences in it. A sequence alone has no
-        gradient.
-        advantages: [S], or per token.
-        q_targets, q_weights: per token; the general cumulative loss.
+        groups: [S] integers, equal for completions of one prompt. A sequence alone in its group has
+            exactly no gradient.
+        leave_one_out: take a group's Q_0 over the other sequences in it.
+        advantages: per sequence or per token, in the shapes of ref_logprobs.
+        q_targets, q_weights: per token; the general cumulative loss. Targets are what rewards are.
         token_rewards: per token (process rewards): Q_t loses the rewards before t, Q_T must equal
-        r plus the last one.
+            r plus the last one. Like rewards, but finite before the last token.
         weights: [S], multiplies each sequence's loss.
-        delta: where the failure term of cross_entropy becomes a straight line, > 0.
-        mask: bool like logprobs, False for tokens that do not count.
+        delta: where the failure term of cross_entropy becomes a straight line, > 0. Only there.
+        mask: bool like logprobs, False for tokens that do not count: what else holds for them is
+            not read.
         reduction: "none" [S]; "sum"; "mean" over the sequences that have a token. A batch without
             a token gives a differentiable 0.
         denominator: with "sum", divides it: the global number of sequences, for gradient
-            accumulation and DDP.
+            accumulation and DDP. A number > 0, or a tensor of one.
         return_stats: also return `LossStats`.
 
+    A number may be a CPU tensor without dimensions. It may not require grad, nor be on another
+    device, where its value would have to be waited for.
+
     Raises:
-        ValueError: for an argument the objective does not use, a missing one, a wrong shape, or a
-            reward that is not finite (for cross_entropy: not <= 0). On CUDA a bad value stops the
+        ValueError, TypeError: for an argument the objective does not use, a missing one, a wrong
+            shape, a tensor that requires grad where there is no gradient, or a value that is not
+            finite (for cross_entropy: a reward not <= 0). On CUDA a bad value in a tensor stops the
             kernel by a device-side assert instead.
     """
-    _check_reduction(reduction, denominator)
+    denominator = _check_reduction(reduction, denominator)
+    beta, delta = number("loss", "beta", beta), number("loss", "delta", delta)
     _check_arguments(
         objective,
         dict(
@@ -278,9 +283,11 @@ def loss(
     )
     if leave_one_out and objective != "group":
         raise ValueError(f"loss: leave_one_out must be False for objective {objective!r}")
+    if delta != _DELTA and objective != "cross_entropy":
+        raise ValueError(f"loss: delta must be left out for objective {objective!r}, got {delta}")
     if q_weights is not None and q_targets is None:
         raise ValueError("loss: q_weights must be None without q_targets")
-    _refuse_grad(
+    refuse_grad(
         "loss",
         ref_logprobs=ref_logprobs,
         rewards=rewards,
@@ -290,7 +297,7 @@ def loss(
         token_rewards=token_rewards,
         weights=weights,
     )
-    start = None if q0 is None else _per_sequence(q0, logprobs, cu_seqlens)
+    start = None if q0 is None else _per_sequence("loss", q0, logprobs, cu_seqlens)
     same_device(
         "loss",
         "logprobs",
@@ -307,7 +314,8 @@ def loss(
         cu_seqlens=cu_seqlens,
         mask=mask,
     )
-    losses, terminal_q, log_ratio, used_q0, num_tokens = _OPS.cumulative_loss(
+    losses, terminal_q, log_ratio, used_q0, residual, num_tokens = run(
+        "cumulative_loss",
         logprobs,
         ref_logprobs,
         rewards,
@@ -328,15 +336,15 @@ def loss(
     reduced = _reduce(losses, num_tokens, reduction, denominator)
     if not return_stats:
         return reduced
-    values = (
-        losses.detach(),
-        terminal_q.detach(),
-        log_ratio.detach(),
-        used_q0.detach(),
-        num_tokens,
+    has_residual = rewards is not None and objective != "advantage"
+    return reduced, LossStats(
+        loss=losses.detach(),
+        terminal_q=terminal_q.detach(),
+        log_ratio=log_ratio.detach(),
+        q0=used_q0.detach(),
+        num_tokens=num_tokens,
+        residual=residual.detach() if has_residual else None,
     )
-    residual = _residual(objective, beta, None if token_rewards is not None else rewards, values[1])
-    return reduced, LossStats(*values, residual)
 
 
 @overload
@@ -450,18 +458,31 @@ def taper_weights(
 
     Args:
         logprob_sums, behaviour_logprob_sums: [S], log-probability of each completion under the
-            policy and under the policy that sampled it, nats.
+            policy (-inf is allowed) and under the policy that sampled it, nats.
         rewards: [S].
-        threshold: a reward below it is a failure.
+        threshold: a number; a reward below it is a failure.
 
     Returns:
-        float32 [S] in (0, 1], detached.
+        float32 [S] in [0, 1], detached.
+
+    Raises:
+        ValueError, TypeError: for another shape, or a value that is NaN or infinite.
     """
+    threshold = number("taper_weights", "threshold", threshold)
+    if math.isnan(threshold):
+        raise ValueError("taper_weights: threshold must be a number, got nan")
     for name, tensor in (("behaviour_logprob_sums", behaviour_logprob_sums), ("rewards", rewards)):
         if tensor.shape != logprob_sums.shape:
             raise ValueError(
                 f"taper_weights: {name} must have shape {list(logprob_sums.shape)} like "
                 f"logprob_sums, got {list(tensor.shape)}"
             )
+    for name, tensor, must in (
+        ("logprob_sums", logprob_sums, "finite or -inf"),
+        ("behaviour_logprob_sums", behaviour_logprob_sums, "finite"),
+        ("rewards", rewards, "finite or -inf"),
+    ):
+        allowed = tensor.isfinite() | (tensor.isneginf() if must != "finite" else False)
+        check_values("taper_weights", name, tensor, allowed, must)
     log_weight = (logprob_sums - behaviour_logprob_sums).detach().float().clamp(max=0)
     return torch.where(rewards < threshold, log_weight.exp(), torch.ones_like(log_weight))

@@ -1,4 +1,4 @@
-"""Modes of a module for a while."""
+"""Modes of a module: in eval for a while, and without dropout for good."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -18,3 +19,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets dropout and layer drop of every module to 0, those of adapters included."""
+    for module, name, _ in _dropout(model):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(probability > 0 for *_, probability in _dropout(model))
+
+
+def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Models keep the probability in modules for dropout, or as a number of their own."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            of_dropout = "drop" in name or (isinstance(module, _DropoutNd) and name == "p")
+            if of_dropout and isinstance(value, float):
+                yield module, name, value

@@ -78,15 +78,25 @@ def soft_q(
     return torch.cat(parts).view(logprobs.shape) if parts else advantages
 
 
+def per_token(given: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether a tensor that may be per sequence, [S] or [S, 1], is per token instead. Where N = S,
+    [N] must mean the same as [S]: `loss` refuses it unless every sequence has one token."""
+    packed = cu_seqlens is not None and given.shape == (1, logprobs.numel())
+    return packed or given.shape == logprobs.shape
+
+
 def point_loss(q: Tensor, target: Tensor, *, objective: str, beta: float, delta: float) -> Tensor:
     """phi(Q, target) of the squared and cross-entropy objectives."""
     if objective != "cross_entropy":
         return (q - target) ** 2
     u, y = q / beta, (target / beta).exp()
-    edge = u.clamp(max=-delta)
     tangent = 1 / math.expm1(delta)  # d/du of -log(1 - exp u) at u = -delta
-    failure = -torch.log(-torch.expm1(edge)) + tangent * (u - edge)
-    return y * -u.clamp(max=0) + (1 - y) * failure
+    edge = u.clamp(max=-delta)
+    past = torch.where(u > -delta, u + delta, torch.zeros_like(u))
+    failure = -torch.log(-torch.expm1(edge)) + tangent * past
+    # A factor of exactly 0 must not meet an infinity: u is -inf where pi(a) is 0.
+    success = torch.where(y > 0, -u.clamp(max=0), torch.zeros_like(u))
+    return y * success + (1 - y) * failure
 
 
 def loss(
@@ -110,7 +120,11 @@ def loss(
 ) -> Tensor:
     """The loss of every sequence [S]; an empty sequence has loss 0."""
     parts = sequences(logprobs, cu_seqlens, mask)
-    summed = ref_logprobs.shape != logprobs.shape
+    summed = not per_token(ref_logprobs, logprobs, cu_seqlens)
+    ref_logprobs = ref_logprobs.flatten() if summed else ref_logprobs.reshape(logprobs.shape)
+    if advantages is not None:
+        whole = per_token(advantages, logprobs, cu_seqlens)
+        advantages = advantages.reshape(logprobs.shape) if whole else advantages.flatten()
     if objective == "group":
         q0 = group_q0(
             parts, logprobs, ref_logprobs, rewards, groups, token_rewards, beta, leave_one_out

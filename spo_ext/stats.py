@@ -10,10 +10,9 @@ class LossStats:
     """What a loss call saw, detached, one number per sequence [S].
 
     log_ratio is R = sum_t log pi - log pi_ref in nats. terminal_q is Q_T; for "group" its Q_0 is
-    the group's baseline, and
-    without a Q_0 ("linear", "advantage" with targets) it is taken as 0. residual is Q_T minus its
-    target, None where the
-    objective has none. loss is before the reduction; num_tokens counts unmasked tokens.
+    the group's baseline, and without a Q_0 ("linear", "advantage" with targets) it is taken as 0.
+    residual is Q_T minus its target, for "cross_entropy" as probabilities, and None where the
+    objective has no target of Q_T. loss is before the reduction; num_tokens counts unmasked tokens.
     """
 
     loss: Tensor

@@ -3,6 +3,7 @@
 One head GEMM, 2 N d V operations, is the unit. All strategies compute the same gradient.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,11 +70,17 @@ class HeadCall:
     @property
     def logits_bytes(self) -> int:
         size = 8 if self.hidden.dtype == torch.float64 else 4
-        return self.hidden.shape[:-1].numel() * self.weight.shape[0] * size
+        return math.prod(self.hidden.shape[:-1]) * self.weight.shape[0] * size
 
     @property
     def logits_fit(self) -> bool:
-        return 2 * self.logits_bytes <= self.workspace_mib * 2**20
+        """Of sizes that torch.compile or torch.export leaves open, whether all of them fit."""
+        fits = 2 * self.logits_bytes <= self.workspace_mib * 2**20
+        if not torch.compiler.is_compiling():
+            return fits
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(fits)
 
 
 def _check(strategy: Strategy, call: HeadCall) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spo_ext.head import same_device
+from spo_ext.arguments import same_device
 
 
 def _check_integer(op: str, name: str, tensor: Tensor) -> None:

@@ -52,7 +52,9 @@ class SpoObjective:
         weighted_loss = partial(
             spo_ext.loss,
             logprobs,
-            rows.ref_logprobs if objective == "advantage" else sums(rows.ref_logprobs, cu_seqlens),
+            rows.ref_logprobs
+            if objective == "advantage"
+            else sums(rows.ref_logprobs, cu_seqlens)[:, None],
             rows.rewards,
             None if own_mean else self._prompt_values(log_ratios, rows),
             beta=self.beta,

@@ -37,7 +37,18 @@ struct BackwardBuffers {
     TORCH_CHECK_VALUE(group_rows > 0, args.op, ": workspace_mib must be at least ",
                       (least >> 20) + 1, " for d = ", depth, ", got ", args.workspace_mib);
     group_rows = std::min(group_rows, rows);
-    allocate();
+  }
+
+  void allocate() {
+    const int64_t tile_rows = panels(group_rows, kernels.tile_rows) * kernels.tile_rows;
+    workspace_.emplace(std::vector<int64_t>{
+        work.recompute ? tile_rows * depth : 0, work.weight_side ? group_rows * padded_depth() : 0,
+        work.recompute ? slice_cols * depth : 0, work.hidden_side ? slice_cols * padded_depth() : 0,
+        group_rows * dz_cols(), work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
+    Real** const arrays[] = {&hidden_rows, &hidden_cols, &weight_rows, &weight_cols,
+                             &dz,          &weight_sums, &hidden_sums};
+    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = workspace_->array(i);
+    if (!work.weight_sums) weight_sums = nullptr;
   }
 
   int64_t padded_depth() const { return panels(depth, kernels.panel_cols) * kernels.panel_cols; }
@@ -74,18 +85,6 @@ struct BackwardBuffers {
   int64_t groups_fitting(int64_t budget) const {            // in depth steps of rows
     const int64_t each = std::max<int64_t>(row_size(), 1);  // 0: nothing is packed per row
     return std::max<int64_t>(budget - fixed_size(), 0) / each / kDepthStep;
-  }
-
-  void allocate() {
-    const int64_t tile_rows = panels(group_rows, kernels.tile_rows) * kernels.tile_rows;
-    workspace_.emplace(std::vector<int64_t>{
-        work.recompute ? tile_rows * depth : 0, work.weight_side ? group_rows * padded_depth() : 0,
-        work.recompute ? slice_cols * depth : 0, work.hidden_side ? slice_cols * padded_depth() : 0,
-        group_rows * dz_cols(), work.weight_sums ? slice_cols * depth : 0, work.hidden_sums});
-    Real** const arrays[] = {&hidden_rows, &hidden_cols, &weight_rows, &weight_cols,
-                             &dz,          &weight_sums, &hidden_sums};
-    for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = workspace_->array(i);
-    if (!work.weight_sums) weight_sums = nullptr;
   }
 
   std::optional<Workspace<Real>> workspace_;

@@ -43,6 +43,7 @@ class SequenceWalk {
 
   double log_ratio() const { return state_.log_ratio; }
   double gain() const { return data_.gain(s_, state_); }
+  double last_reward() const { return data_.paid_at(last_); }
 
   int64_t num_tokens = 0;
   double terminal_q = 0;
@@ -54,31 +55,42 @@ class SequenceWalk {
   SoftQ state_;
 };
 
-// Q_0 of every sequence from its group: the mean of r - beta R over the group, or over the others
-// in it.
+// The group objective. q0: the mean of r - beta R over a sequence's group, or over the others in
+// it. residual: Q_T - r with it, before it is rounded; alone in its group, a sequence is its own
+// baseline, and this is exactly 0.
 template <class Real>
-std::vector<Real> group_q0(const Loss<Real>& d, const at::Tensor& groups, bool leave_one_out) {
+struct Baseline {
+  std::vector<Real> q0;
+  std::vector<double> residual;
+};
+
+template <class Real>
+Baseline<Real> group_baseline(const Loss<Real>& d, const at::Tensor& groups, bool leave_one_out) {
   struct Group {
-    double sum = 0;
+    double sum = 0, after = 0;
     int64_t size = 0;
   };
+  const int64_t size = d.sequences.size();
   const int64_t* group = groups.const_data_ptr<int64_t>();
   std::unordered_map<int64_t, Group> totals;
-  std::vector<double> gain(d.sequences.size(), 0);
-  std::vector<Real> out(d.sequences.size(), 0);
-  for (int64_t s = 0; s < d.sequences.size(); s++) {
+  std::vector<double> gain(size, 0), others(size, 0);
+  std::vector<bool> live(size, false);
+  for (int64_t s = 0; s < size; s++) {
     SequenceWalk<Real> walk(d, s);
     if (walk.num_tokens == 0) continue;
     walk.run([](int64_t, double, bool) {});
-    gain[s] = walk.gain();
-    totals[group[s]].sum += gain[s], totals[group[s]].size++;
+    Group& g = totals[group[s]];
+    live[s] = true, gain[s] = walk.gain(), others[s] = g.sum;
+    g.sum += gain[s], g.size++;
   }
-  for (int64_t s = 0; s < d.sequences.size(); s++) {
-    const auto found = totals.find(group[s]);
-    if (found == totals.end()) continue;
-    const Group& g = found->second;
-    // Alone in its group, a sequence is its own baseline: residual 0, no gradient.
-    out[s] = leave_one_out && g.size > 1 ? (g.sum - gain[s]) / (g.size - 1) : g.sum / g.size;
+  Baseline<Real> out{std::vector<Real>(size, 0), std::vector<double>(size, 0)};
+  for (int64_t s = size - 1; s >= 0; s--) {
+    Group& g = totals[group[s]];
+    double mean = g.size > 0 ? g.sum / g.size : 0;
+    if (live[s] && leave_one_out && g.size > 1) mean = (others[s] + g.after) / (g.size - 1);
+    if (live[s]) g.after += gain[s];
+    out.q0[s] = mean;
+    out.residual[s] = mean - (live[s] ? gain[s] : d.rewards[s]);
   }
   return out;
 }
@@ -91,7 +103,7 @@ void loss_of_sequence(const Loss<Real>& d, int64_t s, const LossOutputs<Real>& o
     if (d.objective == Objective::kAdvantage)
       loss += d.advantage_loss(s, i, walk.num_tokens).value;
     else if (d.objective != Objective::kLinear)
-      loss += d.token_loss(s, i, q, last).value;
+      loss += d.token_value(s, i, q, last);
   });
   const bool empty = walk.num_tokens == 0;
   if (d.objective == Objective::kLinear) loss = -walk.log_ratio();
@@ -99,6 +111,9 @@ void loss_of_sequence(const Loss<Real>& d, int64_t s, const LossOutputs<Real>& o
   out.log_ratio[s] = empty ? 0 : walk.log_ratio();
   out.used_q0[s] = d.q0_of(s);
   out.terminal_q[s] = empty ? out.used_q0[s] : Real(walk.terminal_q);
+  if (d.has_residual())
+    out.residual[s] =
+        empty ? d.residual(s, d.q0_of(s), 0) : d.residual(s, walk.terminal_q, walk.last_reward());
   out.num_tokens[s] = walk.num_tokens;
 }
 
@@ -131,66 +146,69 @@ void gradient_of_sequence(const Loss<Real>& d, int64_t s, double upstream, Real*
 }
 
 // What only a host can read without a wait.
-void check_loss_values(const LossArgs& a) {
-  const auto each = [&](const char* name, const OptionalTensor& t, Objective objective) {
-    if (!t) return;
-    const auto flat = t->to(at::kDouble).contiguous();
-    const double* value = flat.const_data_ptr<double>();
-    for (int64_t i = 0; i < flat.numel(); i++)
-      TORCH_CHECK_VALUE(is_reward(value[i], objective), a.op, ": ", name, " must be ",
-                        objective == Objective::kCrossEntropy
-                            ? "log-optimalities <= 0 for cross_entropy (-inf for none)"
-                            : "finite",
-                        ", got ", value[i], " at position ", i);
+template <class Real>
+void check_values(const LossArgs& a, const Loss<Real>& d) {
+  const auto check = [&](bool allowed, const char* must, double value, int64_t position) {
+    TORCH_CHECK_VALUE(allowed, a.op, ": ", must, ", got ", value, " at position ", position);
   };
-  if (a.cu_seqlens) check_cu_seqlens_values(a.op, *a.cu_seqlens, a.logprobs.numel());
-  each("rewards", a.rewards, a.objective);
-  each("token_rewards", a.token_rewards, a.objective);
-  each("q0", a.q0, Objective::kSquared);
-  each("weights", a.weights, Objective::kSquared);
+  const bool per_token = d.q_targets || d.q_weights || d.token_rewards || d.advantage_per_token;
+  for (int64_t s = 0; s < d.sequences.size(); s++) {
+    check_sequence(d, s, check);
+    if (per_token)
+      SequenceWalk<Real>(d, s).run(
+          [&](int64_t i, double, bool last) { check_token(d, i, last, check); });
+  }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulative_loss_cpu(
-    const at::Tensor& logprobs, const at::Tensor& ref_logprobs, const OptionalTensor& rewards,
-    const OptionalTensor& q0, c10::string_view objective, double beta, double delta,
-    const OptionalTensor& groups, bool leave_one_out, const OptionalTensor& advantages,
-    const OptionalTensor& q_targets, const OptionalTensor& q_weights,
-    const OptionalTensor& token_rewards, const OptionalTensor& weights,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{"cumulative_loss",
-                logprobs,
-                ref_logprobs,
-                rewards,
-                q0,
-                objective_of("cumulative_loss", objective),
-                beta,
-                delta,
-                groups,
-                advantages,
-                q_targets,
-                q_weights,
-                token_rewards,
-                weights,
-                cu_seqlens,
-                mask};
+// Whether a shape that could be per token or per sequence means the same as either.
+void check_readings(const LossArgs& a) {
+  const auto offsets = a.cu_seqlens->to(at::kLong).contiguous();
+  const int64_t *at = offsets.const_data_ptr<int64_t>(), size = a.size();
+  bool one_each = true;
+  for (int64_t s = 0; s < size; s++) one_each &= at[s + 1] - at[s] == 1;
+  const auto check = [&](const char* name, bool ambiguous) {
+    TORCH_CHECK_VALUE(one_each || !ambiguous, a.op, ": ", name, " must be [1, ", size,
+                      "] if it is per token, or [", size,
+                      ", 1] if it is per sequence, where there are as many tokens as sequences "
+                      "and not one each, got [",
+                      size, "]");
+  };
+  check("ref_logprobs", a.ambiguous_reference());
+  check("advantages", a.ambiguous_advantages());
+}
+
+LossTensors cumulative_loss_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                                const OptionalTensor& rewards, const OptionalTensor& q0,
+                                c10::string_view objective, double beta, double delta,
+                                const OptionalTensor& groups, bool leave_one_out,
+                                const OptionalTensor& advantages, const OptionalTensor& q_targets,
+                                const OptionalTensor& q_weights,
+                                const OptionalTensor& token_rewards, const OptionalTensor& weights,
+                                const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
+  LossArgs args{
+      "loss",        logprobs, ref_logprobs, rewards,    q0,        objective_of("loss", objective),
+      beta,          delta,    groups,       advantages, q_targets, q_weights,
+      token_rewards, weights,  cu_seqlens,   mask};
   args.check();
-  check_loss_values(args);
+  if (cu_seqlens) check_cu_seqlens_values(args.op, *cu_seqlens, logprobs.numel());
   const auto options = logprobs.options().dtype(args.type());
-  const int64_t size = num_sequences(logprobs, cu_seqlens);
-  const auto column = [&] { return at::empty({size}, options); };
-  const auto loss = column(), terminal_q = column(), log_ratio = column(), used_q0 = column();
-  const auto num_tokens = at::empty({size}, options.dtype(at::kLong));
-  AT_DISPATCH_FLOATING_TYPES(args.type(), "cumulative_loss", [&] {
+  const auto column = [&](bool wanted) { return at::empty({wanted ? args.size() : 0}, options); };
+  const auto loss = column(true), terminal_q = column(true), log_ratio = column(true),
+             used_q0 = column(true), residual = column(args.has_residual());
+  const auto num_tokens = at::empty({args.size()}, options.dtype(at::kLong));
+  AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     Loss<scalar_t> data(args);
-    std::vector<scalar_t> baseline;
+    if (data.ambiguous) check_readings(args);
+    check_values(args, data);
+    Baseline<scalar_t> baseline;
     if (data.objective == Objective::kGroup) {
-      baseline = group_q0(data, groups->to(at::kLong).contiguous(), leave_one_out);
-      data.q0 = baseline.data();
+      baseline = group_baseline(data, groups->to(at::kLong).contiguous(), leave_one_out);
+      data.q0 = baseline.q0.data(), data.residuals = baseline.residual.data();
     }
-    const LossOutputs<scalar_t> out(loss, terminal_q, log_ratio, used_q0, num_tokens);
+    const LossOutputs<scalar_t> out(loss, terminal_q, log_ratio, used_q0, residual, num_tokens);
     data.sequences.for_each([&](int64_t s) { loss_of_sequence(data, s, out); });
   });
-  return {loss, terminal_q, log_ratio, used_q0, num_tokens};
+  return {loss, terminal_q, log_ratio, used_q0, residual, num_tokens};
 }
 
 std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
@@ -199,12 +217,12 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
     double beta, double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
     const OptionalTensor& q_weights, const OptionalTensor& token_rewards,
     const OptionalTensor& weights, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{"cumulative_loss_backward",
+  LossArgs args{"loss_backward",
                 logprobs,
                 ref_logprobs,
                 rewards,
                 q0,
-                objective_of("cumulative_loss_backward", objective),
+                objective_of("loss_backward", objective),
                 beta,
                 delta,
                 {},
@@ -223,7 +241,7 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
   const auto options = logprobs.options().dtype(args.type());
   const auto grad_logprobs = at::empty(logprobs.sizes(), options),
              grad_q0 = at::empty({size}, options);
-  AT_DISPATCH_FLOATING_TYPES(args.type(), "cumulative_loss", [&] {
+  AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     const Loss<scalar_t> data(args);
     data.sequences.for_each([&](int64_t s) {
       gradient_of_sequence(data, s, upstream.const_data_ptr<scalar_t>()[s],

@@ -35,8 +35,8 @@ class HeadJacobian : HeadTiles<Real> {
   void pass(int64_t first, int64_t count, const TokenOutputs<Real>& outputs,
             const at::Tensor& out) {
     const bool rounded = !is_sum_type<Real>(out);
-    const Buffers b(args_, kernels_, count,
-                    {true, false, false, true, rounded ? count * depth_ : 0});
+    Buffers b(args_, kernels_, count, {true, false, false, true, rounded ? count * depth_ : 0});
+    b.allocate();
     const auto sums = this->sum_rows(b.hidden_sums, first, count, out);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols) {
       const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);

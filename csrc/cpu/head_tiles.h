@@ -40,6 +40,15 @@ class HeadTiles {
     if (weight_side) pass(int64_t(0), rows, false, true);
   }
 
+  // What one of those passes computes.
+  BackwardWork work_of(const HeadGrads& grads, int64_t count, bool hidden_side, bool weight_side,
+                       bool recompute) const {
+    const bool rounded = hidden_side && !is_sum_type<Real>(grads.hidden);
+    const bool weight_sums =
+        weight_side && grads.weight.defined() && !is_sum_type<Real>(grads.weight);
+    return {hidden_side, weight_side, weight_sums, recompute, rounded ? count * depth_ : 0};
+  }
+
   // Where the sums of rows [first, first + count) go: `out` [tokens, d] itself if it has the type
   // of the sums, else `sums`, from which write_rows() rounds them.
   std::vector<Real*> sum_rows(Real* sums, int64_t first, int64_t count,

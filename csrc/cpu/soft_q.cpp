@@ -17,7 +17,7 @@ at::Tensor soft_q_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs
   check_layout(op, logprobs, cu_seqlens, mask);
   check_like(op, "ref_logprobs", ref_logprobs, logprobs.sizes(), logprobs);
   check_like(op, "q0", q0, {num_sequences(logprobs, cu_seqlens)}, logprobs);
-  check_beta(op, beta);
+  check_positive(op, "beta", beta);
   if (cu_seqlens) check_cu_seqlens_values(op, *cu_seqlens, logprobs.numel());
   const auto type = result_type_of(logprobs);
   const auto policy = logprobs.to(type).contiguous(),
@@ -29,6 +29,11 @@ at::Tensor soft_q_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs
     const scalar_t *p = policy.const_data_ptr<scalar_t>(),
                    *r = reference.const_data_ptr<scalar_t>();
     scalar_t* q = out.mutable_data_ptr<scalar_t>();
+    for (int64_t s = 0; s < sequences.size(); s++) {
+      const double value = start.const_data_ptr<scalar_t>()[s];
+      TORCH_CHECK_VALUE(is_finite(value), op, ": q0 must be finite, got ", value, " at position ",
+                        s);
+    }
     sequences.for_each([&](int64_t s) {
       SoftQ state{beta, start.const_data_ptr<scalar_t>()[s]};
       for (int64_t i = sequences.begin(s); i < sequences.begin(s + 1); i++) {

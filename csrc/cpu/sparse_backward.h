@@ -42,12 +42,10 @@ class SparseBackward : SparseTiles<Real> {
   using Buffers = SparseBuffers<Real>;
 
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
-    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const bool weight_sums =
-        weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
-    const Buffers b(args_, rows_.size(),
-                    {hidden_side, weight_side, weight_sums, true, rounded ? count * depth_ : 0},
-                    this->row_chunk());
+    Buffers b(args_, rows_.size(), this->work_of(grads_, count, hidden_side, weight_side, true),
+              this->row_chunk());
+    b.allocate();
+    const bool rounded = b.work.hidden_sums > 0;
     std::vector<Real*> hidden_out;
     if (hidden_side) {
       hidden_out = this->sum_rows(b.hidden_sums, first, count, grads_.hidden);

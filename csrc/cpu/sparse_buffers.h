@@ -33,10 +33,17 @@ struct SparseBuffers {
                       " with max_dropped_mass > 0, got ", args.workspace_mib);
     capacity = std::min(capacity, rows * slice_blocks);
     const int64_t words = slice_blocks * kBlockCols;
-    workspace_.emplace(std::vector<int64_t>{words * depth, words * padded_depth,
-                                            work.weight_sums ? words * depth : 0, work.hidden_sums,
-                                            blocks * padded_depth, capacity * kBlockCols,
-                                            work.weight_side ? capacity * padded_block : 0});
+    sizes_ = {words * depth,
+              words * padded_depth,
+              work.weight_sums ? words * depth : 0,
+              work.hidden_sums,
+              blocks * padded_depth,
+              capacity * kBlockCols,
+              work.weight_side ? capacity * padded_block : 0};
+  }
+
+  void allocate() {
+    workspace_.emplace(sizes_);
     Real** const arrays[] = {&weight_rows, &weight_cols, &weight_sums, &hidden_sums,
                              &centres,     &dz,          &dz_panels};
     for (size_t i = 0; i < std::size(arrays); i++) *arrays[i] = workspace_->array(i);
@@ -53,6 +60,7 @@ struct SparseBuffers {
   Real* dz_panels;                  // the same, as the left factor of grad_weight
 
  private:
+  std::vector<int64_t> sizes_;
   std::optional<Workspace<Real>> workspace_;
 };
 

@@ -10,6 +10,12 @@ template <class Real>
 class SparseTiles : protected HeadTiles<Real> {
   using Base = HeadTiles<Real>;
 
+ public:
+  static int64_t row_chunk() {
+    const int64_t tile = head_kernels<Real>().tile_rows;
+    return std::max<int64_t>(112 / tile, 1) * tile;
+  }
+
  protected:
   using Base::args_, Base::rows_, Base::kernels_, Base::map_, Base::depth_, Base::vocabulary_;
   static constexpr int64_t kGather = kBlockCols;  // numbers of a gathered row that lie together
@@ -24,10 +30,6 @@ class SparseTiles : protected HeadTiles<Real> {
   const Real* mass_of(int64_t token) const { return dropped_ + token * blocks_; }
   int64_t words_of(int64_t block) const {
     return std::min(kBlockCols, vocabulary_ - block * kBlockCols);
-  }
-  static int64_t row_chunk() {
-    const int64_t tile = head_kernels<Real>().tile_rows;
-    return std::max<int64_t>(112 / tile, 1) * tile;
   }
   int64_t padded_gather() const { return panels(depth_, kGather) * kGather; }
 

@@ -35,12 +35,10 @@ class HeadBackward : HeadTiles<Real> {
 
  private:
   void pass(int64_t first, int64_t count, bool hidden_side, bool weight_side) {
-    const bool rounded = hidden_side && !is_sum_type<Real>(grads_.hidden);
-    const bool weight_sums =
-        weight_side && grads_.weight.defined() && !is_sum_type<Real>(grads_.weight);
-    const Buffers b(
-        args_, kernels_, count,
-        {hidden_side, weight_side, weight_sums, logits_ == nullptr, rounded ? count * depth_ : 0});
+    Buffers b(args_, kernels_, count,
+              this->work_of(grads_, count, hidden_side, weight_side, logits_ == nullptr));
+    b.allocate();
+    const bool rounded = b.work.hidden_sums > 0;
     std::vector<Real*> hidden_out;
     if (hidden_side) hidden_out = this->sum_rows(b.hidden_sums, first, count, grads_.hidden);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols)
@@ -143,6 +141,43 @@ class HeadBackward : HeadTiles<Real> {
   const HeadGrads& grads_;
 };
 
+// Plans the passes that HeadBackward and SparseBackward would make for all tokens.
+template <class Real>
+class BackwardRoom : HeadTiles<Real> {
+ public:
+  BackwardRoom(const HeadArgs& args, const Rows& rows) : HeadTiles<Real>(args, rows) {}
+
+  void check(const HeadGrads& grads, Keep keep) const {
+    const int64_t rows = this->rows_.size();
+    this->in_passes(grads, [&](int64_t, int64_t count, bool hidden_side, bool weight_side) {
+      const auto work =
+          this->work_of(grads, count, hidden_side, weight_side, keep != Keep::kLogits);
+      BackwardBuffers<Real>(this->args_, this->kernels_, count, work);
+      if (keep == Keep::kDropped)
+        SparseBuffers<Real>(this->args_, rows, work, SparseTiles<Real>::row_chunk());
+    });
+  }
+};
+
+void check_backward_workspace_cpu(const at::Tensor& hidden, const at::Tensor& weight,
+                                  const at::Tensor& targets, const OptionalTensor& bias,
+                                  std::array<bool, 3> needs, int64_t workspace_mib,
+                                  c10::string_view keep_name) {
+  HeadArgs args{"token_logprobs", hidden, weight, targets, bias, 1, 1, {}, 0, workspace_mib};
+  check_head(args);
+  const Keep keep = keep_of(args.op, keep_name);
+  args.workspace_mib = workspace_beside(args, keep);
+  Rows rows;
+  rows.token.resize(targets.numel());
+  HeadGrads grads;  // their types are those of the inputs
+  if (needs[0]) grads.hidden = hidden;
+  if (needs[1]) grads.weight = weight;
+  if (needs[2]) grads.bias = *bias;
+  if (rows.size() == 0 || keep == Keep::kJacobian) return;
+  AT_DISPATCH_FLOATING_TYPES(result_type_of(hidden), "token_logprobs",
+                             [&] { BackwardRoom<scalar_t>(args, rows).check(grads, keep); });
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
@@ -198,7 +233,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cpu(
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
 }
 
-TORCH_LIBRARY_IMPL(spo, CPU, m) { m.impl("token_logprobs_backward", &token_logprobs_backward_cpu); }
+TORCH_LIBRARY_IMPL(spo, CPU, m) {
+  m.impl("token_logprobs_backward", &token_logprobs_backward_cpu);
+  m.impl("check_backward_workspace", &check_backward_workspace_cpu);
+}
 
 }  // namespace
 }  // namespace spo

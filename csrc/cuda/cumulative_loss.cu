@@ -4,6 +4,8 @@
 // dphi/dQ in a scratch array [N] of doubles before it sums them from the end.
 #include <ATen/Dispatch.h>
 
+#include <array>
+
 #include "../loss_args.h"
 #include "group_q0.cuh"
 
@@ -18,29 +20,32 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
   const int64_t s = team.sequence;
   if (s >= sequences.size) return;
   SequenceWalk<Real> walk(sequences, d, team);
-  check_values(d, walk, team);
+  check_values(d, walk, sequences, team);
   double loss = 0;
   if (team.leader()) {  // what a sequence without a token leaves
     out.num_tokens[s] = walk.num_tokens;
     out.used_q0[s] = static_cast<Real>(d.q0_of(s));
-    if (walk.num_tokens == 0)
+    if (walk.num_tokens == 0) {
       out.loss[s] = out.log_ratio[s] = 0, out.terminal_q[s] = out.used_q0[s];
+      if (d.has_residual()) out.residual[s] = static_cast<Real>(d.residual(s, d.q0_of(s), 0));
+    }
   }
   walk.run([&](int64_t i, const SoftQ& state) {
     if (d.sums_tokens()) {
       const double value = i < 0 ? 0
                            : d.objective == Objective::kAdvantage
                                ? d.advantage_loss(s, i, walk.num_tokens).value
-                               : d.token_loss(s, i, state.q(), i == walk.last).value;
+                               : d.token_value(s, i, state.q(), i == walk.last);
       team.add(value, &loss);
     }
     if (i < 0 || i != walk.last) return;
     out.terminal_q[s] = static_cast<Real>(state.q());
     out.log_ratio[s] = static_cast<Real>(state.log_ratio);
+    if (d.has_residual())
+      out.residual[s] = static_cast<Real>(d.residual(s, state.q(), d.paid_at(i)));
     if (d.sums_tokens()) return;
-    const double terminal = d.objective == Objective::kLinear
-                                ? -state.log_ratio
-                                : d.token_loss(s, i, state.q(), true).value;
+    const double terminal =
+        d.objective == Objective::kLinear ? -state.log_ratio : d.token_value(s, i, state.q(), true);
     out.loss[s] = static_cast<Real>(d.weight_of(s) * terminal);
   });
   if (d.sums_tokens() && team.leader() && walk.num_tokens > 0)
@@ -92,14 +97,15 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulative_loss_cuda(
-    const at::Tensor& logprobs, const at::Tensor& ref_logprobs, const OptionalTensor& rewards,
-    const OptionalTensor& q0, c10::string_view objective, double beta, double delta,
-    const OptionalTensor& groups, bool leave_one_out, const OptionalTensor& advantages,
-    const OptionalTensor& q_targets, const OptionalTensor& q_weights,
-    const OptionalTensor& token_rewards, const OptionalTensor& weights,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  constexpr auto op = "cumulative_loss";
+LossTensors cumulative_loss_cuda(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                                 const OptionalTensor& rewards, const OptionalTensor& q0,
+                                 c10::string_view objective, double beta, double delta,
+                                 const OptionalTensor& groups, bool leave_one_out,
+                                 const OptionalTensor& advantages, const OptionalTensor& q_targets,
+                                 const OptionalTensor& q_weights,
+                                 const OptionalTensor& token_rewards, const OptionalTensor& weights,
+                                 const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
+  constexpr auto op = "loss";
   const LossArgs args{op,
                       logprobs,
                       ref_logprobs,
@@ -121,21 +127,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cumulativ
   const Sequences sequences(op, logprobs, cu_seqlens, mask);
   const auto teams = Teams::for_sequences(sequences.view);
   const auto options = logprobs.options().dtype(args.type());
-  const auto column = [&] { return at::empty({sequences.view.size}, options); };
-  const auto loss = column(), terminal_q = column(), log_ratio = column(), used_q0 = column();
-  const auto num_tokens = at::empty({sequences.view.size}, options.dtype(at::kLong));
+  const auto column = [&](bool wanted) { return at::empty({wanted ? args.size() : 0}, options); };
+  const auto loss = column(true), terminal_q = column(true), log_ratio = column(true),
+             used_q0 = column(true), residual = column(args.has_residual());
+  const auto num_tokens = at::empty({args.size()}, options.dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(args.type(), op, [&] {
     LossData<scalar_t> data(args);
-    at::Tensor baseline;
+    std::array<at::Tensor, 2> baseline;
     if (data.objective == Objective::kGroup) {
-      baseline = group_q0<scalar_t>(sequences, teams, data, *groups, leave_one_out, options);
-      data.q0 = baseline.template const_data_ptr<scalar_t>();
+      baseline = group_baseline<scalar_t>(sequences, teams, data, *groups, leave_one_out, options);
+      data.q0 = baseline[0].template const_data_ptr<scalar_t>();
+      data.residuals = baseline[1].template const_data_ptr<double>();
     }
     launch(cumulative_loss_kernel<scalar_t>, teams.blocks, teams.threads, teams.shared_bytes(),
            sequences.view, teams.warps, LossArrays<scalar_t>(data),
-           LossOutputs<scalar_t>(loss, terminal_q, log_ratio, used_q0, num_tokens));
+           LossOutputs<scalar_t>(loss, terminal_q, log_ratio, used_q0, residual, num_tokens));
   });
-  return {loss, terminal_q, log_ratio, used_q0, num_tokens};
+  return {loss, terminal_q, log_ratio, used_q0, residual, num_tokens};
 }
 
 std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cuda(
@@ -144,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cuda(
     double beta, double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
     const OptionalTensor& q_weights, const OptionalTensor& token_rewards,
     const OptionalTensor& weights, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  constexpr auto op = "cumulative_loss_backward";
+  constexpr auto op = "loss_backward";
   const LossArgs args{op,
                       logprobs,
                       ref_logprobs,

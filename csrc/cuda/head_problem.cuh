@@ -4,6 +4,9 @@
 #pragma once
 #include <ATen/ops/empty.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include "gemm_mma.cuh"
 #include "gemm_simt.cuh"
 #include "head_sm90.h"
@@ -44,10 +47,23 @@ void with_arithmetic(const HeadArgs& args, const Run& run) {
   run(SimtMultiply<float>{});
 }
 
-// How the Hopper kernels would read these inputs, where they were built and can run.
+// SPO_HOPPER=0 in the environment gives a Hopper GPU the kernels of every other one. It is read in
+// each call, so that one process can compare the two.
+inline bool hopper_wanted(const char* op) {
+  const char* asked = std::getenv("SPO_HOPPER");
+  if (!asked || !*asked) return true;
+  const std::string_view value(asked);
+  TORCH_CHECK_VALUE(value == "0" || value == "1", op, ": SPO_HOPPER must be 0, 1 or unset, got '",
+                    asked, "'");
+  return value == "1";
+}
+
+// How the Hopper kernels would read these inputs, where they were built, can run and are wanted.
 inline std::optional<SlotLayout> hopper_layout(const HeadArgs& args) {
   SlotLayout layout;
-  if (kHopperBuilt && compute_capability() == 90 && SlotLayout::fit(args, &layout)) return layout;
+  if (kHopperBuilt && compute_capability() == 90 && hopper_wanted(args.op) &&
+      SlotLayout::fit(args, &layout))
+    return layout;
   return std::nullopt;
 }
 

@@ -61,21 +61,22 @@ class SequenceWalk {
   Team& team_;
 };
 
+struct DeviceCheck {
+  SPO_HD void operator()(bool allowed, const char* must, double, int64_t) const {
+    SPO_DEVICE_CHECK(allowed, must);
+  }
+};
+
 template <class Real>
 __device__ void check_values(const LossArrays<Real>& d, const SequenceWalk<Real>& walk,
-                             const Team& team) {
-  const int64_t s = team.sequence;
-  SPO_DEVICE_CHECK(!d.rewards || is_reward(d.rewards[s], d.objective),
-                   "rewards must be finite, or <= 0 for cross_entropy");
-  SPO_DEVICE_CHECK(!d.weights || is_reward(d.weights[s], Objective::kSquared),
-                   "weights must be finite");
-  SPO_DEVICE_CHECK(
-      !d.q0 || d.objective == Objective::kGroup || is_reward(d.q0[s], Objective::kSquared),
-      "q0 must be finite");
-  if (!d.token_rewards) return;
+                             const SequenceView& sequences, const Team& team) {
+  SPO_DEVICE_CHECK(!d.ambiguous || walk.end - walk.begin == 1,
+                   "ref_logprobs and advantages must be [1, N] if they are per token, or [S, 1] if "
+                   "per sequence, where there are as many tokens as sequences and not one each");
+  check_sequence(d, team.sequence, DeviceCheck());
+  if (!d.q_targets && !d.q_weights && !d.token_rewards && !d.advantage_per_token) return;
   team.walk<false>(walk.begin, walk.end, [&](int64_t i) {
-    SPO_DEVICE_CHECK(i < 0 || is_reward(d.token_rewards[i], d.objective),
-                     "token_rewards must be finite, or <= 0 for cross_entropy");
+    if (i >= 0 && sequences.counts(i)) check_token(d, i, i == walk.last, DeviceCheck());
   });
 }
 

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
   Team team(warps);
   if (team.sequence >= sequences.size) return;
   sequences.check(team.sequence);
+  SPO_DEVICE_CHECK(is_finite(q0[team.sequence]), "q0 must be finite");
   SoftQ state{beta, static_cast<double>(q0[team.sequence])};
   double carry = 0;
   team.walk<false>(sequences.begin(team.sequence), sequences.begin(team.sequence + 1),
@@ -53,7 +54,7 @@ at::Tensor soft_q_cuda(const at::Tensor& logprobs, const at::Tensor& ref_logprob
   check_layout(op, logprobs, cu_seqlens, mask);
   check_like(op, "ref_logprobs", ref_logprobs, logprobs.sizes(), logprobs);
   check_like(op, "q0", q0, {num_sequences(logprobs, cu_seqlens)}, logprobs);
-  check_beta(op, beta);
+  check_positive(op, "beta", beta);
   const DeviceGuard guard(logprobs.device());
   const auto type = result_type_of(logprobs);
   const auto policy = logprobs.to(type).contiguous(),

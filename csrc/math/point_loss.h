@@ -26,9 +26,10 @@ SPO_HD double log1mexp(double u) {
 
 SPO_HD PointLoss cross_entropy_loss(double q, double target, double beta, double delta) {
   const double u = q / beta, y = ::exp(target / beta);
-  const double edge = u < -delta ? u : -delta;      // where the failure term is still itself
+  const bool itself = u <= -delta;  // the failure term, before its tangent; not for a NaN
+  const double edge = itself ? u : -delta;
   const double failure_slope = 1 / ::expm1(-edge);  // exp(edge) / (1 - exp(edge))
-  const double failure = -log1mexp(edge) + failure_slope * (u - edge);
+  const double failure = -log1mexp(edge) + (itself ? 0 : failure_slope * (u - edge));
   const double success = u >= 0 ? 0 : -u;  // a NaN stays a NaN
   // y is 0 or 1 for most data: a factor of exactly 0 must not meet an infinity.
   PointLoss out = {0, 0};

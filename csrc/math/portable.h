@@ -15,6 +15,8 @@
 
 namespace spo {
 
+SPO_HD bool is_finite(double value) { return value - value == 0; }
+
 template <class T>
 struct Math;
 

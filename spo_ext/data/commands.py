@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from spo_ext.commands import fail
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
-    from spo_ext.data.importer import Settings
+    from spo_ext.data.importer import Problem, Settings
     from spo_ext.store import Origin
 
 _FORMATS = ("auto", "trl", "code_contests", "taco", "apps", "mbpp", "humaneval", "livecodebench")
@@ -95,7 +97,8 @@ def _import(options: argparse.Namespace) -> int:
     status = 0
     try:
         with TrajectoryStore(options.store) as store:
-            importer = Importer(store, settings, lambda problem: print(problem, file=sys.stderr))
+            notes = _Notes()
+            importer = Importer(store, settings, notes.report)
             for path in options.files:
                 try:
                     importer.import_file(path)
@@ -104,12 +107,36 @@ def _import(options: argparse.Namespace) -> int:
                     break  # later files would be compared with prompts that are not stored
                 except (OSError, ValueError, ImportError) as error:
                     status = fail(error)
+            notes.count()
             print(importer.summary)
             return 1 if importer.summary.refused else status
     except KeyboardInterrupt:
         return fail("interrupted; what was stored stays, and may be imported again", status=130)
     except _failures() as error:
         return fail(error)
+
+
+class _Notes:
+    """Prints problems; of notes that differ in their numbers alone, the first, then how many."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, Problem] = {}
+        self._rows: Counter[str] = Counter()
+
+    def report(self, problem: Problem) -> None:
+        kind = f"{problem.file} {re.sub('[0-9]+', '0', problem.reason)}"
+        if problem.kind == "note":
+            self._rows[kind] += 1
+            if self._first.setdefault(kind, problem) is not problem:
+                return
+        print(problem, file=sys.stderr)
+
+    def count(self) -> None:
+        for kind, first in self._first.items():
+            more = self._rows[kind] - 1
+            if more:
+                words = f"{first.file}: note: {more} more rows like row {first.row}"
+                print(f"{words}: {first.reason}", file=sys.stderr)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

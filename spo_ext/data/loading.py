@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sqlalchemy as sa
+
 from spo_ext.store import Prompt, Trajectory, TrajectoryStore, queries, rows, schema
 
 
@@ -57,7 +59,8 @@ def load(store: TrajectoryStore, batch: list[Ready]) -> Loaded:
     Raises ValueError if another process has meanwhile stored one of the prompts in another split.
     """
     prompts = [ready.prompt for ready in batch]
-    with store.database.write() as connection:
+
+    def add(connection: sa.Connection) -> Loaded:
         queries.check_splits(connection, prompts)
         ids, again = queries.insert_missing(connection, schema.prompts, prompts)
         new = [
@@ -67,14 +70,17 @@ def load(store: TrajectoryStore, batch: list[Ready]) -> Loaded:
         ]
         keys, known = queries.insert_missing(connection, schema.trajectories, new)
         stored = queries.by_id(connection, "load", schema.trajectories, list(known))
-    rewards = {row.id: row.reward for row in stored}
-    conflicts = sum(
-        key in rewards and row["reward"] != rewards[key] for key, row in zip(keys, new, strict=True)
-    )
-    return Loaded(
-        prompts=len(prompts) - again.total(),
-        trajectories=len(new) - known.total(),
-        known_prompts=again.total(),
-        known_trajectories=known.total(),
-        conflicts=conflicts,
-    )
+        rewards = {row.id: row.reward for row in stored}
+        conflicts = sum(
+            key in rewards and row["reward"] != rewards[key]
+            for key, row in zip(keys, new, strict=True)
+        )
+        return Loaded(
+            prompts=len(prompts) - again.total(),
+            trajectories=len(new) - known.total(),
+            known_prompts=again.total(),
+            known_trajectories=known.total(),
+            conflicts=conflicts,
+        )
+
+    return store.database.writing(add)

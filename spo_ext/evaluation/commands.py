@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
+from spo_ext.rollout.commands import DIALECTS, json_object
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SPLITS = ("train", "dev", "test")
-_DIALECTS = ("vllm", "transformers", "openai")
 _STORE = "a file, or postgresql://user@host/database"
 
 
@@ -35,8 +35,9 @@ def add_eval(subparsers: Subparsers) -> None:
     policy.add_argument("--model", type=Path, metavar="FOLDER", help="of transformers, run here")
     policy.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server")
     add("--served-model", metavar="NAME", help="what the server calls the model")
-    add("--dialect", choices=_DIALECTS, default="vllm", help="of the server (default: vllm)")
+    add("--dialect", choices=DIALECTS, default="vllm", help="of the server (default: vllm)")
     add("--api-key-from", metavar="VARIABLE", help="of the environment, with the server's key")
+    add("--server-extra", type=json_object, metavar="JSON", help="more fields of each request")
     add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default: 16)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="of transformers (default: --model)")
     add("--n", type=int, default=20, help="completions of each prompt (default: 20)")

@@ -37,6 +37,7 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         api_key=_api_key(options),
         concurrency=options.concurrency,
         end_ids=() if end is None else (end,),
+        extra=options.server_extra,
     )
     return served
 
@@ -70,7 +71,8 @@ def describe_policy(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("eval: --tokenizer must be given with --server, got None")
         _api_key(options)
         where = hide_passwords(options.server)
-        return {"server": where, "model": options.served_model} | tokenizer
+        extra = {} if options.server_extra is None else {"server_extra": options.server_extra}
+        return {"server": where, "model": options.served_model} | extra | tokenizer
     folder: Path = options.model
     if not folder.is_dir():
         raise ValueError(f"eval: --model must be an existing folder, got {os.fspath(folder)!r}")

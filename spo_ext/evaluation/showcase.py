@@ -45,8 +45,8 @@ def stored_samples(
 
     table = schema.trajectories.c
     newest = sa.select(table.id).where(table.run == run).order_by(table.id.desc())
-    with store.database.read() as connection:
-        ids = list(connection.execute(newest.limit(_PROMPTS)).scalars())
+    newest = newest.limit(_PROMPTS)
+    ids = store.database.reading(lambda connection: list(connection.execute(newest).scalars()))
     rows = store.get(ids)
     prompts = store.get_prompts([row.prompt_id for row in rows])
     articles = []

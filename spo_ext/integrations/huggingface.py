@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from spo_ext.head import HeadOptions, token_logprobs
+from spo_ext.integrations.adapters import check_head, head_device, head_product
+from spo_ext.integrations.heads import (
+    head_input,
+    inside,
+    ordinary_tokens,
+    read_head,
+    router_loss,
+)
+from spo_ext.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +42,20 @@ def add_token_logprobs(
 
     targets is int64 [B, T] like input_ids, not shifted: targets[b, t] is the token at position t,
     or -100 where it does not count. The result is float32 [B, T - 1], entry t for the token at
-    t + 1, 0 where it does not count; with `logprob_entropy=True`, a pair with the entropies of the
-    same shape, nats. Logit scale and softcap are those of the model's config.
+    t + 1, 0 where it does not count. Logit scale and softcap are those of the model's config.
 
     With `logprob_index` too, both are int64 [N]: targets[i] is the token after the one at index[i],
     counted over the flattened batch, as for sequences that are packed. The result is [N].
+
+    The result is a tuple if more is asked for. `logprob_entropy=True` adds the entropies, of the
+    same shape, in nats, differentiable. `output_router_logits=True` adds the load-balancing loss of
+    a mixture of experts, a number, not yet times its coefficient, over the tokens of the batch as
+    the model itself computes it; what the config says of output_router_logits plays no part.
+
+    Adapters of PEFT may be anywhere, on the LM head too (`spo_ext.integrations.adapters` says what
+    that costs). Virtual tokens of prompt learning come before those of input_ids and have no
+    log-probabilities; they need this function to be called on PEFT's model, and go into a row once,
+    so they do not fit sequences that are packed.
 
     Args:
         model: a causal language model of Transformers, or a PEFT model around one.
@@ -45,22 +63,25 @@ def add_token_logprobs(
         max_dropped_mass, workspace_mib: see `spo_ext.token_logprobs`.
 
     Raises:
-        TypeError: if the model has no LM head that is a plain linear layer. An adapter on the head
-            is not one: its product with the hidden states is more than hidden weight^T.
-        ValueError: for a temperature that is not > 0.
+        TypeError: if the LM head is nothing that `spo_ext.integrations.adapters` can serve.
+        ValueError: for a temperature that is not > 0. From the call: for output_router_logits of a
+            model that has no such loss.
     """
     if not temperature > 0:
         raise ValueError(f"add_token_logprobs: temperature must be > 0, got {temperature}")
-    inside = getattr(model, "get_base_model", None)  # of a PEFT model
-    model = model if inside is None else inside()
-    _linear_head(model)
-    options = _head_scales(model.config.get_text_config())
+    outside = model
+    model = inside(model)
+    check_head(model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    scales = _head_scales(model.config.get_text_config())
+    options = scales.copy()
     options["temperature"] = temperature
     options["max_dropped_mass"] = max_dropped_mass
     options["workspace_mib"] = workspace_mib
     # Unbound, so that a deep copy of the model calls itself and not the model it was copied from.
     method = isinstance(model.forward, types.MethodType)
     original = getattr(model.forward, "__func__", model.forward)
+    virtual_tokens = _virtual_tokens(outside)
+    reading = None if _is_hollow(model) else read_head(model, model.forward, scales)
 
     # The signature of the class, because `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
@@ -72,43 +93,90 @@ def add_token_logprobs(
         logprob_entropy: bool = False,
         **inputs: Any,
     ) -> Any:
-        if logprob_targets is None:
-            return original(self, *args, **inputs) if method else original(*args, **inputs)
+        call = functools.partial(original, self) if method else original
+        # X-LoRA looks at the hidden states first, with the arguments of the call itself.
+        if logprob_targets is None or inputs.get("output_hidden_states"):
+            return call(*args, **inputs)
         # Wrappers such as PEFT's pass on arguments that nobody gave.
         given = {name: value for name, value in inputs.items() if value is not None}
-        states = self.base_model(*args, **{**given, "use_cache": False}).last_hidden_state
-        head = _linear_head(self)
-        if logprob_index is not None:
-            hidden, targets = states.flatten(0, 1)[logprob_index], logprob_targets
+        given["use_cache"] = False
+        nonlocal reading
+        if reading is None:
+            reading = read_head(self, call, scales)
+        more: tuple[Tensor, ...] = ()
+        if given.pop("output_router_logits", False):
+            states, loss = router_loss(self, call, *args, **given)
+            more = (loss,)
+        elif reading.of_base:
+            states = self.base_model(*args, **given).last_hidden_state
         else:
-            hidden, targets = states[:, :-1], logprob_targets[:, 1:]
-        device = head.weight.device  # with device_map the states may be on another one
-        hidden, targets, weight = hidden.to(device), targets.to(device), _whole(head.weight)
-        call: HeadOptions = {
-            **options,
-            "bias": None if head.bias is None else _whole(head.bias),
-        }
+            states = head_input(self, call, *args, **given)
+        if logprob_index is not None:
+            before = virtual_tokens if "inputs_embeds" in given else 0
+            hidden = states[:, before:].flatten(0, 1)[logprob_index]
+            targets = logprob_targets
+        else:
+            hidden, targets = states[:, -logprob_targets.shape[1] : -1], logprob_targets[:, 1:]
+        head: Any = self.get_output_embeddings()  # type: ignore[no-untyped-call]
+        hidden = hidden.to(head_device(head))  # with device_map the states may be on another one
+        hidden, weight, bias = head_product(head, hidden)
+        targets, words = targets.to(hidden.device), slice(reading.vocabulary)
+        weight = weight[words]
+        scored: HeadOptions = {**options, "bias": None if bias is None else bias[words]}
+        results: tuple[Tensor, ...]
         if logprob_entropy:
-            return token_logprobs(hidden, weight, targets, return_entropy=True, **call)
-        return token_logprobs(hidden, weight, targets, **call)
+            results = token_logprobs(hidden, weight, targets, return_entropy=True, **scored)
+        else:
+            results = (token_logprobs(hidden, weight, targets, **scored),)
+        results += more
+        return results if len(results) > 1 else results[0]
 
+    vars(forward)["temperature"] = temperature
+    former, wrapper = model.forward, getattr(outside, "base_model", None)
     vars(model)["forward"] = types.MethodType(forward, model)
+    # The wrapper of llama-adapter keeps the method that it found.
+    if wrapper is not None and vars(wrapper).get("forward") == former:
+        vars(wrapper)["forward"] = model.forward
 
 
-def _linear_head(model: Any) -> nn.Linear:
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
-        raise TypeError(
-            "add_token_logprobs: the model's LM head must be a linear layer without an adapter, "
-            f"got {type(head).__name__}"
-        )
-    return head
+@torch.no_grad()
+def router_coefficient(owner: str, model: Any, given: float | None) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by; 0 without one.
+
+    given: None for the router_aux_loss_coef of the model's config, as in TRL.
+
+    Raises ValueError for a number that is given to a model without such a loss.
+    """
+    model = inside(model)
+    config = model.config.get_text_config()
+    found = getattr(config, "router_aux_loss_coef", None) if given is None else given
+    if not found:
+        return 0.0
+    ids = ordinary_tokens(model)[:4].to(head_device(model.get_output_embeddings()))
+    try:
+        if not hasattr(config, "output_router_logits"):
+            raise ValueError(f"{type(model).__name__} has no output_router_logits in its config")
+        if not _is_hollow(model):
+            with evaluating(model):
+                router_loss(model, model.forward, input_ids=ids[None], use_cache=False)
+    except ValueError as error:
+        if given is None:
+            return 0.0
+        raise ValueError(
+            f"{owner}: router_aux_loss_coef must be left out for this model, got {given}: {error}"
+        ) from error
+    return float(found)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """The parameter, gathered if FSDP2 keeps it in parts."""
-    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
+def _virtual_tokens(model: Any) -> int:
+    """How many PEFT's prompt learning puts before each row."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+
+
+def _is_hollow(model: nn.Module) -> bool:
+    """Whether weights are still to come: on the meta device, or in parts elsewhere (ZeRO-3)."""
+    return any(one.is_meta or one.numel() == 0 for one in model.parameters())
 
 
 def _head_scales(config: Any) -> HeadOptions:
@@ -122,7 +190,7 @@ def _head_scales(config: Any) -> HeadOptions:
         if getattr(config, "logits_scaling", None) is not None:
             by = float(config.logits_scaling)
             scales["logit_scale"] = by if config.model_type == "hyperclovax" else 1 / by
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is not None:
-        scales["softcap"] = float(softcap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None) is not None:
+            scales["softcap"] = float(getattr(config, name))
     return scales

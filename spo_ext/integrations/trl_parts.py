@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor
 
 import spo_ext
 from spo_ext.stats import LossStats
+
+logger = logging.getLogger(__name__)
 
 Objective = Literal["squared", "cross_entropy"]
 PromptValue = Literal["leave_one_out", "group", "importance", "column"]
@@ -27,17 +32,25 @@ MODEL_INPUTS = (
     "image_position_ids",
 )
 
-# Attributes of GRPOTrainer with the only value under which the SPO loss does what they say.
-_SETTINGS: dict[str, tuple[object, str]] = {
-    "top_entropy_quantile": (1.0, "top_entropy_quantile=1.0"),
-    "off_policy_mask_threshold": (None, "off_policy_mask_threshold=None"),
-    "_entropy_bonus_enabled": (False, "entropy_coef=0.0 and use_adaptive_entropy=False"),
-    "aux_loss_enabled": (False, "router_aux_loss_coef=0.0"),
-    "multi_objective_aggregation": (
-        "sum_then_normalize",
-        "multi_objective_aggregation='sum_then_normalize'",
-    ),
-}
+# Settings of GRPOConfig that say how advantages and probability ratios are used: SPO has neither.
+_NO_EFFECT = (
+    "delta",
+    "epsilon",
+    "epsilon_high",
+    "importance_sampling_level",
+    "loss_type",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "scale_rewards",
+    "use_bias_correction_kl",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_mode",
+)
 
 
 def check_choices(objective: str, prompt_value: str) -> None:
@@ -55,26 +68,66 @@ def check_choices(objective: str, prompt_value: str) -> None:
         )
 
 
-def check_settings(trainer: Any) -> None:
-    """Refuses what the SPO loss would ignore. Raises ValueError."""
+def check_settings(trainer: Any, prompt_value: str) -> None:
+    """Raises ValueError for what does not fit the loss; warns of what has no effect on it."""
     if not trainer.beta > 0:
         raise ValueError(
             "SPOMixin: beta of GRPOConfig must be > 0: it is the softness, and without it TRL has "
             f"no reference log-probabilities; got {trainer.beta}"
         )
-    for name, (value, words) in _SETTINGS.items():
-        got = getattr(trainer, name, value)
-        if got != value:
-            raise ValueError(
-                f"SPOMixin: GRPOConfig must have {words}, which the SPO loss has no place for; "
-                f"got {got}"
-            )
+    if trainer.multi_objective_aggregation != "sum_then_normalize" and (
+        prompt_value not in ("leave_one_out", "group")
+    ):
+        raise ValueError(
+            "SPOMixin: multi_objective_aggregation must be 'sum_then_normalize' for prompt_value "
+            f"{prompt_value!r}, a value in reward units; got "
+            f"{trainer.multi_objective_aggregation!r}"
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer.args)}
+    given = [
+        f"{name}={getattr(trainer.args, name)!r}"
+        for name in _NO_EFFECT
+        if getattr(trainer.args, name) != defaults[name]
+    ]
+    if given:
+        logger.warning("SPOMixin: no effect on the SPO loss: %s", ", ".join(given))
+
+
+def normalized(rewards: Tensor, group_size: int) -> Tensor:
+    """Rewards [N, K] of K functions, each less its mean over a prompt's completions and divided by
+    their standard deviation (+ 1e-4); nan counts for nothing and stays."""
+    groups = rewards.view(-1, group_size, rewards.shape[1])
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    count = (~centred.isnan()).sum(dim=1, keepdim=True)
+    variance = centred.square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return (centred / (variance.sqrt() + 1e-4)).view_as(rewards)
 
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:
     """bool [B, T]: tokens of the policy, so neither padding nor the answers of tools."""
     mask: Tensor = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+
+def check_width(tokens: Tensor, limit: int | None) -> None:
+    """Raises ValueError where rotary frequencies depend on the longest sequence of a batch."""
+    if limit is not None and tokens.shape[1] > limit:
+        raise ValueError(
+            f"SPOMixin: prompt and completion must be at most {limit} tokens for this model, whose "
+            f"rotary frequencies follow from the longest sequence of a batch, got "
+            f"{tokens.shape[1]}: policy and reference would differ at equal weights"
+        )
+
+
+def left_padding(attention_mask: Tensor) -> Tensor:
+    """int64 [B, 1], how many of the first columns are padding."""
+    return attention_mask.int().argmax(dim=1, keepdim=True)
+
+
+def rolled(values: Tensor, shift: Tensor) -> Tensor:
+    """Rows [B, T] moved to the left by shift [B, 1]; what leaves there enters on the right."""
+    columns = torch.arange(values.shape[1], device=values.device)
+    return values.gather(1, (columns + shift) % values.shape[1])
 
 
 def q0_column(rows: list[dict[str, Any]]) -> Tensor:
@@ -109,9 +162,9 @@ def group_q0(
         return value[groups]
     # exp(gain / beta) = exp(r / beta) pi_ref / pi: importance weights make it the reference's mean.
     gain = rewards.double() - beta * log_ratios.double()
-    top = float(gain.max())
-    # The range serves overflow alone here: a gain has no worst value to warn of.
-    value = spo_ext.prompt_value(gain, beta=beta, groups=groups, reward_range=(top, top))
+    # A gain has no worst value to warn of.
+    unbounded = (-math.inf, math.inf)
+    value = spo_ext.prompt_value(gain, beta=beta, groups=groups, reward_range=unbounded)
     return value[groups]
 
 

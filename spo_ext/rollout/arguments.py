@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Reward, Sampling
 from spo_ext.rollout.rewards import load_reward, test_options
-from spo_ext.rollout.server import ServerGenerator
+from spo_ext.rollout.server import ServerGenerator, check_logprobs_mode
 
 
 def checked_sampling(options: argparse.Namespace) -> Sampling:
@@ -26,6 +27,10 @@ def checked_sampling(options: argparse.Namespace) -> Sampling:
                 raise ValueError(f"--{name.replace('_', '-')} must be given with --server")
     if options.server is None and options.model is None and options.follow is None:
         raise ValueError("one of --model, --server and --follow must be given")
+    if options.server_logprobs:
+        if options.server is None:
+            raise ValueError("--server-logprobs must be given with --server")
+        check_logprobs_mode("--server-logprobs", options.logprobs_mode, sampling)
     if options.follow is not None and (options.q0_beta is not None or options.origin_model):
         raise ValueError("--q0-beta and --origin-model must not be given with --follow")
     if options.q0_beta is not None and options.origin_model is not None:
@@ -57,8 +62,13 @@ def make_reward(options: argparse.Namespace) -> Reward:
     return load_reward(options.reward, **given)
 
 
-def make_server(options: argparse.Namespace, tokenizer: Tokenizer) -> ServerGenerator:
-    """Raises ValueError if the environment lacks the key."""
+def make_server(
+    options: argparse.Namespace,
+    tokenizer: Tokenizer,
+    published: Callable[[], object] = lambda: None,
+) -> ServerGenerator:
+    """Raises ValueError if the environment lacks the key, or for a field of --server-extra that
+    other arguments set."""
     key = None
     if options.api_key_from is not None:
         key = os.environ.get(options.api_key_from)
@@ -75,5 +85,8 @@ def make_server(options: argparse.Namespace, tokenizer: Tokenizer) -> ServerGene
         retries=options.retries,
         concurrency=options.concurrency,
         logprobs=options.server_logprobs,
+        logprobs_mode=options.logprobs_mode,
         end_ids=() if end is None else (end,),
+        extra=options.server_extra,
+        published=published,
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spo_ext.commands import fail
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
+
+DIALECTS = ("vllm", "transformers", "openai", "llama.cpp")
 
 
 def add_rollout(subparsers: Subparsers) -> None:
@@ -31,6 +34,13 @@ def add_rollout(subparsers: Subparsers) -> None:
         type=Path,
         metavar="FOLDER",
         help="where policies are published; with --server only to know the version that it has",
+    )
+    parser.add_argument(
+        "--store-retry",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="how long a database that went away is asked again (default: 300)",
     )
     parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
     _add_origin(parser)
@@ -142,9 +152,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served-model", metavar="NAME", help="as the server knows it")
     group.add_argument(
         "--dialect",
-        choices=("vllm", "transformers", "openai"),
+        choices=DIALECTS,
         default="vllm",
-        help="vllm: token ids in and out; others: texts (default: vllm)",
+        help="vllm (SGLang too): token ids in and out; others: texts (default: vllm)",
     )
     group.add_argument(
         "--api-key-from", metavar="VARIABLE", help="of the environment, holds the server's key"
@@ -152,11 +162,36 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--server-logprobs",
         action="store_true",
-        help="store log-probabilities; vLLM must run with --logprobs-mode processed_logprobs",
+        help="store log-probabilities, which must be those of the full softmax at the temperature",
+    )
+    group.add_argument(
+        "--logprobs-mode",
+        choices=("processed_logprobs", "raw_logprobs"),
+        default="processed_logprobs",
+        help="of the vLLM server: processed_logprobs for a top-p of 1, raw_logprobs (vLLM's own "
+        "default) for a temperature of 1 (default: processed_logprobs)",
+    )
+    group.add_argument(
+        "--server-extra",
+        type=json_object,
+        metavar="JSON",
+        help='more fields of each request, as {"stop": ["END"]}; null leaves one out. top_k, '
+        "min_p and penalties are switched off without it",
     )
     group.add_argument("--concurrency", type=int, default=16, metavar="N", help="default: 16")
     group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="default: 600")
     group.add_argument("--retries", type=int, default=5, metavar="N", help="default: 5")
+
+
+def json_object(words: str) -> dict[str, Any]:
+    """The type of an argument. Raises argparse.ArgumentTypeError unless it is a JSON object."""
+    try:
+        found = json.loads(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, got {words!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {words!r}")
+    return found
 
 
 def _add_follow(parser: argparse.ArgumentParser) -> None:

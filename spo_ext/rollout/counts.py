@@ -19,8 +19,7 @@ def ids_of_split(store: TrajectoryStore, split: Split, needs: Needs = None) -> l
     query = sa.select(table.id).where(table.split == split).order_by(table.id)
     if needs is not None:
         query = query.where(table[needs] != encode_json(None))
-    with store.database.read() as connection:
-        return list(connection.execute(query).scalars())
+    return store.database.reading(lambda connection: list(connection.execute(query).scalars()))
 
 
 def draws(
@@ -36,14 +35,17 @@ def draws(
     """
     table = schema.trajectories.c
     drawn = sa.func.sum(1 + table.duplicates)
-    found: dict[int, int] = {}
-    with store.database.read() as connection:
+
+    def count(connection: sa.Connection) -> dict[int, int]:
+        found: dict[int, int] = {}
         for part in chunks(list(prompt_ids)):
             query = sa.select(table.prompt_id, drawn).where(table.prompt_id.in_(part))
             query = query.where(*_same(origin), table.temperature == temperature)
             query = query.where(table.top_p == top_p).group_by(table.prompt_id)
             found.update({row[0]: int(row[1]) for row in connection.execute(query)})
-    return found
+        return found
+
+    return store.database.reading(count)
 
 
 def rewards_drawn(
@@ -61,15 +63,18 @@ def rewards_drawn(
     where += [table.temperature == temperature, table.top_p == top_p]
     if policy_version is not None:
         where.append(table.policy_version == policy_version)
-    found: list[tuple[int, float, int]] = []
-    with store.database.read() as connection:
+
+    def look_up(connection: sa.Connection) -> list[tuple[int, float, int]]:
+        found: list[tuple[int, float, int]] = []
         for part in chunks(list(prompt_ids)):
             query = sa.select(table.prompt_id, table.reward, 1 + table.duplicates).where(
                 table.prompt_id.in_(part), *where
             )
             rows = connection.execute(query.order_by(table.id))
             found += [(int(row[0]), float(row[1]), int(row[2])) for row in rows]
-    return found
+        return found
+
+    return store.database.reading(look_up)
 
 
 def _same(origin: Origin) -> list[sa.ColumnElement[bool]]:

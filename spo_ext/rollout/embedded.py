@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from spo_ext.integrations.agreement import distance, rope_limit, rounded, undisturbed
+from spo_ext.integrations.heads import inside, ordinary_tokens
 from spo_ext.modes import evaluating
 from spo_ext.rollout.draws import Draw, completion_seeds
 from spo_ext.rollout.generation import Generation, Sampling
 from spo_ext.store.checks import check_integer, refuse
 from spo_ext.store.records import Prompt
+
+Shared = Literal["any", "equal", "none"]  # prompts of any length share a batch, of one, or none do
+
+_PROBES = (9, 4, 1)  # lengths of prompts
+_DRAWN = 4
+_NAN = "ModelGenerator.generate: the logits of the model must not be NaN"
 
 
 class ModelGenerator:
@@ -31,6 +41,11 @@ class ModelGenerator:
     A completion depends on the seed, the model and its prompt, not on the other prompts of the
     batch, except that arithmetic in batches of other shapes rounds differently. No random state
     of PyTorch is read or moved.
+
+    The first call draws a few tokens for prompts of different lengths, and compares with the
+    model's own logits. Where padding on the left changes what is drawn, only prompts of one length
+    share a batch, as do prompts that reach the length beyond which rotary frequencies follow from
+    the longest (`rope_limit`); where a batch changes it, completions are drawn one at a time.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, batch_size: int = 64) -> None:
@@ -40,11 +55,13 @@ class ModelGenerator:
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+        self._shared: Shared | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         """n completions of each prompt, with log-probabilities.
 
-        Raises ValueError for a prompt without token ids, and if the model's logits are NaN.
+        Raises ValueError for a prompt without token ids, if the model's logits are NaN, and for a
+        model that draws from something else than its own logits.
         """
         ids = prompt_ids("ModelGenerator.generate", prompts)
         seeds = completion_seeds(sampling.seed, ids, sampling.n)
@@ -55,8 +72,8 @@ class ModelGenerator:
         device = self._model.get_input_embeddings().weight.device
         with _on(device), evaluating(self._model), _plain_generation(self._model) as own:
             ends = self._ends(own)
-            for start in range(0, len(rows), self._batch_size):
-                part = rows[start : start + self._batch_size]
+            shared = self._shares(max(map(len, ids), default=0) + sampling.max_new_tokens)
+            for part in _batches(rows, ids, self._batch_size, shared):
                 part_ids = [ids[index] for index, _ in part]
                 draw = Draw(
                     [seeds[index][k] for index, k in part],
@@ -67,6 +84,63 @@ class ModelGenerator:
                 new = self._complete(part_ids, draw, sampling.max_new_tokens, ends, device)
                 done.update(zip(part, _cut(new, draw.logprobs(), ends), strict=True))
         return [[done[index, k] for k in range(sampling.n)] for index in range(len(ids))]
+
+    def _shares(self, longest: int) -> Shared:
+        """Which prompts may share a batch, when the longest has so many tokens in the end."""
+        if self._shared is None:
+            self._shared = self._try_sharing()
+        limit = rope_limit(inside(self._model).config)
+        beyond = limit is not None and longest > limit
+        return "equal" if beyond and self._shared == "any" else self._shared
+
+    def _try_sharing(self) -> Shared:
+        """What lets prompts draw from the logits that the model gives each alone.
+
+        Raises ValueError if nothing does.
+        """
+        words = ordinary_tokens(self._model).tolist()
+        prompts = [tuple(words[i % len(words)] for i in range(3, 3 + size)) for size in _PROBES]
+        attempts: dict[Shared, list[list[tuple[int, ...]]]] = {
+            "any": [prompts],
+            "equal": [[ids, ids] for ids in prompts],
+            "none": [[ids] for ids in prompts],
+        }
+        got = ""
+        for shared, batches in attempts.items():
+            try:
+                found = [self._compare(batch) for batch in batches]
+            except Exception as error:  # whatever the code of a model may raise
+                got = f"{type(error).__name__}: {error}"
+                continue
+            if any(math.isnan(difference) for difference, _ in found):
+                raise ValueError(_NAN)
+            if all(difference <= allowed for difference, allowed in found):
+                return shared
+            got = f"a difference of {max(difference for difference, _ in found):.3g}"
+        raise ValueError(
+            f"ModelGenerator.generate: {type(inside(self._model)).__name__} must draw from the "
+            f"logits that it gives a prompt and its completion alone, got {got}"
+        )
+
+    def _compare(self, prompts: list[tuple[int, ...]]) -> tuple[float, float]:
+        """How far what is drawn is from the model's own logits, and how far rounding may take it,
+        root mean squares over a completion."""
+        device = self._model.get_input_embeddings().weight.device
+        draw = Draw(range(len(prompts)), 1.0, 1.0, _DRAWN)
+        with undisturbed(self._model):
+            tokens = self._complete(prompts, draw, _DRAWN, [], device).tolist()
+            rows = [torch.tensor([*ids, *new]) for ids, new in zip(prompts, tokens, strict=True)]
+            own, sizes = zip(*(self._own(row.to(device)) for row in rows), strict=True)
+            with rounded(self._model):
+                noise = distance([self._own(row.to(device))[0] for row in rows], own)
+        return distance(list(draw.logprobs()), own), 3 * noise + 1e-5 + max(sizes)
+
+    def _own(self, row: Tensor) -> tuple[Tensor, float]:
+        """Log-probabilities of the last tokens, and what rounding their logits may change."""
+        logits = self._model(input_ids=row[None], use_cache=False).logits[0, -_DRAWN - 1 : -1]
+        logprobs = logits.float().log_softmax(-1).gather(-1, row[-_DRAWN:, None])
+        step = torch.finfo(logits.dtype).eps * float(logits.abs().max())
+        return logprobs.squeeze(-1).cpu(), step
 
     def _ends(self, generation_config: Any) -> list[int]:
         found = getattr(generation_config, "eos_token_id", None)
@@ -108,6 +182,19 @@ class ModelGenerator:
         return new
 
 
+def _batches(
+    rows: list[tuple[int, int]], ids: Sequence[tuple[int, ...]], size: int, shared: Shared
+) -> Iterator[list[tuple[int, int]]]:
+    """Up to size rows that may share a batch, in order."""
+    size = 1 if shared == "none" else size
+    for _, group in itertools.groupby(
+        rows, lambda row: len(ids[row[0]]) if shared == "equal" else 0
+    ):
+        together = list(group)
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
+
+
 def prompt_ids(owner: str, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """Raises ValueError unless every prompt has token ids."""
     for index, prompt in enumerate(prompts):
@@ -125,7 +212,7 @@ def _cut(tokens: Tensor, logprobs: Tensor, ends: list[int]) -> list[Generation]:
         size = int(at[0]) + 1 if len(at) else tokens.shape[1]
         kept = logprobs[row, :size]
         if not bool(torch.isfinite(kept).all()):
-            raise ValueError("ModelGenerator.generate: the logits of the model must not be NaN")
+            raise ValueError(_NAN)
         finish = "eos" if len(at) else "truncated"
         ids = tuple(tokens[row, :size].tolist())
         found.append(Generation(ids, finish, tuple(kept.tolist())))  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""Policies that a trainer publishes into a directory, as a producer sees them.
+"""Policies that a trainer publishes into a directory: what is in it, and how producers read it.
 
 DIR/version-0000012/    what save_pretrained wrote, under this name only when it is complete
 DIR/latest              a line: version-0000012
 DIR/finished            no version comes after the latest
+DIR/run                 the run whose policies they are
 """
 
 from __future__ import annotations
@@ -17,7 +18,35 @@ import torch
 from spo_ext.rollout.draws import derived_seed
 from spo_ext.store.checks import check_integer
 
-_NAME = re.compile(r"version-(\d+)")
+LATEST, FINISHED, RUN = "latest", "finished", "run"
+VERSION = re.compile(r"version-(\d+)")
+_STAMP = re.compile(r"(?:version-)?(\d+)(?:\.\w+)?")
+
+
+def version_name(version: int) -> str:
+    """The name of a version's folder. Raises ValueError unless it is an integer >= 0."""
+    check_integer("publish", "version", version, 0)
+    return f"version-{version:07d}"
+
+
+def version_of(stamp: str) -> int | None:
+    """The version that a server says it has, by a version's name, with a mark of the publication
+    behind a dot or without, or by its number; None for all else."""
+    found = _STAMP.fullmatch(stamp)
+    return None if found is None else int(found[1])
+
+
+def check_run(directory: str | Path, run: str) -> None:
+    """Raises ValueError if the directory has policies of another run."""
+    try:
+        owner = (Path(directory) / RUN).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return
+    if owner != run:
+        raise ValueError(
+            f"{Path(directory) / RUN}: must name the run {run!r}, got {owner!r}: every run needs a "
+            "folder of its own for its policies"
+        )
 
 
 def latest_policy(directory: str | Path) -> tuple[int, Path] | None:
@@ -25,14 +54,14 @@ def latest_policy(directory: str | Path) -> tuple[int, Path] | None:
 
     Raises ValueError if DIR/latest does not name such a folder.
     """
-    pointer = Path(directory) / "latest"
+    pointer = Path(directory) / LATEST
     before = None
     while True:
         try:
             name = pointer.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
-        found = _NAME.fullmatch(name)
+        found = VERSION.fullmatch(name)
         if found is None:
             raise ValueError(f"{pointer}: must hold version-NUMBER, got {name[:100]!r}")
         folder = pointer.parent / name
@@ -46,21 +75,27 @@ def latest_policy(directory: str | Path) -> tuple[int, Path] | None:
 def new_policies(
     directory: str | Path,
     *,
+    run: str | None = None,
     until_version: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     poll_s: float = 0.5,
 ) -> Iterator[tuple[int, Path]]:
     """Each version that is the latest when it is asked for; those in between are left out.
 
-    Waits for the next one. Ends after until_version, after the latest once the directory has a
-    file `finished`, or when stop says so.
+    Waits for the next one, which is an earlier one when the trainer goes on from a checkpoint.
+    Ends after until_version, after the latest once the directory has a file `finished`, or when
+    stop says so.
+
+    Raises ValueError if the policies are those of another run than `run`.
     """
-    done = -1
+    done = None
     while not stop():
         # In this order: a version published before the end is seen.
-        finished = (Path(directory) / "finished").exists()
+        finished = (Path(directory) / FINISHED).exists()
         found = latest_policy(directory)
-        if found is not None and found[0] > done:
+        if found is not None and found[0] != done:
+            if run is not None:
+                check_run(directory, run)
             done = found[0]
             yield found
             if until_version is not None and done >= until_version:

@@ -54,7 +54,8 @@ class Generator(Protocol):
     """Writes completions: a model in this process, or a server."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
-        """For each prompt, in order, `sampling.n` completions. Prompts have token_ids."""
+        """For each prompt, in order, `sampling.n` completions, or none of one that it had to leave
+        out and has said so. Prompts have token_ids."""
         ...
 
 

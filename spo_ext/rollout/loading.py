@@ -17,7 +17,8 @@ def load_model(
     quiet: bool = False,
     **options: Any,
 ) -> Any:
-    """A causal language model, or one with a PEFT adapter, in eval mode.
+    """A causal language model, or one with a PEFT adapter, in eval mode; also one that reads images
+    and text, for text alone.
 
     device "auto" is the GPU if there is one; dtype "auto" that of the files; quiet leaves out the
     progress bar of transformers; options are those of from_pretrained.
@@ -29,15 +30,14 @@ def load_model(
         raise ValueError(f"model must be an existing folder, got {str(folder)!r}")
     adapter = (folder / "adapter_config.json").is_file()
     try:
-        loader = _loader(adapter)
+        loaders = _loaders(adapter)
     except ImportError as error:
         what = "peft" if adapter else "'transformers>=5'"
         raise ImportError(f"a model needs {what} ({error}): pip install {what}") from error
+    options |= {"dtype": dtype, "local_files_only": True}
     try:
         with _bars(quiet):
-            model = loader.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, **options
-            )
+            model = _load(loaders, str(folder), options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"no model can be read in {str(folder)!r}: {error}") from error
     if device == "auto":
@@ -45,14 +45,28 @@ def load_model(
     return model.to(device).eval()
 
 
-def _loader(adapter: bool) -> Any:
-    if adapter:
-        from peft import AutoPeftModelForCausalLM
+def _loaders(adapter: bool) -> list[Any]:
+    """Of a model that writes text, then of one that also reads images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+    if not adapter:
+        return [AutoModelForCausalLM, AutoModelForImageTextToText]
+    from peft import AutoPeftModelForCausalLM
 
-    return AutoModelForCausalLM
+    class Images(AutoPeftModelForCausalLM):
+        _target_class: Any = AutoModelForImageTextToText
+
+    return [AutoPeftModelForCausalLM, Images]
+
+
+def _load(loaders: list[Any], folder: str, options: dict[str, Any]) -> Any:
+    for loader in loaders[:-1]:
+        try:
+            return loader.from_pretrained(folder, **options)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    return loaders[-1].from_pretrained(folder, **options)
 
 
 @contextmanager

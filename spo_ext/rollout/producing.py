@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
 from spo_ext.rollout.rewards import needs_of
 from spo_ext.rollout.rollouts import Rollouts
+from spo_ext.rollout.served import ServedPolicy
+from spo_ext.rollout.server import ServerError, ServerGenerator
 from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -34,7 +37,10 @@ def produce(options: argparse.Namespace) -> int:
         import_from_here()
         reward = make_reward(options)
         try:
-            with TrajectoryStore(options.store) as store, Stopping() as stopping:
+            with (
+                TrajectoryStore(options.store, retry_s=options.store_retry) as store,
+                Stopping() as stopping,
+            ):
                 producer = _Producer(store, reward, sampling, options, stopping.requested)
                 if options.follow is not None:
                     producer.follow()
@@ -76,40 +82,66 @@ class _Producer:
             model = self._load(options.model)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
         else:
-            with make_server(options, tokenizer) as generator:
-                self._collect(ids, version, generator, tokenizer)
+            with make_server(options, tokenizer) as server:
+                self._serve_once(server, ids, tokenizer)
         if options.q0_beta is not None and not self._stop():
             self._estimate(ids)
 
     def follow(self) -> None:
         """Of every version published in --follow."""
         options = self._options
-        newest = new_policies(options.follow, until_version=options.until_version, stop=self._stop)
+        newest = new_policies(
+            options.follow,
+            run=options.run_name,
+            until_version=options.until_version,
+            stop=self._stop,
+        )
+        if options.server is not None:
+            self._follow_on_server(newest)
+            return
         for version, folder in newest:
-            if options.server is not None:
-                self._follow_on_server(version)
-                continue
             try:
                 tokenizer = self._tokenizer_of(folder)
                 model = self._load(folder)
             except (OSError, ValueError):
-                if self._is_past(version):
+                if self._newest() != version:
                     continue  # its folder was removed while it was read
                 raise
             ids = self._stream(version)
             self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
             del model  # before the next one is loaded
 
-    def _follow_on_server(self, version: int) -> None:
-        """Until the server gets a newer version, of which later completions would be."""
-        tokenizer = self._tokenizer_of(None)
-        with make_server(self._options, tokenizer) as generator:
-            stop = lambda: self._stop() or self._is_past(version)  # noqa: E731
-            self._collect(self._stream(version), version, generator, tokenizer, stop)
+    def _serve_once(
+        self, server: ServerGenerator, ids: Sequence[int], tokenizer: Tokenizer
+    ) -> None:
+        options = self._options
+        served = ServedPolicy(server, self._store, options.run_name)
+        served.begin(options.policy_version if options.origin_model is None else None)
+        stop = lambda: self._stop() or served.changed  # noqa: E731
+        self._collect(ids, options.policy_version, served, tokenizer, stop)
+        served.check_answered()
+        if served.changed:
+            raise ServerError("the server's weights changed: what came before is stored")
 
-    def _is_past(self, version: int) -> bool:
-        newest = latest_policy(self._options.follow)
-        return newest is not None and newest[0] > version
+    def _follow_on_server(self, newest: Iterator[tuple[int, Path]]) -> None:
+        """Each version until the server gets another, of which later completions would be."""
+        options, tokenizer = self._options, self._tokenizer_of(None)
+        with make_server(options, tokenizer, self._newest) as server:
+            served = ServedPolicy(server, self._store, options.run_name)
+            for version, _ in newest:
+                past = partial(self._is_past, version, served)
+                rounds = 2  # a trainer may wait for prompts that had no answer
+                while rounds and served.await_version(options.follow, version, self._stop):
+                    self._collect(self._stream(version), version, served, tokenizer, past)
+                    if not served.changed:
+                        rounds = rounds - 1 if served.failed else 0
+
+    def _is_past(self, version: int, served: ServedPolicy) -> bool:
+        return self._stop() or served.changed or self._newest() != version
+
+    def _newest(self) -> int | None:
+        found = latest_policy(self._options.follow)
+        return None if found is None else found[0]
 
     def _stream(self, version: int) -> list[int]:
         """Ids of the version's prompts."""
@@ -148,11 +180,15 @@ class _Producer:
         if options.min_trajectories:
             drawn = rollouts.drawn(prompts, version)
             prompts = [p for p in prompts if drawn.get(p.id, 0) < options.min_trajectories]
+        left_out = len(ids) - len(prompts)
         ready = [_tokenised(prompt, tokenizer) for prompt in prompts]
+        if isinstance(generator, ServedPolicy):
+            ready = generator.possible(ready, self._sampling)
+        refused = len(prompts) - len(ready)
         with progress_bar(len(ready), f"version {version}", options.quiet) as advance:
             stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
-        left_out = len(ids) - len(prompts)
         done = f"; {left_out} prompts had enough" if left_out else ""
+        done += f"; {refused} left out, which the server refused" if refused else ""
         print(f"version {version}: {stats}{done}", flush=True)
 
     def _estimate(self, ids: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -37,6 +38,36 @@ def load_reward(name: str, **options: Any) -> Reward:
             f"load_reward: options must be none for the function {name}, got {sorted(options)}"
         )
     return FunctionReward(load_function(name), name)
+
+
+def as_reward(given: Any) -> Reward:
+    """The reward that a user gave: a name (see `load_reward`), a Reward, or a function of TRL's
+    form, known by its argument `completions` or `completion_ids` beside columns, or by **kwargs.
+
+    A callable that can be called with three arguments and has none of these names, or has one that
+    is called token_ids, is taken as a Reward: `f(prompts, completions, token_ids)`.
+
+    Raises ValueError for anything else, such as a list of functions.
+    """
+    if isinstance(given, str):
+        return load_reward(given)
+    name = getattr(given, "__name__", type(given).__name__)
+    try:
+        signature = inspect.signature(given)
+        parameters = signature.parameters
+        by_keyword = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        if "token_ids" not in parameters and (
+            by_keyword or {"completions", "completion_ids"} & set(parameters)
+        ):
+            return FunctionReward(given, name)
+        signature.bind((), (), ())
+    except TypeError as error:
+        raise ValueError(
+            "SPOTrainer: reward must be a name, a function of TRL's form f(completions, **kwargs), "
+            f"or f(prompts, completions, token_ids), got {given!r} ({error})"
+        ) from error
+    reward: Reward = given
+    return reward
 
 
 def needs_of(reward: Reward) -> Needs:

@@ -155,9 +155,10 @@ class Rollouts:
         self, call: Call, generations: list[list[Generation]], origin: Origin, tally: Tally
     ) -> None:
         prompts, sampling = call.prompts, call.sampling
-        if [len(group) for group in generations] != [sampling.n] * len(prompts):
-            got = [len(group) for group in generations]
-            refuse("collect", "generator", f"one that returns {sampling.n} for each prompt", got)
+        got = [len(group) for group in generations]
+        if len(got) != len(prompts) or not set(got) <= {0, sampling.n}:
+            expected = f"one that returns {sampling.n} for each prompt, or none"
+            refuse("collect", "generator", expected, got)
         judged = iter(self._judge(prompts, generations))
         trajectories: list[Trajectory] = []
         for prompt, group in zip(prompts, generations, strict=True):

@@ -13,6 +13,8 @@ from spo_ext.rollout.generation import Generation
 class RolloutStats:
     """Of the completions of one call of `Rollouts.collect`.
 
+    prompts: those with completions; unanswered: those without any, which the generator could not
+        draw.
     appended, duplicates: trajectories new to the store, and those that it had already, of a
         rollout that was run again. unjudged: completions without a reward, which are not stored.
     reward_*: of the judged ones; NaN if there are none. -inf counts as it is, so that a mean may
@@ -22,6 +24,7 @@ class RolloutStats:
     """
 
     prompts: int
+    unanswered: int
     appended: int
     duplicates: int
     unjudged: int
@@ -54,6 +57,7 @@ class RolloutStats:
             "rollout/appended": float(self.appended),
             "rollout/duplicates": float(self.duplicates),
             "rollout/unjudged": float(self.unjudged),
+            "rollout/unanswered": float(self.unanswered),
             "rollout/entropy": self.entropy,
             "rollout/tokens": float(self.tokens),
             "rollout/tokens_per_second": self.tokens_per_second,
@@ -61,12 +65,21 @@ class RolloutStats:
         }
 
     def __str__(self) -> str:
-        return (
+        words = [
             f"{self.appended} trajectories of {self.prompts} prompts "
-            f"({self.duplicates} drawn before, {self.unjudged} without a reward), "
-            f"mean reward {self.mean_reward:.4g}, mean length {self.mean_length:.1f}, "
-            f"{self.truncated_share:.1%} truncated, {self.tokens_per_second:.0f} tokens/s"
-        )
+            f"({self.duplicates} drawn before, {self.unjudged} without a reward)"
+        ]
+        if not math.isnan(self.mean_reward):
+            words.append(f"mean reward {self.mean_reward:.4g}")
+        if self.prompts:
+            words += [
+                f"mean length {self.mean_length:.1f}",
+                f"{self.truncated_share:.1%} truncated",
+                f"{self.tokens_per_second:.0f} tokens/s",
+            ]
+        if self.unanswered:
+            words.append(f"{self.unanswered} prompts without completions")
+        return ", ".join(words)
 
 
 @dataclass
@@ -81,9 +94,13 @@ class Tally:
     appended: int = 0
     duplicates: int = 0
     unjudged: int = 0
+    unanswered: int = 0
 
     def add_prompt(self, generations: Sequence[Generation], rewards: Sequence[float]) -> None:
         """All completions of a prompt, and the rewards of those that have one."""
+        if not generations:
+            self.unanswered += 1
+            return
         self.groups.append(list(rewards))
         self.unjudged += len(generations) - len(rewards)
         self.lengths += [len(each.token_ids) for each in generations]
@@ -98,6 +115,7 @@ class Tally:
         alike = sum(len(set(group)) == 1 for group in judged)
         return RolloutStats(
             prompts=len(self.groups),
+            unanswered=self.unanswered,
             appended=self.appended,
             duplicates=self.duplicates,
             unjudged=self.unjudged,

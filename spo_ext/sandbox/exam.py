@@ -47,9 +47,11 @@ class Program:
     def __init__(self, pid: int, max_bytes: int) -> None:
         self._received = bytearray()
         self._room = max_bytes
-        self._poll = select.poll()
+        self._poll, self._end = select.poll(), select.poll()
         self._poll.register(ANSWERS_FD, select.POLLIN)
-        self._poll.register(os.pidfd_open(pid), select.POLLIN)
+        pidfd = os.pidfd_open(pid)
+        for poll in (self._poll, self._end):
+            poll.register(pidfd, select.POLLIN)
         self.calls = 0
 
     def load(self) -> None:
@@ -109,6 +111,8 @@ class Program:
             ready = {fd for fd, _ in self._poll.poll()}
             data = os.read(ANSWERS_FD, 1 << 16) if ANSWERS_FD in ready else b""
             if not data:
+                # Its descriptors go before it does, and how it ended is for the worker to see.
+                self._end.poll(1000)
                 raise ProgramEnded("")
             self._received += data
             self._room -= len(data)

@@ -22,7 +22,7 @@ class Usage:
         self._examiner = examiner
         self._seen: dict[int, float] = {}  # Process id to the CPU time of its own.
         self._vanished = 0.0
-        self._seconds = self._idle = 0.0
+        self._seconds = self.idle = 0.0
         self._looked = time.monotonic()
 
     def excess(self, limits: dict[str, Any], busy: bool) -> str:
@@ -49,7 +49,7 @@ class Usage:
             return "memory"
         if self._seconds > limits["cpu_seconds"]:
             return "cpu"
-        return "wall" if self._idle > limits["wall_seconds"] else ""
+        return "wall" if self.idle > limits["wall_seconds"] else ""
 
     def _count(self, own: dict[int, float], with_children: float, runs: bool) -> None:
         """Children that nobody waits for are in no sum of their parent's, so they count apart."""
@@ -58,7 +58,7 @@ class Usage:
         seconds = max(with_children, sum(own.values()) + self._vanished)
         now = time.monotonic()
         if not runs and seconds <= self._seconds:
-            self._idle += min(now - self._looked, LONGEST_TICK)
+            self.idle += min(now - self._looked, LONGEST_TICK)
         self._seconds, self._looked = max(seconds, self._seconds), now
 
 

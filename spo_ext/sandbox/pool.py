@@ -18,13 +18,22 @@ Result = Outcome | Unusable | Literal["starved"]
 CANARY = Program("def f(x):\n    return x + 1", calls=((41,),))
 
 
+# Workers beyond the pool's size: while programs sleep, and to be kept for the next that do.
+MOST_ASLEEP, MOST_SPARE = 64, 8
+
+
 class Pool:
-    """Workers of one kind, each started when first needed."""
+    """Workers of one kind, each started when first needed.
+
+    So many as its size run at a time; a program that sleeps, or waits, needs no core, so it does
+    not count.
+    """
 
     def __init__(self, launcher: Launcher, limits: Limits, size: int) -> None:
         self._launcher = launcher
         self._limits = limits
-        self._workers: list[WorkerProcess | None] = [None] * size
+        self._size = size
+        self._workers: list[WorkerProcess | None] = []
         self._last_death = ""
         self._oom_kills = _oom_kills()
 
@@ -38,10 +47,9 @@ class Pool:
         results: dict[int, Result] = {}
         try:
             while waiting or running:
-                for place in range(len(self._workers)):
-                    if waiting and place not in running:
-                        running[place] = waiting.popleft()
-                        self._send(place, jobs[running[place]])
+                while waiting and (place := self._free_place(running)) is not None:
+                    running[place] = waiting.popleft()
+                    self._send(place, jobs[running[place]])
                 for place, reply in self._replies(running):
                     index = running.pop(place)
                     result = self._read(jobs[index], reply) if reply else None
@@ -53,6 +61,8 @@ class Pool:
             for place in running:  # Their replies must not be taken for those of a later run.
                 self._end(place)
             raise
+        for place in range(self._size + MOST_SPARE, len(self._workers)):
+            self._end(place)
         return results
 
     def check_canary(self) -> None:
@@ -80,6 +90,18 @@ class Pool:
     def close(self) -> None:
         for place in range(len(self._workers)):
             self._end(place)
+
+    def _free_place(self, running: dict[int, int]) -> int | None:
+        """Where another program can run now, if anywhere."""
+        workers = [self._workers[place] for place in running]
+        asleep = sum(worker is not None and worker.asleep for worker in workers)
+        if len(running) - asleep >= self._size or len(running) >= self._size + MOST_ASLEEP:
+            return None
+        free = [place for place in range(len(self._workers)) if place not in running]
+        if not free:
+            self._workers.append(None)
+            return len(self._workers) - 1
+        return max(free, key=lambda place: self._workers[place] is not None)
 
     def _send(self, place: int, job: Job) -> None:
         worker = self._workers[place]

@@ -5,9 +5,9 @@ standard library only, and no path of the repository has to be visible inside.
 
 Nothing of one program may reach the next, not even as residue in freed memory, for the next is
 often another attempt at the same task. So the worker keeps requests and results as raw bytes in
-buffers that it wipes, only the children decode a request, and a worker whose /tmp was touched asks
-to be replaced. What is expected is read after the program's process was forked: only the
-examiner's, which is forked then, has it in its memory.
+buffers that it wipes, only the children decode a request, and a worker whose /tmp is not easily
+emptied asks to be replaced. What is expected is read after the program's process was forked: only
+the examiner's, which is forked then, has it in its memory.
 """
 
 import ctypes
@@ -32,6 +32,9 @@ PRELOADED = ("dataclasses", "decimal", "threading")
 # The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
 # own work, and some more for the tests' start.
 EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
+MOST_FILES = 64  # that are removed for the next program; more are not worth the time
+# After so long without a core the parent is told, which may then use it for another program.
+ASLEEP_SECONDS = 0.1
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
@@ -161,17 +164,38 @@ def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
     """
     program, other = Request(), Request()
     result, stdout = Stream(), Stream()
-    ctimes = [os.stat(folder).st_ctime_ns for folder in config["folders"]]
     while True:
         header = read_header()
         program.read()
         reply = run_one(config, prelude, header, (program, other), (result, stdout))
-        now = [os.stat(folder).st_ctime_ns for folder in config["folders"]]
-        reply["dirty"] = now != ctimes
+        reply["dirty"] = not all([emptied(folder) for folder in config["folders"]])
         write_all(frame(reply))
         for stream in (result, stdout):
             write_all(stream.take())
             stream.wipe()
+
+
+def emptied(folder: str) -> bool:
+    """Remove what a program left in its folder, if that is a few files; whether all is as new.
+
+    The folder's own times are made those of this moment, touched or not.
+    """
+    try:
+        names = os.listdir(folder)
+        if len(names) > MOST_FILES:
+            return False
+        for name in names:
+            os.unlink(f"{folder}/{name}")
+        os.close(os.open(f"{folder}/.new", os.O_CREAT | os.O_EXCL))
+        os.unlink(f"{folder}/.new")
+        state = os.stat(folder)
+        if state.st_uid == os.getuid():  # A program may then change more than the times.
+            os.chmod(folder, 0o1777)
+            os.utime(folder)
+            return not os.listxattr(folder)
+        return True
+    except OSError:
+        return False  # A folder in it, above all.
 
 
 def run_one(
@@ -271,7 +295,7 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end, busy = "", False
+    end, busy, told = "", False, False
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
@@ -288,6 +312,9 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
             end = end or "exit"
         elif time.monotonic() >= next_tick:
             end = end or usage.excess(limits, busy)
+            if usage.idle > ASLEEP_SECONDS and not told:
+                told = True
+                write_all(frame({"asleep": True}))
             end = end or ("starved" if time.monotonic() > starved else "")
             next_tick, busy = time.monotonic() + TICK_SECONDS, False
     os.close(pidfd)

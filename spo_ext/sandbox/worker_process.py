@@ -34,6 +34,7 @@ class WorkerProcess:
         self._received = bytearray()
         self._ready = False
         self.deadline = 0.0
+        self.asleep = False
         self._scratch = tempfile.mkdtemp(prefix="spo-sandbox-") if launcher.needs_scratch else ""
         user = launcher.pick_user()
         try:
@@ -79,6 +80,7 @@ class WorkerProcess:
     def send(self, job: Job) -> None:
         """Begin to send a request; call `write` while `sending` and the pipe has room."""
         self._to_send = job.request
+        self.asleep = False
         self._max_bytes = job.limits.output_bytes
         self.deadline = time.monotonic() + starved_seconds(job.limits) + GRACE_SECONDS
         self.write()
@@ -113,6 +115,10 @@ class WorkerProcess:
         if parsed is None:
             return None
         header, start = parsed
+        if header.get("asleep"):
+            self.asleep = True
+            del self._received[:start]
+            return self._take_reply()
         sizes = [int(header["result_bytes"]), int(header["stdout_bytes"])]
         if not all(0 <= size <= self._max_bytes + 1 for size in sizes):
             raise ValueError(f"sizes {sizes}")

@@ -6,28 +6,47 @@ finds a smaller one later, which the sampler relies on.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 
 from spo_ext.store.checks import number
 
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 _WRITE = "spo_write"
 _LOCK = 0x73706F5F657874  # PostgreSQL's advisory lock of all writers: "spo_ext"
 
+_FIRST_S = 10.0  # a server that never answered is more likely a wrong address
+_LONGEST_PAUSE_S = 5.0
+# SQLSTATE: broken connections, shutdown, crash, start, a transaction that was idle, no free slot.
+_AWAY = ("08", "57P01", "57P02", "57P03", "25P03", "53300")
+# A refused connection has no SQLSTATE, only words of the server or of the system.
+_STARTING = ("starting up", "shutting down", "recovery", "not yet accepting", "too many clients")
+_FOR_GOOD = ("authentication", "pg_hba", "does not exist", "translate host", "resolve host")
+_OF_SQLITE = ("locking protocol", "disk i/o error")
+
 
 class Database:
-    """An engine, opened anew in a forked process."""
+    """Runs transactions; opens an engine anew in a forked process.
 
-    def __init__(self, target: str | os.PathLike[str], timeout_s: float) -> None:
+    The work of `reading` and `writing` is called again when the database went away in the middle
+    of it, for up to retry_s seconds. What it does must be right after an earlier call that was
+    committed though its answer was lost.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], timeout_s: float, retry_s: float) -> None:
         self.url = _parse(target)
         self._timeout_s = number("TrajectoryStore", "timeout_s", timeout_s, at_least=0.001)
+        self._retry_s = number("TrajectoryStore", "retry_s", retry_s, at_least=0.0)
         try:
             self._engine = sa.create_engine(self.url, pool_pre_ping=not self._sqlite)
         except ModuleNotFoundError as error:
@@ -40,10 +59,19 @@ class Database:
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         self._writer = self._engine.execution_options(**{_WRITE: True})
         self._pid = os.getpid()
+        self._reached = False
 
     @property
     def _sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
+
+    def reading(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """What `work` finds in a transaction of `read`, tried until the database answers."""
+        return self._persist(self.read, work)
+
+    def writing(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """What `work` returns in a transaction of `write`, tried until the database answers."""
+        return self._persist(self.write, work)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -68,11 +96,52 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def _persist(
+        self,
+        transaction: Callable[[], AbstractContextManager[sa.Connection]],
+        work: Callable[[sa.Connection], _T],
+    ) -> _T:
+        away_since, pause_s = 0.0, 0.1
+        while True:
+            try:
+                with transaction() as connection:
+                    found = work(connection)
+            except (OperationalError, InterfaceError) as error:
+                now, bound_s = time.monotonic(), self._patience_s(error)
+                if bound_s and not away_since:
+                    where = self.url.render_as_string(hide_password=True)
+                    words = " ".join(str(error.orig).split())
+                    logger.warning("%s: %s; trying again for up to %g s", where, words, bound_s)
+                    away_since = now
+                left_s = away_since + bound_s - now
+                if left_s <= 0:
+                    raise
+                time.sleep(min(pause_s, left_s))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                self._reached = True
+                if away_since:
+                    logger.info("the database is back after %.1f s", time.monotonic() - away_since)
+                return found
+
     def _check_process(self) -> None:
         # A connection must not be shared by two processes; the parent goes on using its own.
         if os.getpid() != self._pid:
             self._engine.dispose(close=False)
             self._pid = os.getpid()
+
+    def _patience_s(self, error: DBAPIError) -> float:
+        """How long a transaction is tried again after this; 0 where that would not help."""
+        words, state = str(error.orig).lower(), getattr(error.orig, "sqlstate", None)
+        if self._sqlite:  # which waits for locks by itself
+            return self._retry_s if any(word in words for word in _OF_SQLITE) else 0.0
+        if error.connection_invalidated:
+            return self._retry_s
+        if state is not None:
+            return self._retry_s if str(state).startswith(_AWAY) else 0.0
+        if self._reached or any(word in words for word in _STARTING):
+            return self._retry_s
+        return 0.0 if any(word in words for word in _FOR_GOOD) else min(self._retry_s, _FIRST_S)
 
     def _set_up_sqlite(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None  # _begin_sqlite begins, not the driver

@@ -83,7 +83,8 @@ def _config(model: nn.Module) -> Any:
         return None
     fields = config.to_dict()
     kept = {key: value for key, value in fields.items() if key not in _VOLATILE | {"dtype"}}
-    return json.loads(json.dumps(kept, default=str))
+    # time_step_limit of Mamba-2 ends at infinity, which JSON has no number for.
+    return json.loads(json.dumps(kept, default=str), parse_constant=str)
 
 
 def _rules(tokenizer: Any) -> Any:

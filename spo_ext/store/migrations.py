@@ -37,9 +37,23 @@ def _add_draw(connection: sa.Connection) -> None:
     )
 
 
+def _add_appends(connection: sa.Connection) -> None:
+    """3 to 4: appends are told apart, and prompts that no completion can be drawn for are known."""
+    run = connection.exec_driver_sql
+    run(
+        "CREATE TABLE appends (writer TEXT NOT NULL PRIMARY KEY, batch TEXT NOT NULL, "
+        "new BIGINT NOT NULL, duplicates BIGINT NOT NULL, conflicts BIGINT NOT NULL)"
+    )
+    run(
+        "CREATE TABLE refusals (run TEXT NOT NULL, "
+        "prompt_id BIGINT NOT NULL REFERENCES prompts (id), tokens BIGINT NOT NULL, "
+        "reason TEXT NOT NULL, PRIMARY KEY (run, prompt_id))"
+    )
+
+
 # Step i leads from version i + 1 to i + 2. A step is SQL that both databases understand, and never
 # changes; schema.py is only ever the newest version.
-STEPS: tuple[Step, ...] = (_add_sampling, _add_draw)
+STEPS: tuple[Step, ...] = (_add_sampling, _add_draw, _add_appends)
 CURRENT = len(STEPS) + 1
 
 

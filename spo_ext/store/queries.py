@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -82,6 +83,49 @@ def count_duplicates(
     return conflicts.total()
 
 
+def append(
+    connection: sa.Connection, rows: list[Row], writer: str, batch: str
+) -> tuple[list[int], int, int, int]:
+    """Ids of trajectories in the order of rows; how many are new, duplicates and conflicts.
+
+    A batch that the writer's last append has stored already is not counted again.
+    """
+    table = schema.appends
+    last = sa.select(table).where(table.c.writer == writer)
+    known = connection.execute(last).first()
+    if known is not None and known.batch == batch:
+        found = _ids_of(connection, schema.trajectories, [row["hash"] for row in rows])
+        ids = [found[row["hash"]] for row in rows]
+        return ids, known.new, known.duplicates, known.conflicts
+    ids, again = insert_missing(connection, schema.trajectories, rows)
+    conflicts = count_duplicates(connection, ids, rows, again)
+    repeats = again.total()
+    new = len(ids) - repeats
+    values = {"batch": batch, "new": new, "duplicates": repeats, "conflicts": conflicts}
+    if known is None:
+        connection.execute(sa.insert(table).values(writer=writer, **values))
+    else:
+        connection.execute(sa.update(table).where(table.c.writer == writer).values(**values))
+    return ids, new, repeats, conflicts
+
+
+def put_refusals(
+    connection: sa.Connection, run: str, refused: Mapping[int, tuple[int, str]]
+) -> None:
+    table = schema.refusals
+    for prompt_id, (tokens, reason) in refused.items():
+        same = (table.c.run == run, table.c.prompt_id == prompt_id)
+        connection.execute(sa.delete(table).where(*same))
+        row = {"run": run, "prompt_id": prompt_id, "tokens": tokens, "reason": reason}
+        connection.execute(sa.insert(table).values(**row))
+
+
+def refusals(connection: sa.Connection, run: str) -> dict[int, tuple[int, str]]:
+    table = schema.refusals
+    rows = connection.execute(sa.select(table).where(table.c.run == run))
+    return {row.prompt_id: (row.tokens, row.reason) for row in rows}
+
+
 def by_id(
     connection: sa.Connection, function: str, table: sa.Table, ids: Sequence[int]
 ) -> list[sa.Row[Any]]:
@@ -104,17 +148,21 @@ def stream(
     One long transaction would keep SQLite from folding its log into the file, and PostgreSQL from
     cleaning up.
     """
-    with database.read() as connection:
-        newest = connection.execute(sa.select(sa.func.max(table.c.id))).scalar() or 0
+    last_id = sa.select(sa.func.max(table.c.id))
+    newest = database.reading(lambda connection: connection.execute(last_id).scalar()) or 0
     last = 0
     while True:
         query = sa.select(table).where(table.c.id > last, table.c.id <= newest, *where)
-        with database.read() as connection:
-            page = connection.execute(query.order_by(table.c.id).limit(_PAGE)).all()
+        query = query.order_by(table.c.id).limit(_PAGE)
+        page = database.reading(partial(_all, query=query))
         yield from page
         if len(page) < _PAGE:
             return
         last = page[-1].id
+
+
+def _all(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    return connection.execute(query).all()
 
 
 def samplers(connection: sa.Connection) -> list[str]:

@@ -49,8 +49,7 @@ class Sampler:
         self.store, self.name, self.config = store, name, config
         self._step = 0
         self._index = Index(config)
-        with store.database.read() as connection:
-            stored = _stored_config(connection, name)
+        stored = store.database.reading(lambda connection: _stored_config(connection, name))
         if stored is not None and not resume:
             refuse("Sampler", "name", "new, or resume True to continue its batches", name)
         self._check_config("Sampler", stored)
@@ -68,21 +67,23 @@ class Sampler:
         """
         self._check_version(policy_version)
         database = self.store.database
-        with database.read() as connection:
-            self._index.refresh(connection)  # what there is now, so that the lock is held briefly
-        with database.write() as connection:
+        database.reading(self._index.refresh)  # what there is now, so that the lock is held briefly
+
+        def draw(connection: sa.Connection) -> tuple[Selection, bool]:
             self._index.refresh(connection)
             stored = _stored_config(connection, self.name)
             self._check_config("Sampler.next_batch", stored)
             recorded = self._recorded(connection)
-            if recorded is None:
-                chosen = select(self.config, self._index, self._step, policy_version)
-                if stored is None:
-                    row = {"name": self.name, "config": json.dumps(self.config.as_json())}
-                    connection.execute(sa.insert(schema.samplers).values(**row))
-                self._record(connection, chosen, policy_version)
-            else:
-                chosen = recorded
+            if recorded is not None:
+                return recorded, True
+            chosen = select(self.config, self._index, self._step, policy_version)
+            if stored is None:
+                row = {"name": self.name, "config": json.dumps(self.config.as_json())}
+                connection.execute(sa.insert(schema.samplers).values(**row))
+            self._record(connection, chosen, policy_version)
+            return chosen, False
+
+        chosen, replayed = database.writing(draw)
         ids = self._index.columns.id[chosen.rows]
         trajectories = self.store.get(ids.tolist())
         # Last, so that after an error in reading them the call may be repeated too.
@@ -95,7 +96,7 @@ class Sampler:
             trajectories=trajectories,
             uses=self._index.columns.uses[chosen.rows],
             shortfall=chosen.shortfall,
-            replayed=recorded is not None,
+            replayed=replayed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +119,8 @@ class Sampler:
         self._check_config(owner, state["config"])
         step = state["step"]
         table, mine = schema.batches.c, schema.draws.c
-        with self.store.database.read() as connection:
+
+        def go(connection: sa.Connection) -> list[tuple[int, int]]:
             before = sa.select(sa.func.count()).where(table.sampler == self.name, table.step < step)
             held = connection.execute(before).scalar_one()
             if held != step:
@@ -126,7 +128,9 @@ class Sampler:
             self._index.refresh(connection)
             query = sa.select(mine.trajectory_id, mine.epoch)
             drawn = connection.execute(query.where(mine.sampler == self.name, mine.step < step))
-            ids, epochs = _columns([(row.trajectory_id, row.epoch) for row in drawn])
+            return [(row.trajectory_id, row.epoch) for row in drawn]
+
+        ids, epochs = _columns(self.store.database.reading(go))
         self._index.forget_draws()
         self._index.apply(ids, epochs)
         self._step = step

@@ -97,6 +97,26 @@ draws = sa.Table(
     sa.ForeignKeyConstraint(["sampler", "step"], ["batches.sampler", "batches.step"]),
 )
 
+# The last append of each writer: one whose answer was lost is not made again.
+appends = sa.Table(
+    "appends",
+    metadata,
+    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("batch", sa.Text, nullable=False),
+    sa.Column("new", sa.BigInteger, nullable=False),
+    sa.Column("duplicates", sa.BigInteger, nullable=False),
+    sa.Column("conflicts", sa.BigInteger, nullable=False),
+)
+
+refusals = sa.Table(
+    "refusals",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("prompt_id", sa.ForeignKey("prompts.id"), primary_key=True),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
 schema_version = sa.Table(
     "spo_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False)
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
 from typing import get_args
+from uuid import uuid4
 
 import sqlalchemy as sa
 from torch import Tensor
 
 from spo_ext.store import migrations, queries, rows, schema, scores
-from spo_ext.store.checks import check_one_of, refuse
+from spo_ext.store.checks import check_name, check_one_of, refuse
 from spo_ext.store.database import Database
 from spo_ext.store.records import (
     Appended,
@@ -30,6 +32,9 @@ class TrajectoryStore:
         target: a file (SQLite, made if missing; on a local disk, for processes of one machine), or
             postgresql://user@host/database for several machines.
         timeout_s: how long a writer waits for the others before it raises.
+        retry_s: how long a database that went away (a restart, a broken network) is asked again
+            before a method raises. Nothing is lost or done twice then. One that was never reached
+            is asked for 10 s at most, unless it says that it is starting.
 
     Any number of processes may read and write. Whatever a method returned for survives the death
     of its process, and a batch is stored whole or not at all. An older database is brought to the
@@ -41,18 +46,25 @@ class TrajectoryStore:
         sqlalchemy.exc.OperationalError: if the database cannot be reached or is locked for longer.
     """
 
-    def __init__(self, target: str | os.PathLike[str], *, timeout_s: float = 60.0) -> None:
-        self._timeout_s = timeout_s
-        self.database = Database(target, timeout_s)
-        with self.database.write() as connection:
-            migrations.migrate(connection)
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        timeout_s: float = 60.0,
+        retry_s: float = 300.0,
+    ) -> None:
+        self._timeout_s, self._retry_s = timeout_s, retry_s
+        self._name = uuid4().hex
+        self.database = Database(target, timeout_s, retry_s)
+        self.database.writing(migrations.migrate)
 
     def __repr__(self) -> str:
         return f"TrajectoryStore({self.database.url.render_as_string(hide_password=True)!r})"
 
     def __reduce__(self) -> tuple[Callable[..., TrajectoryStore], tuple[object, ...]]:
         # For workers of a DataLoader: they open connections of their own.
-        return _reopen, (self.database.url.render_as_string(hide_password=False), self._timeout_s)
+        target = self.database.url.render_as_string(hide_password=False)
+        return _reopen, (target, self._timeout_s, self._retry_s)
 
     def close(self) -> None:
         self.database.close()
@@ -74,10 +86,12 @@ class TrajectoryStore:
         that is also trained on tests nothing.
         """
         new = [rows.prompt_row(prompt) for prompt in prompts]
-        with self.database.write() as connection:
+
+        def add(connection: sa.Connection) -> list[int]:
             queries.check_splits(connection, new)
-            ids, _ = queries.insert_missing(connection, schema.prompts, new)
-        return ids
+            return queries.insert_missing(connection, schema.prompts, new)[0]
+
+        return self.database.writing(add)
 
     def append(self, trajectories: Sequence[Trajectory]) -> Appended:
         """Stores a batch in one transaction.
@@ -91,7 +105,11 @@ class TrajectoryStore:
         for index, item in enumerate(trajectories):
             if not isinstance(item, Trajectory):
                 refuse("append", f"trajectories[{index}]", "a Trajectory", item)
-        with self.database.write() as connection:
+        # Of one thread of one process, which makes one append at a time.
+        writer = f"{self._name}-{os.getpid()}-{get_ident()}"
+        batch = uuid4().hex
+
+        def add(connection: sa.Connection) -> Appended:
             hashes = rows.prompt_hashes(connection, {item.prompt_id for item in trajectories})
             for index, item in enumerate(trajectories):
                 if item.prompt_id not in hashes:
@@ -100,21 +118,21 @@ class TrajectoryStore:
                         f"prompt, got {item.prompt_id}"
                     )
             new = [rows.trajectory_row(item, hashes[item.prompt_id]) for item in trajectories]
-            ids, again = queries.insert_missing(connection, schema.trajectories, new)
-            conflicts = queries.count_duplicates(connection, ids, new, again)
-        repeats = again.total()
-        return Appended(tuple(ids), len(ids) - repeats, repeats, conflicts)
+            ids, *counts = queries.append(connection, new, writer, batch)
+            return Appended(tuple(ids), *counts)
+
+        return self.database.writing(add)
 
     def get(self, ids: Sequence[int]) -> list[StoredTrajectory]:
         """In the order of ids. Raises ValueError for an id that is not stored."""
-        with self.database.read() as connection:
-            found = queries.by_id(connection, "get", schema.trajectories, ids)
+        found = self.database.reading(lambda c: queries.by_id(c, "get", schema.trajectories, ids))
         return [rows.stored_trajectory(row) for row in found]
 
     def get_prompts(self, ids: Sequence[int]) -> list[StoredPrompt]:
         """In the order of ids. Raises ValueError for an id that is not stored."""
-        with self.database.read() as connection:
-            found = queries.by_id(connection, "get_prompts", schema.prompts, ids)
+        found = self.database.reading(
+            lambda c: queries.by_id(c, "get_prompts", schema.prompts, ids)
+        )
         return [rows.stored_prompt(row) for row in found]
 
     def prompts(self, split: Split | None = None) -> Iterator[StoredPrompt]:
@@ -158,18 +176,15 @@ class TrajectoryStore:
 
         Raises ValueError unless each has one finite number per token of a stored trajectory.
         """
-        with self.database.write() as connection:
-            scores.put_ref_logprobs(connection, fingerprint, logprobs)
+        self.database.writing(lambda c: scores.put_ref_logprobs(c, fingerprint, logprobs))
 
     def ref_logprobs(self, ids: Sequence[int], fingerprint: str) -> list[Tensor | None]:
         """float32 [T] for each trajectory id, None where this reference's are not cached."""
-        with self.database.read() as connection:
-            return scores.ref_logprobs(connection, ids, fingerprint)
+        return self.database.reading(lambda c: scores.ref_logprobs(c, ids, fingerprint))
 
     def reference_fingerprints(self) -> dict[str, int]:
         """How many trajectories each reference has scored."""
-        with self.database.read() as connection:
-            return scores.fingerprints(connection)
+        return self.database.reading(scores.fingerprints)
 
     def put_q0(self, values: Mapping[int, PromptValue]) -> None:
         """Stores estimates of Q_0 by prompt id; each replaces one of the same beta, temperature,
@@ -177,8 +192,7 @@ class TrajectoryStore:
 
         Raises ValueError for a prompt that is not stored.
         """
-        with self.database.write() as connection:
-            scores.put_q0(connection, values)
+        self.database.writing(lambda c: scores.put_q0(c, values))
 
     def q0(
         self,
@@ -191,24 +205,31 @@ class TrajectoryStore:
     ) -> list[PromptValue | None]:
         """The estimate for each prompt id, None where there is none under these conditions."""
         key = (reference, beta, temperature, top_p)
-        with self.database.read() as connection:
-            return scores.q0(connection, prompt_ids, key)
+        return self.database.reading(lambda c: scores.q0(c, prompt_ids, key))
+
+    def put_refusals(self, run: str, refused: Mapping[int, tuple[int, str]]) -> None:
+        """Remembers prompts that a server refused, by id: tokens of prompt and completion together
+        that were too many, and the server's reason. A later one replaces an earlier one.
+        """
+        check_name("put_refusals", "run", run)
+        self.database.writing(lambda c: queries.put_refusals(c, run, refused))
+
+    def refusals(self, run: str) -> dict[int, tuple[int, str]]:
+        """What `put_refusals` has stored for a run."""
+        return self.database.reading(lambda c: queries.refusals(c, run))
 
     def samplers(self) -> list[str]:
         """Names of the samplers that have drawn."""
-        with self.database.read() as connection:
-            return queries.samplers(connection)
+        return self.database.reading(queries.samplers)
 
     def forget_sampler(self, name: str) -> None:
         """Deletes the records of what a sampler drew; its name is new again."""
-        with self.database.write() as connection:
-            queries.forget_sampler(connection, name)
+        self.database.writing(lambda c: queries.forget_sampler(c, name))
 
     def counters(self) -> dict[str, int]:
         """Rows of the store, duplicates and conflicts of `append`, draws of all samplers."""
-        with self.database.read() as connection:
-            return queries.counters(connection)
+        return self.database.reading(queries.counters)
 
 
-def _reopen(target: str, timeout_s: float) -> TrajectoryStore:
-    return TrajectoryStore(target, timeout_s=timeout_s)
+def _reopen(target: str, timeout_s: float, retry_s: float) -> TrajectoryStore:
+    return TrajectoryStore(target, timeout_s=timeout_s, retry_s=retry_s)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spo_ext.store.checks import refuse
 
-Layout = Literal["row", "rows", "padded"]
+Layout = Literal["row", "rows", "padded", "equal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,11 @@ class Tokens:
     @property
     def read(self) -> list[int]:
         """What the model reads: the last token predicts nothing."""
-        return [*self.prompt, *self.completion][:-1]
+        return self.all[:-1]
+
+    @property
+    def all(self) -> list[int]:
+        return [*self.prompt, *self.completion]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,23 @@ class TokenBatch:
     index: int64 [N], the states that predict the tokens of completions, in the flattened batch.
     targets: int64 [N], those tokens.
     cu_seqlens: int64 [S + 1], where each completion starts in index and targets.
+    sequences, layout: what `collate` was given, from which smaller batches can be made.
+    calls: how often the model is called at least, because other ranks do.
     """
 
     model_inputs: dict[str, Tensor]
     index: Tensor
     targets: Tensor
     cu_seqlens: Tensor
+    sequences: tuple[Tokens, ...] = ()
+    layout: Layout = "padded"
+    calls: int = 1
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of a model that answers log-probabilities."""
+        inputs = {name: tensor.to(device) for name, tensor in self.model_inputs.items()}
+        where = {"logprob_index": self.index, "logprob_targets": self.targets}
+        return inputs | {name: tensor.to(device) for name, tensor in where.items()}
 
 
 def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> TokenBatch:
@@ -59,11 +74,16 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
         "rows": as many in a row as fit beside the longest, so that a mask of each row costs no
             more than padding would; told apart by position_ids that start again at 0.
         "padded": one a row, padding on the right.
+        "equal": one a row, all of one length, so that nothing is left to say with a mask. The last
+            token is read too, since there are models to which the length itself matters.
     """
-    lengths = [len(tokens.read) for tokens in sequences]
+    rows = [tokens.all if layout == "equal" else tokens.read for tokens in sequences]
+    lengths = list(map(len, rows))
     width = sum(lengths) if layout == "row" else max(lengths)
     places = (
-        _places(lengths, width) if layout != "padded" else [(i, 0) for i in range(len(lengths))]
+        _places(lengths, width)
+        if layout in ("row", "rows")
+        else [(i, 0) for i in range(len(lengths))]
     )
     height = 1 + max(row for row, _ in places)
     ids = torch.full((height, width), pad_id)
@@ -74,8 +94,9 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
     positions = torch.arange(width).repeat(height, 1) - torch.tensor(ends)[:, None]
     mask = torch.zeros(height, width, dtype=torch.int64)
     index, targets, sizes = [], [], [0]
-    for (row, start), tokens, length in zip(places, sequences, lengths, strict=True):
-        ids[row, start : start + length] = torch.tensor(tokens.read)
+    for (row, start), tokens, read in zip(places, sequences, rows, strict=True):
+        length = len(read)
+        ids[row, start : start + length] = torch.tensor(read)
         positions[row, start : start + length] = torch.arange(length)
         mask[row, start : start + length] = 1
         first = row * width + start + len(tokens.prompt) - 1
@@ -84,8 +105,19 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
         sizes.append(len(tokens.completion))
     inputs = {"input_ids": ids, "position_ids": positions}
     if layout == "padded":
-        inputs |= {"position_ids": torch.arange(width).repeat(height, 1), "attention_mask": mask}
-    return TokenBatch(inputs, torch.cat(index), torch.cat(targets), torch.tensor(sizes).cumsum(0))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+    if layout == "equal":
+        inputs = {"input_ids": ids}
+    cu_seqlens = torch.tensor(sizes).cumsum(0)
+    where = (torch.cat(index), torch.cat(targets), cu_seqlens)
+    return TokenBatch(inputs, *where, tuple(sequences), layout)
+
+
+def company(tokens: Tokens, layout: Layout, limit: int | None) -> int:
+    """Sequences with the same number may be in one call of the model: 0, or their length where only
+    those of one length may. limit: see `rope_limit`."""
+    size = len(tokens.prompt) + len(tokens.completion)
+    return size if layout == "equal" or (limit is not None and size > limit) else 0
 
 
 def _places(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

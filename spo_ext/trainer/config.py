@@ -36,6 +36,9 @@ class SPOConfig(TrainingArguments):
     """
 
     store: str | None = _field(None, "trajectory store: a file, or postgresql://user@host/database")
+    store_retry_seconds: float = _field(
+        300.0, "how long a database that went away, as in a restart, is asked again"
+    )
     run: str | None = _field(None, "name of this run in the store (default: that of output_dir)")
     objective: str = _field("group", "loss: squared, cross_entropy, group or advantage")
     beta: float = _field(0.1, "softness, reward per nat of log-ratio to the reference")
@@ -93,7 +96,8 @@ class SPOConfig(TrainingArguments):
     reference: str = _field(
         "auto",
         "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
-        "without its adapters, trained before or not), cached, or auto: adapter if there is one",
+        "without its adapters, trained before or not), cached, or auto: the policy as it starts, "
+        "which is adapter where its adapters add nothing yet, and else model",
     )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"
@@ -110,7 +114,17 @@ class SPOConfig(TrainingArguments):
     publish_keep: int = _field(2, "published policies to keep")
     publish_url: str | None = _field(None, "vLLM server that takes up each published policy")
 
+    router_aux_loss_coef: float | None = _field(
+        None,
+        "weight of the load-balancing loss of a mixture of experts (default: that of the model's "
+        "config; 0: without)",
+    )
     packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
+    disable_dropout: bool = _field(
+        True,
+        "train without dropout, also that of LoRA: the reference has none, so it would count as "
+        "learned",
+    )
     max_dropped_mass: float = _field(
         0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
     )
@@ -153,6 +167,7 @@ class SPOConfig(TrainingArguments):
         number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)
         for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
             check_integer(owner, name, getattr(self, name), 1)
+        number(owner, "store_retry_seconds", self.store_retry_seconds, at_least=0.0)
         number(owner, "replay_ratio", self.replay_ratio, at_least=1.0, at_most=self.sync_every)
         if self.replay_ratio > 1 and self.rollouts != "embedded":
             expected = f"1 for rollouts {self.rollouts!r}, which others write"
@@ -163,6 +178,8 @@ class SPOConfig(TrainingArguments):
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
         number(owner, "rarity", self.rarity, at_least=0.0)
+        if self.router_aux_loss_coef is not None:
+            number(owner, "router_aux_loss_coef", self.router_aux_loss_coef, at_least=0.0)
         if self.rarity and self.group_size < 2:
             refuse(owner, "group_size", "at least 2 for a rarity > 0", self.group_size)
         if self.taper_below is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from spo_ext.store import Batch, Sampler, SampleShortfall, StoredTrajectory, TrajectoryStore
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate
+from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.reference import Prompts, Reference
 from spo_ext.trainer.values import PromptValues
@@ -54,6 +55,8 @@ class Feed:
     Args:
         produce: makes more trajectories of a policy version when the store has too few, and says
             whether it could; None if another process does that.
+        waiting: called now and then by the main process while it waits for such a process.
+        limit: tokens beyond which only sequences of one length share a call (`rope_limit`).
     """
 
     def __init__(
@@ -64,9 +67,13 @@ class Feed:
         values: PromptValues | None,
         layout: Layout,
         produce: Callable[[int], bool] | None,
+        waiting: Callable[[], object] = lambda: None,
+        limit: int | None = None,
     ) -> None:
         self._config, self._store, self._reference = config, store, reference
         self._values, self._layout, self._produce = values, layout, produce
+        self._waiting = waiting
+        self._limit = limit
         self._sampler: Sampler | None = None
 
     def start(self, step: int, resume: bool) -> None:
@@ -97,9 +104,15 @@ class Feed:
         kept = self._kept(batch, prompts)
         bounds = self._bounds(batch)
         here = config.process_index * config.gradient_accumulation_steps
+        split = [range(*pair) for pair in itertools.pairwise(bounds)]
+        calls = [
+            len({self._company(batch, prompts, i) for i in part if i in kept}) for part in split
+        ]
+        steps = config.gradient_accumulation_steps
         parts = [
-            self._micro_batch(batch, prompts, kept, range(bounds[number], bounds[number + 1]))
-            for number in range(here, here + config.gradient_accumulation_steps)
+            # As many calls of the model as the rank that needs most: all take part in each.
+            self._micro_batch(batch, prompts, kept, split[here + i], max(1, *calls[i::steps]))
+            for i in range(steps)
         ]
         metrics = batch.metrics()
         if config.max_tokens is not None:
@@ -138,8 +151,11 @@ class Feed:
                         f"; waited {seconds:g} s for spo rollout to add some" if seconds else ""
                     )
                     raise SampleShortfall(f"{shortfall}{waited}", shortfall.pools) from None
-                if not waiting and self._config.process_index == 0:
-                    logger.warning("waiting up to %g s for trajectories: %s", seconds, shortfall)
+                if self._config.process_index == 0:
+                    if not waiting:
+                        words = "waiting up to %g s for trajectories: %s"
+                        logger.warning(words, seconds, shortfall)
+                    self._waiting()
                 waiting = True
             time.sleep(_POLL_SECONDS)
 
@@ -173,8 +189,12 @@ class Feed:
         online = "online" in self._sampler.config.fractions
         return self._sampler.next_batch(policy_version if online else None)
 
+    def _company(self, batch: Batch, prompts: Prompts, place: int) -> int:
+        row = batch.trajectories[place]
+        return company(Tokens(prompts[row.prompt_id], row.token_ids), self._layout, self._limit)
+
     def _micro_batch(
-        self, batch: Batch, prompts: Prompts, kept: Mapping[int, int], part: range
+        self, batch: Batch, prompts: Prompts, kept: Mapping[int, int], part: range, calls: int
     ) -> MicroBatch:
         mine = [i for i in part if i in kept]
         places = mine or [min(kept, key=lambda i: kept[i])]
@@ -182,7 +202,7 @@ class Feed:
         tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in rows]
         rewards = batch.rewards
         return MicroBatch(
-            tokens=collate(tokens, self._layout),
+            tokens=replace(collate(tokens, self._layout), calls=calls),
             ref_logprobs=torch.cat(self._reference.logprobs(rows, prompts)),
             rewards=rewards[places],
             groups=batch.groups[places],

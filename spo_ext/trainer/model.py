@@ -6,20 +6,20 @@ tried out before a run relies on them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from spo_ext.integrations.agreement import Way, check_agreement, reset_rope, rope_limit
 from spo_ext.integrations.huggingface import add_token_logprobs
-from spo_ext.modes import evaluating
-from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout, TokenBatch
+from spo_ext.modes import disable_dropout
+from spo_ext.trainer.batches import Layout, TokenBatch, collate, company
 
 _FLASH = ("flash_attention_2", "flash_attention_3")
-_PROBE_LENGTHS = (6, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +29,112 @@ class HeadSettings:
     temperature: float = 1.0
     max_dropped_mass: float = 0.0
     workspace_mib: int = 64
+    disable_dropout: bool = True
 
 
 def answer_logprobs(model: Any, settings: HeadSettings) -> None:
-    """Lets the model answer `completion_logprobs`, and compares the answer with its logits.
+    """Lets the model answer `completion_logprobs`, without dropout unless the settings keep it.
 
-    Raises TypeError for a model without a plain linear head, ValueError for one whose own logits
-    say something else than the head does.
+    Raises what `add_token_logprobs` does, which compares the answer with the model's logits.
     """
+    if settings.disable_dropout:
+        disable_dropout(model)
     add_token_logprobs(
         model,
         temperature=settings.temperature,
         max_dropped_mass=settings.max_dropped_mass,
         workspace_mib=settings.workspace_mib,
     )
-    _check_logits(model, settings.temperature)
+
+
+class Scores(NamedTuple):
+    """Of the completions' tokens, float32 [N] in nats; entropies and router_loss, a number, None
+    if they were not asked for."""
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    router_loss: Tensor | None
 
 
 def completion_logprobs(
     model: nn.Module, batch: TokenBatch, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the completions, float32 [N] in nats, and their entropies if asked for.
+    """Log-probabilities, and entropies if asked for; see `completion_scores`."""
+    scores = completion_scores(model, batch, entropy=entropy)
+    return scores.logprobs, scores.entropies
 
-    In one call of the model, so that DDP, FSDP2, autocast and PEFT do what they do around it.
+
+def completion_scores(
+    model: nn.Module, batch: TokenBatch, *, entropy: bool = False, router: bool = False
+) -> Scores:
+    """What the model says of the completions, without a gradient in the entropies.
+
+    In one call of the model, so that DDP, FSDP2, autocast and PEFT do what they do around it; in
+    several where sequences would change each other's in one. router: also the load-balancing loss
+    of a mixture of experts, the mean over the calls.
     """
-    device = next(base_model(model).parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.model_inputs.items()}
-    where = {"logprob_index": batch.index.to(device), "logprob_targets": batch.targets.to(device)}
-    found: Any = model(**inputs, **where, logprob_entropy=entropy)
-    return (found[0], found[1].detach()) if entropy else (found, None)
+    limit = rope_limit(_config(model))
+    parts = _parts(batch, limit)
+    calls = parts + parts[:1] * (batch.calls - len(parts))
+    if limit is not None:
+        reset_rope(model)
+    device = next(model.parameters()).device
+    more = {"output_router_logits": True} if router else {}
+    answers: list[Any] = [
+        model(**part.on(device), **more, logprob_entropy=entropy) for part, _ in calls
+    ]
+    columns = list(zip(*answers, strict=True)) if entropy or router else [answers]
+    loss = _mean(columns.pop(), len(parts)) if router else None
+    merged = [
+        column[0] if len(calls) == 1 else _merged(column, parts, batch.cu_seqlens)
+        for column in columns
+    ]
+    return Scores(merged[0], merged[1].detach() if entropy else None, loss)
+
+
+def _mean(answers: Sequence[Tensor], count: int) -> Tensor:
+    """Of the first so many; those beyond belong to the graph."""
+    losses = torch.stack(list(answers))
+    return losses[:count].mean() + 0 * losses[count:].sum()
+
+
+def _parts(batch: TokenBatch, limit: int | None) -> list[tuple[TokenBatch, list[int]]]:
+    """What may be in one call of the model, and which sequences of the batch those are."""
+    groups: dict[int, list[int]] = {}
+    for place, tokens in enumerate(batch.sequences):
+        groups.setdefault(company(tokens, batch.layout, limit), []).append(place)
+    if len(groups) <= 1 and (batch.layout == "equal" or not any(groups)):
+        return [(batch, list(range(len(batch.sequences))))]
+    return [
+        (collate([batch.sequences[i] for i in group], "equal" if key else batch.layout), group)
+        for key, group in groups.items()
+    ]
+
+
+def _merged(
+    answers: Sequence[Tensor], parts: list[tuple[TokenBatch, list[int]]], cu_seqlens: Tensor
+) -> Tensor:
+    """Per-token answers [N] in the order of the batch; calls beyond the parts add nothing, but
+    belong to the graph, as on the other ranks."""
+    places = torch.cat(
+        [
+            torch.arange(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+            for _, group in parts
+            for i in group
+        ]
+    )
+    joined = torch.cat(list(answers[: len(parts)]))
+    found = joined[places.argsort().to(joined.device)]
+    return found + sum(0 * extra.sum() for extra in answers[len(parts) :])
+
+
+def _config(model: Any) -> Any:
+    """Also of one that DDP or torch.compile wrapped."""
+    while not hasattr(model, "config"):
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if model is None:
+            return None
+    return base_model(model).config
 
 
 def base_model(model: nn.Module) -> Any:
@@ -76,72 +153,39 @@ def has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
-@torch.no_grad()
 def supports_packing(model: nn.Module) -> bool:
     """Whether sequences in one row, told apart by their position_ids, leave each other alone."""
-    rows = [_probe_ids(model, length) for length in _PROBE_LENGTHS]
-    with evaluating(model):
-        try:
-            together = _probe(model, rows)
-        except (TypeError, ValueError, NotImplementedError, RuntimeError):
-            return False
-        alone = torch.cat([_probe(model, [row]) for row in rows])
-    return float((together - alone).abs().max()) < _tolerance(model)
+    try:
+        check_agreement(model, ("rows",))
+    except ValueError:
+        return False
+    return True
 
 
-def choose_layout(packing: str, model: nn.Module) -> Layout:
+def choose_layout(
+    packing: str, model: nn.Module, *, training: bool = False, owner: str = "SPO"
+) -> Layout:
     """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
 
     packing: padded, packed, or auto for packed where the model allows it.
+    training: see `check_agreement`, which looks at what the model does.
 
-    Raises ValueError if packing is asked for and the model mixes up what is packed.
+    Raises ValueError if packing is asked for and the model mixes up what is packed, or if there is
+    no layout in which every sequence gets the log-probabilities that it gets alone.
     """
-    if packing == "padded":
-        return "padded"
-    if supports_packing(model):
-        attention = getattr(base_model(model).config, "_attn_implementation", "")
-        return "row" if attention in _FLASH else "rows"
-    if packing == "packed":
-        refuse("SPO", "packing", "auto or padded for this model, which mixes packed rows", "packed")
-    return "padded"
-
-
-@torch.no_grad()
-def _check_logits(model: nn.Module, temperature: float) -> None:
-    """A model may do to its logits what no config says: compare with what it says itself."""
-    if next(model.parameters()).device.type == "meta":
-        return
-    ids = _probe_ids(model, _PROBE_LENGTHS[0])
-    with evaluating(model):
-        output: Any = model(input_ids=ids[None], use_cache=False)
-        ours = _probe(model, [ids])
-    logits = output.logits[0, :-1].float() / temperature
-    theirs = logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
-    error = float((ours - theirs).abs().max())
-    if not error < _tolerance(model):
+    attention = getattr(base_model(model).config, "_attn_implementation", "")
+    packed: Way = "row" if attention in _FLASH else "rows"
+    ways: dict[str, tuple[Way, ...]] = {
+        "packed": (packed,),
+        "padded": ("padded", "equal"),
+        "auto": (packed, "padded", "equal"),
+    }
+    try:
+        found = check_agreement(model, ways[packing], training=training, owner=owner)
+        return cast(Layout, found)
+    except ValueError as error:
+        if packing != "packed":
+            raise
         raise ValueError(
-            f"SPO: log-probabilities from the head of {type(base_model(model)).__name__} must be "
-            f"those of its logits, got a difference of {error:.3g}: it changes its logits in a way "
-            "that spo_ext does not know"
-        )
-
-
-def _probe_ids(model: nn.Module, length: int) -> Tensor:
-    table = base_model(model).get_input_embeddings().weight
-    return torch.arange(1, length + 1, device=table.device) * 7919 % len(table)
-
-
-def _probe(model: nn.Module, rows: list[Tensor]) -> Tensor:
-    """Log-probabilities of all tokens of each row but its first, with the rows packed into one."""
-    starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0).tolist()
-    index = [torch.arange(a, a + len(row) - 1) for a, row in zip(starts, rows, strict=False)]
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    inputs = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
-    targets = torch.cat([row[1:] for row in rows])
-    ends = torch.tensor([0, len(targets)])
-    return completion_logprobs(model, TokenBatch(inputs, torch.cat(index), targets, ends))[0]
-
-
-def _tolerance(model: nn.Module) -> float:
-    """Far above rounding, far below what a forgotten scale or mask would change."""
-    return 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+            f"{owner}: packing must be auto or padded for this model, got 'packed': {error}"
+        ) from error

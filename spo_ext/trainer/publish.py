@@ -1,10 +1,6 @@
 """Publication of the behaviour policy: every k batches the producers get the current weights.
 
-A folder of policies looks like this; readers follow `latest`:
-
-    version-0000011/  version-0000012/    as of save_pretrained, tokenizer included
-    latest                                "version-0000012"
-    finished                              written once, when no more will come
+What a folder of policies holds is said in `spo_ext.rollout.follow`, which reads it.
 """
 
 from __future__ import annotations
@@ -12,27 +8,54 @@ from __future__ import annotations
 import filecmp
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from spo_ext.durable import exchange_folders, fsync, fsync_tree, write_text
+from spo_ext.rollout.follow import FINISHED, LATEST, RUN, VERSION, check_run, version_name
 from spo_ext.trainer.policy_weights import is_peft, policy_state
 
 logger = logging.getLogger(__name__)
 
-_VERSION = re.compile(r"version-(\d{7,})")
 
+class DirectoryPublisher:
+    """Publishes to a folder, from which any process or machine that shares it may read.
 
-class Publisher(Protocol):
-    """Makes weights known to whoever draws completions from the policy.
+    A version appears whole or not at all, whenever this process is killed. One process may write
+    into a folder. To publish a version again, as a resumed run does, is harmless.
 
-    Called by one process of a run.
+    Args:
+        directory: made if missing.
+        keep: versions that stay, >= 1. A reader may be loading the one before the latest: use >= 2.
+        merge_adapter: a PeftModel is written as a whole model with the adapter merged into a copy,
+            for AutoModelForCausalLM. False: the adapter only, for PeftModel and vLLM.
+        run: whose policies they are; the folder must have those of no other run.
+
+    Raises:
+        ValueError: for an argument outside what is said, or an adapter that cannot be merged.
+        OSError: if the folder cannot be written.
     """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 2,
+        merge_adapter: bool = True,
+        run: str | None = None,
+    ) -> None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"DirectoryPublisher: keep must be an integer >= 1, got {keep!r}")
+        self.directory = Path(directory)
+        self._keep = keep
+        self._merge_adapter = merge_adapter
+        self._run = run
+        if run is not None:
+            check_run(self.directory, run)
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def publish(
         self,
@@ -49,49 +72,9 @@ class Publisher(Protocol):
             version: >= 0, kept with every trajectory that this policy draws.
             state_dict: of `model`, with whole tensors, where `model.state_dict()` has only shards
                 (FSDP2).
+
+        Logs whether a version that was there was kept or replaced.
         """
-        ...
-
-    def finish(self) -> None:
-        """Tells producers that this version was the last."""
-        ...
-
-
-class DirectoryPublisher:
-    """Publishes to a folder, from which any process or machine that shares it may read.
-
-    A version appears whole or not at all, whenever this process is killed. One process may write
-    into a folder. To publish a version again, as a resumed run does, is harmless.
-
-    Args:
-        directory: made if missing.
-        keep: versions that stay, >= 1. A reader may be loading the one before the latest: use >= 2.
-        merge_adapter: a PeftModel is written as a whole model with the adapter merged into a copy,
-            for AutoModelForCausalLM. False: the adapter only, for PeftModel and vLLM.
-
-    Raises:
-        ValueError: for an argument outside what is said, or an adapter that cannot be merged.
-        OSError: if the folder cannot be written.
-    """
-
-    def __init__(
-        self, directory: str | os.PathLike[str], keep: int = 2, merge_adapter: bool = True
-    ) -> None:
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"DirectoryPublisher: keep must be an integer >= 1, got {keep!r}")
-        self.directory = Path(directory)
-        self._keep = keep
-        self._merge_adapter = merge_adapter
-        self.directory.mkdir(parents=True, exist_ok=True)
-
-    def publish(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        version: int,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """As Publisher says. Logs whether a version that was there was kept or replaced."""
         self.write(model, tokenizer, version, state_dict)
         self.announce(version)
 
@@ -105,7 +88,9 @@ class DirectoryPublisher:
         """The folder of the version, complete, but not yet named by `latest`."""
         target = self.path(version)
         self._remove_temporary()
-        (self.directory / "finished").unlink(missing_ok=True)  # of the run that this one resumes
+        (self.directory / FINISHED).unlink(missing_ok=True)  # of the run that this one resumes
+        if self._run is not None:
+            write_text(self.directory / RUN, self._run)
         temporary = self.directory / f"{target.name}.tmp-{os.getpid()}"
         temporary.mkdir()
         self._save(temporary, model, state_dict)
@@ -117,19 +102,17 @@ class DirectoryPublisher:
 
     def announce(self, version: int) -> None:
         """Names the version in `latest`, and removes those that are too old."""
-        write_text(self.directory / "latest", self.path(version).name)
+        write_text(self.directory / LATEST, self.path(version).name)
         self._remove_old(version)
 
     def finish(self) -> None:
-        """Writes `finished`, which holds what `latest` holds."""
-        latest = self.directory / "latest"
-        write_text(self.directory / "finished", latest.read_text() if latest.is_file() else "")
+        """Writes `finished`, which holds what `latest` holds: this version was the last."""
+        latest = self.directory / LATEST
+        write_text(self.directory / FINISHED, latest.read_text() if latest.is_file() else "")
 
     def path(self, version: int) -> Path:
         """Where a version is or will be."""
-        if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-            raise ValueError(f"publish: version must be an integer >= 0, got {version!r}")
-        return self.directory / f"version-{version:07d}"
+        return self.directory / version_name(version)
 
     def _save(self, folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> None:
         # save_pretrained takes tensors out of the mapping that it is given, hence the copies.
@@ -165,7 +148,7 @@ class DirectoryPublisher:
         found = [
             (int(match[1]), path)
             for path in self.directory.iterdir()
-            if (match := _VERSION.fullmatch(path.name)) and int(match[1]) <= version
+            if (match := VERSION.fullmatch(path.name)) and int(match[1]) <= version
         ]
         for _, path in sorted(found)[: -self._keep]:
             # Renamed first: no reader may find a version with some of its files.

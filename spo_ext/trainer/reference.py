@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.modes import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
 from spo_ext.store.checks import refuse
-from spo_ext.trainer.batches import Layout, Tokens, collate
+from spo_ext.trainer.batches import Layout, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.model import adapters_off, completion_logprobs, has_adapters
+from spo_ext.trainer.model import adapters_off, base_model, completion_logprobs, has_adapters
 from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
 
 Prompts = Mapping[int, Sequence[int]]
@@ -133,13 +134,27 @@ class Reference:
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
-        parts = _parts(rows, prompts, self._batch_tokens)
+        parts = []
+        for together in self._together(rows, prompts):
+            parts += _parts(together, prompts, self._batch_tokens)
         for part in parts + [[]] * (self._rounds(len(parts)) - len(parts)):
             tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
             with self.speaking():
                 scored = score_tokens(self.model, tokens or [_NOTHING], self._layout)
             pairs = zip(part, scored, strict=False)
             self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
+
+    def _together(
+        self, rows: Sequence[StoredTrajectory], prompts: Prompts
+    ) -> Iterable[list[StoredTrajectory]]:
+        """Rows that may be in one call of the model, so that ranks can count their calls."""
+        assert self.model is not None
+        groups: dict[int, list[StoredTrajectory]] = {}
+        limit = rope_limit(base_model(self.model).config)
+        for row in rows:
+            tokens = Tokens(prompts[row.prompt_id], row.token_ids)
+            groups.setdefault(company(tokens, self._layout, limit), []).append(row)
+        return groups.values()
 
     def _rounds(self, mine: int) -> int:
         """Forward passes of the rank that needs most: sharded weights take all ranks."""
@@ -150,9 +165,13 @@ class Reference:
 
 
 def reference_model(
-    config: SPOConfig, model: nn.Module, given: nn.Module | None
+    config: SPOConfig, model: nn.Module, given: nn.Module | None, *, share: bool
 ) -> nn.Module | None:
-    """The model that scores, which may be the policy itself; None if nothing is to be loaded."""
+    """The model that scores, which may be the policy itself; None if nothing is to be loaded.
+
+    share: a frozen copy of a policy with adapters has the policy's own frozen parameters, not
+        copies of them: false where the policy is to be sharded, which would take them apart.
+    """
     kind = config.reference
     if given is not None and kind not in ("auto", "model"):
         refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
@@ -162,9 +181,32 @@ def reference_model(
         refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)
     if given is not None:
         return given.requires_grad_(False).eval()
-    if kind != "model" and has_adapters(model):
+    if kind == "adapter" or (kind == "auto" and has_adapters(model) and _adds_nothing(model)):
         return model
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    shared = {id(parameter): parameter for parameter in frozen} if share else {}
+    try:
+        found = copy.deepcopy(model, shared if has_adapters(model) else {})
+    except RuntimeError as error:  # tied adapters are results of operations, not parameters
+        raise ValueError(
+            "SPO: reference must be adapter, model with a ref_model, or cached for this policy, "
+            f"which starts from a trained adapter and cannot be copied ({error}); got {kind!r}"
+        ) from error
+    return found.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _adds_nothing(model: nn.Module) -> bool:
+    """Whether the model says, to the last bit, what it would say without its adapters.
+
+    So it is with LoRA that was not trained yet. What is only nearly so counts as trained.
+    """
+    table = base_model(model).get_input_embeddings().weight
+    ids = (torch.arange(1, 9, device=table.device) * 7919 % len(table))[None]
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        with adapters_off(model):
+            return torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
 
 
 @torch.no_grad()

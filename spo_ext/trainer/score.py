@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from spo_ext.store import StoredTrajectory, TrajectoryStore
 from spo_ext.trainer.feed import prompt_tokens
-from spo_ext.trainer.model import HeadSettings, answer_logprobs, supports_packing
-from spo_ext.trainer.precision import Precision
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, choose_layout
+from spo_ext.trainer.precision import Precision, autocast
 from spo_ext.trainer.reference import Reference
 
 _ROWS = 256  # held in memory at once
@@ -33,10 +33,12 @@ def score_store(
     precision is the mixed precision of the policy that will learn from them. A trajectory that is
     appended meanwhile may be left out. Prompts without token ids are refused.
 
-    Raises ValueError for a model without a plain head, and for such prompts.
+    Raises ValueError or TypeError for a model whose log-probabilities would not be those of its own
+    logits, ValueError for such prompts.
     """
     answer_logprobs(model, HeadSettings(temperature))
-    layout = "rows" if supports_packing(model) else "padded"
+    with autocast(model, precision):
+        layout = choose_layout("auto", model)
     reference = Reference.of_model(
         store,
         model,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import judged_by, load_reward
+from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -21,11 +22,12 @@ from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    base_model,
     choose_layout,
 )
-from spo_ext.trainer.precision import keep_logprobs, precision_of, round_like_sharded
+from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish_server import publishers
+from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
@@ -37,36 +39,46 @@ if TYPE_CHECKING:
 class Parts:
     """The store and what stands between it and the steps of one run."""
 
-    def __init__(
-        self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Reward | None
-    ) -> None:
+    def __init__(self, trainer: SPOTrainer, ref_model: nn.Module | None, reward: Any) -> None:
         config, model = trainer.args, trainer.model
         assert model is not None
         self._config, self._trainer = config, trainer
-        self.store = TrajectoryStore(str(config.store))
-        settings = HeadSettings(config.temperature, config.max_dropped_mass, config.workspace_mib)
-        scorer = reference_model(config, model, ref_model)
+        self.store = TrajectoryStore(str(config.store), retry_s=config.store_retry_seconds)
+        settings = HeadSettings(
+            config.temperature,
+            config.max_dropped_mass,
+            config.workspace_mib,
+            config.disable_dropout,
+        )
+        self._precision = precision_of(trainer.accelerator)
+        scorer = reference_model(config, model, ref_model, share=not self._sharded)
         answer_logprobs(model, settings)
         keep_logprobs(trainer.accelerator)
         if scorer is not None and scorer is not model:
             answer_logprobs(scorer, settings)
             scorer.to(config.device)
             round_like_sharded(scorer, trainer.accelerator)
-        self.layout = choose_layout(config.packing, model)
-        self.reference = self._reference(scorer)
+        with autocast(model, self._precision):
+            self.layout = choose_layout(config.packing, model, training=config.disable_dropout)
+        self.reference = self._reference(scorer, given=ref_model is not None)
         self._generator = ModelGenerator(
             model,
             trainer.processing_class,
             batch_size=config.rollout_batch_size * config.samples_per_prompt,
         )
-        self._reward = reward
+        self._reward = None if reward is None else as_reward(reward)
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None
         if config.eval_strategy != "no":
             self._eval_prompts()  # now, not after the first steps
-        self._feed = Feed(config, self.store, self.reference, values, self.layout, produce)
-        self._publishers = publishers(config.publish_url, config.publish_to, config.publish_keep)
+        self._publisher = make_publisher(
+            config.publish_url, config.publish_to, config.publish_keep, str(config.run)
+        )
+        limit = rope_limit(base_model(model).config)
+        self._feed = Feed(
+            config, self.store, self.reference, values, self.layout, produce, self._waiting, limit
+        )
 
     def start(self, step: int, resume: bool) -> None:
         """Before training from this step on; see `Feed.start`."""
@@ -92,23 +104,22 @@ class Parts:
 
     def finish(self) -> None:
         """Tells those who follow the published policies that there will be no more."""
-        if self._trainer.accelerator.is_main_process:
-            for publisher in self._publishers:
-                publisher.finish()
+        if self._publisher is not None and self._trainer.accelerator.is_main_process:
+            self._publisher.finish()
+
+    def _waiting(self) -> None:
+        """While the main process waits for trajectories of others."""
+        if isinstance(self._publisher, ServerPublisher):
+            self._publisher.restore()
 
     def _publish(self, model: nn.Module, version: int) -> None:
-        if not self._publishers:
+        if self._publisher is None:
             return
         accelerator = self._trainer.accelerator
         weights = accelerator.get_state_dict(model) if self._sharded else None
         if accelerator.is_main_process:
-            for publisher in self._publishers:
-                publisher.publish(
-                    accelerator.unwrap_model(model),
-                    self._trainer.processing_class,
-                    version,
-                    weights,
-                )
+            unwrapped = accelerator.unwrap_model(model)
+            self._publisher.publish(unwrapped, self._trainer.processing_class, version, weights)
         accelerator.wait_for_everyone()
 
     def evaluate(self) -> dict[str, float]:
@@ -161,9 +172,12 @@ class Parts:
         words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return words
 
-    def _reference(self, model: nn.Module | None) -> Reference:
+    def _reference(self, model: nn.Module | None, given: bool) -> Reference:
         config, trainer = self._config, self._trainer
-        how: Any = {"layout": self.layout, "precision": precision_of(trainer.accelerator)}
+        how: Any = {"layout": self.layout, "precision": self._precision}
+        if model is not None and given:  # a copy of the policy is called as the policy is
+            with autocast(model, self._precision):
+                how["layout"] = choose_layout(config.packing, model)
         if model is None:
             return Reference.cached(self.store, config.reference_fingerprint, **how)
         base_only = model is trainer.model

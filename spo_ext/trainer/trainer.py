@@ -15,13 +15,14 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
+from spo_ext.integrations.huggingface import router_coefficient
 from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 from spo_ext.trainer.health import Health
 from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
-from spo_ext.trainer.model import base_model, completion_logprobs
+from spo_ext.trainer.model import base_model, completion_scores
 from spo_ext.trainer.runlog import RunLog
 from spo_ext.trainer.setup import Parts
 from spo_ext.trainer.weights import online_baseline, sequence_weights
@@ -46,8 +47,10 @@ class SPOTrainer(Trainer):
             `forward` learns to answer log-probabilities (`spo_ext.trainer.model`).
         args: see `SPOConfig`.
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
-        ref_model: the reference; by default the model as it is now, or with its adapters off.
-        reward: judges embedded rollouts and evaluations; by default `load_reward(args.reward)`.
+        ref_model: the reference; by default the model as it is now.
+        reward: judges embedded rollouts and evaluations: a function of TRL's form,
+            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, or a name; by default
+            args.reward.
         **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
             come from the store.
 
@@ -88,9 +91,11 @@ class SPOTrainer(Trainer):
         self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
         self._parts = Parts(self, ref_model, reward)
-        head = base_model(model).get_output_embeddings().weight
+        self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
+        head = base_model(model).get_output_embeddings()
+        trains = any(parameter.requires_grad for parameter in head.parameters())
         # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
-        self._log_entropy = head.requires_grad if args.log_entropy is None else args.log_entropy
+        self._log_entropy = trains if args.log_entropy is None else args.log_entropy
         self.add_callback(RunLog(args))
 
     def train(
@@ -154,7 +159,9 @@ class SPOTrainer(Trainer):
             raise ValueError("SPOTrainer: return_outputs must be False: there are no logits")
         batch: MicroBatch = inputs["micro_batch"]
         meter = self.meter if batch.share > 0 else Meter()
-        logprobs, entropy = completion_logprobs(model, batch.tokens, self._log_entropy)
+        logprobs, entropy, router_loss = completion_scores(
+            model, batch.tokens, entropy=self._log_entropy, router=self._router > 0
+        )
         device = logprobs.device
         rewards = batch.rewards.to(device)
         ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
@@ -166,7 +173,7 @@ class SPOTrainer(Trainer):
             q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
         loss, stats = spo_ext.loss(
             logprobs,
-            ref_logprobs,
+            ref_logprobs[None],  # per token, though there be as many sequences
             rewards,
             None if q0 is None else q0.to(device),
             cu_seqlens=cu_seqlens,
@@ -181,6 +188,10 @@ class SPOTrainer(Trainer):
         add_loss(meter, stats, rewards, batch.floor)
         add_online(meter, batch)
         scaled: Tensor = loss * share
+        if router_loss is not None:
+            meter.add("aux_loss", router_loss[None])
+            counted = self._router if batch.share > 0 else 0.0
+            scaled = scaled + counted * router_loss / self.current_gradient_accumulation_steps
         return scaled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
