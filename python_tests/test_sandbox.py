@@ -30,6 +30,7 @@ from spo_ext.sandbox import (
     Sandbox,
     SandboxError,
     StdinProgram,
+    jobs,
     judge,
     worker_process,
 )
@@ -57,7 +58,8 @@ def test_a_killed_worker_is_replaced_and_its_program_retried() -> None:
 
 @needs_bwrap
 def test_a_hanging_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(worker_process, "GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(jobs, "STARVATION", 2)
     with Sandbox(workers=1, level="bwrap", limits=Limits(wall_seconds=1.0)) as sandbox:
         run(sandbox, "def f(): pass")
         for pid in descendants(os.getpid()):
