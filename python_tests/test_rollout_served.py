@@ -122,14 +122,14 @@ def test_a_server_that_was_started_anew_is_noticed_and_gets_its_weights_again(
 
     def train() -> None:
         wait_for(lambda: place.weights()[2, 2] > 0)
-        change_server(url, restart=True)
+        change_server(url, restart=True, away=3)
         wait_for(lambda: "waiting for the trainer" in capfd.readouterr().err)
         publisher.restore()
         wait_for(lambda: place.weights()[2, 2] == 24)
         publisher.finish()
 
     done = meanwhile(train)
-    assert place.follow("--batch-size", 2, "--concurrency", 2) == 0
+    assert place.follow("--batch-size", 2, "--concurrency", 2, "--retries", 1) == 0
     done()
     assert place.weights() == {(2, 2): 24}
     # When nobody is there to bring them again:

@@ -16,6 +16,7 @@ from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.records import Prompt
 
 _POLL_S = 0.5
+_SERVER_S = 600.0  # that a server may take to start again
 _IN_A_ROW = 8  # prompts without an answer, after which it is the server's fault
 _TOO_LONG = re.compile(
     r"context|too long|too many tokens|max_model_len|maximum.*(length|tokens)", re.I
@@ -35,8 +36,9 @@ class ServedPolicy:
     - the weights changed before the reply came, which ends the version.
 
     Of the first two each is said. `failed` counts the second kind in this version, `changed` is the
-    third. ServerError ends the rollout when so many prompts in a row had no
-    answer that it is the server's fault, or when the server refuses every prompt from the first on
+    third. ServerError ends the rollout when so many prompts in a row had no answer that it is the
+    server's fault (of a published version, when that happens again after the server was waited
+    for), or when the server refuses every prompt from the first on
     for another reason than its length.
     """
 
@@ -48,6 +50,7 @@ class ServedPolicy:
         self._answered = False
         self._in_a_row = 0
         self._last = ""
+        self._following = self._patient = False  # whether to wait for a server that answers nobody
         self.changed, self.failed = False, 0
 
     def begin(self, version: int | None) -> None:
@@ -70,14 +73,29 @@ class ServedPolicy:
         It has not when another one is published first, or when stop says so. A server that does
         not say what it has (no /weight_info) is believed to have what was published.
 
+        A server that is not there, as during a restart, is waited for, 600 s at most.
+
         Raises ServerError if nobody will bring the version to the server any more.
         """
+        if not self._following:
+            self._following = self._patient = True
+        until = 0.0
         for polls in itertools.count():
             newest = latest_policy(directory)
             if stop() or newest is None or newest[0] != version:
                 return False
             finished = (directory / FINISHED).exists()
-            stamp = self._server.stamp()
+            try:
+                stamp = self._server.stamp()
+            except PromptError as error:
+                now = time.monotonic()
+                if not until:
+                    _say(f"{error}; waiting up to {_SERVER_S:g} s for the server")
+                until = until or now + _SERVER_S
+                if now > until:
+                    raise
+                time.sleep(_POLL_S)
+                continue
             if stamp[0] is None or version_of(stamp[0]) == version:
                 self._stamp, self.changed, self.failed = stamp, False, 0
                 return True
@@ -123,6 +141,11 @@ class ServedPolicy:
             else:
                 self._without_answer(prompt, sampling, outcome)
             groups.append(outcome if isinstance(outcome, list) else [])
+        if self._in_a_row >= _IN_A_ROW:
+            if not self._patient:
+                words = f"{self._in_a_row} prompts in a row had no answer; the last: {self._last}"
+                raise ServerError(words)
+            self._patient, self.changed = False, True  # see what it has when it is there again
         return groups
 
     def check_answered(self) -> None:
@@ -132,6 +155,7 @@ class ServedPolicy:
 
     def _has_answered(self) -> None:
         self._answered, self._in_a_row = True, 0
+        self._patient = self._following
         if self._doubtful:
             self._store.put_refusals(self._run, self._doubtful)
             self._doubtful = {}
@@ -147,8 +171,6 @@ class ServedPolicy:
         _say(f"{described(prompt, sampling)} has no completions: {self._last}")
         self.failed += 1
         self._in_a_row += 1
-        if self._in_a_row >= _IN_A_ROW:
-            raise ServerError(f"{self._in_a_row} prompts in a row had no answer: {self._last}")
 
     def _refuse(self, prompt: Prompt, sampling: Sampling, reason: str) -> None:
         _say(f"{described(prompt, sampling)} is left out, now and later: {reason}")
