@@ -59,7 +59,8 @@ def read_head(model: Any, forward: Callable[..., Any], scales: HeadOptions) -> R
     inputs = {"input_ids": tokens[None], "use_cache": False}
     name = type(model).__name__
     ramp = torch.linspace(-_RANGE, _RANGE, layer.out_features, device=device)
-    ramp = ramp.double() if layer.weight.dtype == torch.float64 else ramp
+    double = getattr(getattr(layer, "weight", None), "dtype", None) == torch.float64
+    ramp = ramp.double() if double else ramp
     read: list[Tensor] = []
 
     def answer(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
