@@ -36,16 +36,15 @@ class ServedPolicy:
     - the weights changed before the reply came, which ends the version.
 
     Of the first two each is said. `failed` counts the second kind in this version, `changed` is the
-    third. ServerError ends the rollout when so many prompts in a row had no answer that it is the
-    server's fault (of a published version, when that happens again after the server was waited
-    for), or when the server refuses every prompt from the first on
-    for another reason than its length.
+    third. ServerError ends the rollout when so many prompts in a row had no answer, or were refused
+    for another reason than their length, that it is not their fault. Before that, a server of
+    published versions is waited for once.
     """
 
     def __init__(self, server: ServerGenerator, store: TrajectoryStore, run: str) -> None:
         self._server, self._store, self._run = server, store, run
         self._refused = store.refusals(run)
-        self._doubtful: dict[int, tuple[int, str]] = {}  # refused before anything was answered
+        self._doubtful: dict[int, tuple[int, str]] = {}  # refused since the last answer
         self._stamp: object = None
         self._answered = False
         self._in_a_row = 0
@@ -120,7 +119,8 @@ class ServedPolicy:
             refused = least is not None and size + sampling.max_new_tokens >= least
             if room is not None and size >= room:
                 if prompt.id not in self._refused:
-                    self._refuse(prompt, sampling, f"the server's context has {room} tokens")
+                    words = f"the server's context has {room} tokens"
+                    self._refuse(prompt, sampling, words, certain=True)
             elif not refused or (room is not None and size + sampling.max_new_tokens <= room):
                 found.append(prompt)
         return found
@@ -156,30 +156,32 @@ class ServedPolicy:
     def _has_answered(self) -> None:
         self._answered, self._in_a_row = True, 0
         self._patient = self._following
+        self._remember()
+
+    def _remember(self) -> None:
         if self._doubtful:
             self._store.put_refusals(self._run, self._doubtful)
             self._doubtful = {}
 
     def _without_answer(self, prompt: Prompt, sampling: Sampling, error: ServerError) -> None:
         if isinstance(error, PromptError) and error.refused:
-            self._refuse(prompt, sampling, str(error))
-            systematic = not self._answered and not _TOO_LONG.search(self._last)
-            if systematic and len(self._doubtful) >= _IN_A_ROW:
-                raise ServerError(f"the server refuses every prompt; the last: {self._last}")
+            certain = _TOO_LONG.search(str(error)) is not None
+            self._refuse(prompt, sampling, str(error), certain)
+            self._in_a_row += not certain
             return
         self._last = str(error)
         _say(f"{described(prompt, sampling)} has no completions: {self._last}")
         self.failed += 1
         self._in_a_row += 1
 
-    def _refuse(self, prompt: Prompt, sampling: Sampling, reason: str) -> None:
+    def _refuse(self, prompt: Prompt, sampling: Sampling, reason: str, certain: bool) -> None:
         _say(f"{described(prompt, sampling)} is left out, now and later: {reason}")
         self._last = reason
         if isinstance(prompt, StoredPrompt):
             row = (len(prompt.token_ids or ()) + sampling.max_new_tokens, reason)
             self._refused[prompt.id] = self._doubtful[prompt.id] = row
-            if self._answered:
-                self._has_answered()
+            if self._answered and certain:
+                self._remember()
 
 
 def described(prompt: Prompt, sampling: Sampling) -> str:
