@@ -56,8 +56,7 @@ def add_token_logprobs(
     model = model if inside is None else inside()
     _linear_head(model)
     scales = _head_scales(model.config.get_text_config())
-    options = scales.copy()
-    options["temperature"] = temperature
+    options: HeadOptions = {"temperature": temperature}
     options["max_dropped_mass"] = max_dropped_mass
     options["workspace_mib"] = workspace_mib
     # Unbound, so that a deep copy of the model calls itself and not the model it was copied from.
@@ -99,6 +98,7 @@ def add_token_logprobs(
         weight = _whole(head.weight)[words]
         call: HeadOptions = {
             **options,
+            **reading.scales,
             "bias": None if head.bias is None else _whole(head.bias)[words],
         }
         if logprob_entropy:
