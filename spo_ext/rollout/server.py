@@ -279,11 +279,10 @@ class ServerGenerator:
         own = dialects.weight_version(reply)
         if stamp is None or (now == stamp and own in (None, now[0])):
             return
-        before, after = ([str(x) for x in pair if x is not None] for pair in (stamp, now))
-        also = "" if own is None else f", the reply says {own}"
+        before, after = (f"{held!r} (published: {latest})" for held, latest in (stamp, now))
+        also = "" if own is None else f", {own!r} in the reply"
         raise WeightsChanged(
-            f"{path}: the weights changed while it drew: {', '.join(before)} before, "
-            f"{', '.join(after)} after{also}"
+            f"{path}: the weights changed while it drew: {before} before, {after} after{also}"
         )
 
     def _mode(self) -> str:
