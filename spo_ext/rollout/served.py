@@ -11,7 +11,13 @@ from pathlib import Path
 
 from spo_ext.rollout.follow import FINISHED, latest_policy, version_of
 from spo_ext.rollout.generation import Generation, Sampling
-from spo_ext.rollout.server import PromptError, ServerError, ServerGenerator, WeightsChanged
+from spo_ext.rollout.server import (
+    PromptError,
+    ServerError,
+    ServerGenerator,
+    WeightsChanged,
+    described,
+)
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.records import Prompt
 
@@ -182,17 +188,6 @@ class ServedPolicy:
             self._refused[prompt.id] = self._doubtful[prompt.id] = row
             if self._answered and certain:
                 self._remember()
-
-
-def described(prompt: Prompt, sampling: Sampling) -> str:
-    """A prompt for a message: id, first words and lengths."""
-    content = prompt.content
-    text = content if isinstance(content, str) else str(content[-1].get("content"))
-    words = " ".join(text.split())
-    shown = words if len(words) <= 40 else f"{words[:40]}..."
-    name = f"prompt {prompt.id} " if isinstance(prompt, StoredPrompt) else "the prompt "
-    size = len(prompt.token_ids or ())
-    return f"{name}({shown!r}, {size} tokens and up to {sampling.max_new_tokens} new ones)"
 
 
 def _say(words: str) -> None:
