@@ -58,10 +58,12 @@ def completion_logprobs(
     limit = rope_limit(_config(model))
     parts = _parts(batch, limit)
     calls = parts + parts[:1] * (batch.calls - len(parts))
-    if limit is not None:
-        reset_rope(model)
     device = next(model.parameters()).device
-    answers: list[Any] = [model(**part.on(device), logprob_entropy=entropy) for part, _ in calls]
+    answers: list[Any] = []
+    for part, _ in calls:
+        if limit is not None:
+            reset_rope(model)
+        answers.append(model(**part.on(device), logprob_entropy=entropy))
     if len(answers) == 1:
         found = answers[0]
         return (found[0], found[1].detach()) if entropy else (found, None)
