@@ -43,7 +43,7 @@ $(VENV)/.ready: constraints.txt
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist safetensors ruff mypy \
 		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
-		accelerate peft trl datasets math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai
+		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai
 	touch $@
 
 build: $(VENV)/.ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,32 @@ import data_cases as cases
 import pytest
 from data_cases import import_rows, write_rows
 
-from spo_ext.data.tests import submission
+from spo_ext.data.tests import packages_of_tests, submission
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.sandbox import Sandbox, judge
 from spo_ext.store import Origin, TrajectoryStore
 
-# Row, its completions right and wrong, tests that are kept, tests that are left out.
+# Row, its completions right and wrong.
 SCHEMAS = {
-    "code_contests": (cases.CODE_CONTESTS, [cases.ADD], [cases.SUBTRACT], 2, 0),
-    "taco": (cases.TACO, [cases.ADD], [cases.SUBTRACT], 2, 0),
-    "apps": (cases.APPS, ["turn = lambda x: x[::-1]"], ["turn = lambda x: x"], 2, 0),
-    "mbpp": (cases.MBPP, [cases.MBPP["code"]], ["def similar(a, b): return [4, 5]"], 2, 1),
-    "mbpp_sanitized": (cases.MBPP_SANITIZED, [cases.MBPP_SANITIZED["code"]], ["area = int"], 1, 0),
-    "mbpp_plus": (cases.MBPP_PLUS, [cases.MBPP_PLUS["code"]], ["def area(r): return 3"], 3, 0),
-    "humaneval": (cases.HUMANEVAL, ["    return x + x"], ["    return 4"], 2, 2),
+    "code_contests": (cases.CODE_CONTESTS, [cases.ADD], [cases.SUBTRACT]),
+    "taco": (cases.TACO, [cases.ADD], [cases.SUBTRACT]),
+    "apps": (cases.APPS, ["turn = lambda x: x[::-1]"], ["turn = lambda x: x"]),
+    "mbpp": (cases.MBPP, [cases.MBPP["code"]], ["def similar(a, b): return [4, 5]"]),
+    "mbpp_sanitized": (cases.MBPP_SANITIZED, [cases.MBPP_SANITIZED["code"]], ["area = int"]),
+    "mbpp_plus": (cases.MBPP_PLUS, [cases.MBPP_PLUS["code"]], ["def area(r): return 3"]),
+    "humaneval": (cases.HUMANEVAL, ["    return x + x"], ["    return 4"]),
     "humaneval_plus": (
         cases.HUMANEVAL_PLUS,
         [cases.HUMANEVAL_PLUS["canonical_solution"]],
-        ["    return x / 2"],  # a float where an int is expected
-        2,
-        1,
+        ["    return x"],
     ),
     "livecodebench": (
         cases.LIVECODEBENCH,
         [f"{cases.LIVECODEBENCH['starter_code']}return items + [value]",
          "append = lambda a, b: a + [b]"],
         ["def append(items, value): return items"],
-        2,
-        0,
     ),
-    "livecodebench_stdin": (cases.LIVECODEBENCH_STDIN, [cases.ADD], [cases.SUBTRACT], 2, 0),
+    "livecodebench_stdin": (cases.LIVECODEBENCH_STDIN, [cases.ADD], [cases.SUBTRACT]),
 }  # fmt: skip
 
 
@@ -62,13 +59,11 @@ def test_every_schema_from_every_kind_of_file(
 ) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
-    row, right, _wrong, kept, left_out = SCHEMAS[name]
+    row, right, _wrong = SCHEMAS[name]
     summary, problems = import_rows(store, write_rows(tmp_path / f"rows{suffix}", row))
     [prompt] = store.prompts()
-    assert len(submission(prompt.tests, right[0]).expected) == kept
-    assert [problem.kind for problem in problems] == ["note"] * (left_out > 0)
-    if left_out:
-        assert problems[0].reason.startswith(f"{left_out} tests left out")
+    assert submission(prompt.tests, right[0]).program.source.endswith(right[0])
+    assert problems == []
     assert (summary.rows, summary.loaded.prompts, prompt.split) == (1, 1, "train")
 
 
@@ -76,11 +71,13 @@ def test_every_schema_from_every_kind_of_file(
 def test_the_sandbox_tells_right_from_wrong(
     store: TrajectoryStore, sandbox: Sandbox, tmp_path: Path, name: str
 ) -> None:
-    row, right, wrong, _kept, _left_out = SCHEMAS[name]
+    row, right, wrong = SCHEMAS[name]
     import_rows(store, write_rows(tmp_path / "rows.jsonl", row))
     [prompt] = store.prompts()
+    packages = packages_of_tests(prompt.tests)
     programs = [submission(prompt.tests, source) for source in right + wrong]
-    verdicts = [verdict.ok for verdict in judge(sandbox, programs)]
+    with Sandbox(1, packages=packages) if packages else nullcontext(sandbox) as judge_of:
+        verdicts = [verdict.ok for verdict in judge(judge_of, programs)]
     assert verdicts == [True] * len(right) + [False] * len(wrong)
 
 
@@ -170,17 +167,16 @@ def test_an_origin_that_is_given_is_that_of_all_rows(
 
 
 @pytest.mark.parametrize(
-    "outputs, expected",
-    [([[1], [2]], [1, 2]), ([1, 2], [1, 2]), ([[1], [2, 3]], [["list", 1], ["list", 2, 3]])],
+    "outputs, wrapped", [([[1], [2]], True), ([1, 2], False), ([[1], [2, 3]], False)]
 )
-def test_results_wrapped_in_lists_of_one(
-    store: TrajectoryStore, tmp_path: Path, outputs: list[Any], expected: list[Any]
+def test_results_that_may_be_wrapped_in_lists_of_one(
+    store: TrajectoryStore, tmp_path: Path, outputs: list[Any], wrapped: bool
 ) -> None:
     tests = {"fn_name": "f", "inputs": [[0], [1]], "outputs": outputs}
     row = {**cases.APPS, "input_output": json.dumps(tests)}
     import_rows(store, write_rows(tmp_path / "a.jsonl", row))
     [prompt] = store.prompts()
-    assert prompt.tests["expected"] == expected
+    assert prompt.tests.get("wrapped", False) == wrapped
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -199,23 +195,3 @@ def test_a_large_file_does_not_fill_the_memory(
         tracemalloc.stop()
     assert summary.loaded.prompts == 1500
     assert peak_mib < 30  # a batch of 256 rows as they are, encoded, and as the database gets them
-
-
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        ("out == exp", "set(out) == set(exp)"),
-        ("    if atol == 0", "    exact_match = exact_match or out == 0\n    if atol == 0"),
-        ("    exact_match =", "    out = sorted(out)\n    exact_match ="),
-        ("assertion(area(*inp), exp", "assertion(area(*inp) is not None, exp"),
-    ],
-)
-def test_results_that_are_compared_in_a_way_of_their_own_are_left_out(
-    store: TrajectoryStore, tmp_path: Path, before: str, after: str
-) -> None:
-    row = {**cases.MBPP_PLUS, "test": cases.MBPP_PLUS["test"].replace(before, after)}
-    assert row != cases.MBPP_PLUS
-    _, [problem] = import_rows(store, write_rows(tmp_path / "a.jsonl", row))
-    assert problem.reason.startswith("2 tests left out")
-    [prompt] = store.prompts()
-    assert prompt.tests["calls"] == [["list", 1]]

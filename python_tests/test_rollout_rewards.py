@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from spo_ext.data.tests import call_tests, stdin_tests
 from spo_ext.rollout import Judgement, load_reward
 from spo_ext.rollout.answers import AnswerReward, _Verifier, final_answer, plainly_equal
 from spo_ext.rollout.programs import TestsReward, program_of
-from spo_ext.rollout.rewards import as_reward
+from spo_ext.rollout.rewards import as_reward, judged_by
 from spo_ext.sandbox import SandboxError, Submission, Verdict
 from spo_ext.store import Prompt
 
@@ -76,7 +77,19 @@ def test_programs_are_judged_by_the_tests_of_their_prompt() -> None:
         ("```py\na\n```", "a\n"),
         ("```Python3\na\n```", "a\n"),
         ("```python\na\n```\n```text\nb\n```\n", "a\n"),
-        ("```\na\n```", "```\na\n```"),
+        ("```\na\n```", "a\n"),
+        ("```\r\na\r\n```", "a\n"),
+        ("```python\na\n```\nwhich prints\n```\n5\n```", "a\n"),
+        ("```\na\n```\n```json\n{}\n```", "a\n"),
+        ('```python title="a.py"\na\n```', "a\n"),
+        ("```{.python .numberLines}\na\n```", "a\n"),
+        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+        ("~~~py\na\n~~~", "a\n"),
+        ("1. So:\n   ```python\n   a\n     b\n   ```", "a\n  b\n"),
+        ("> ```python\n> a\n> ```", "a\n"),
+        ("<think>\n```python\na\n```\n</think>\n```python\nb\n```", "b\n"),
+        ("```python\na\n```\n</think>\nb", "\nb"),
+        ("<think>\n```python\na\n```\n", ""),
         ("text\n```python\nunfinished\nb", "unfinished\nb"),
         ("```python\na\n```\nagain\n```python\nunfinished", "a\n"),
         ('```python\nx = "```python"\n```', 'x = "```python"\n'),
@@ -110,9 +123,35 @@ def test_a_failing_sandbox_is_tried_again_and_never_scored(monkeypatch: pytest.M
     reward.close()
 
 
-def test_tests_of_an_unknown_form_are_refused() -> None:
-    with pytest.raises(ValueError, match="tests have an unknown form|kind must be"):
-        judge(make_tests_reward(), (Prompt("a", tests={"kind": "other", "expected": []}), "x"))
+@pytest.mark.parametrize(
+    "text",
+    ["```python\n", "> ", "- ", "````\n```\n", "1. a\n   ", "[a]: <", "<pre>\n", "#", " " * 4],
+)
+def test_a_long_completion_is_read_in_linear_time(text: str) -> None:
+    start = time.process_time()
+    program_of("```\n```\n" + text * (60_000 // len(text)))
+    assert time.process_time() - start < 5
+
+
+BAD_TESTS = [
+    {"kind": "other", "expected": []},
+    ["assert f(1) == 2"],
+    {"kind": "stdin", "inputs": ["\ud800"], "expected": ["6"]},
+    {"kind": "stdin", "inputs": [5], "expected": ["6"]},
+    {"kind": "check", "entry_point": "f", "check": "f(", "prefix": 1},
+    {"kind": "check", "entry_point": "f", "check": "assert f(object())", "prefix": ""},
+    {"kind": "check", "entry_point": "f", "check": "assert missing(f)", "prefix": ""},
+]
+
+
+@pytest.mark.parametrize("tests", BAD_TESTS)
+def test_a_prompt_whose_tests_cannot_be_used_is_left_out_by_name(tests: Any) -> None:
+    reward = make_tests_reward()
+    with pytest.warns(UserWarning, match="the prompt 'odd one' is left out: its tests cannot be"):
+        found = judge(reward, (Prompt("odd one", tests=tests), "def f(x): return x"), (STDIN, ADD))
+    assert found == [None, Judgement(1.0)]
+    assert list(judged_by(reward, [Prompt("odd one", tests=tests), STDIN])) == [STDIN]
+    reward.close()
 
 
 @pytest.mark.parametrize(
@@ -227,6 +266,10 @@ def words(completions): return ["good"] * len(completions)
 def number(completions): return 1.0
 def best(completions): return [float("inf")] * len(completions)
 def fails(completions): raise KeyError("mine")
+def ends(completions): raise SystemExit(0)
+def ends_late(completions):
+    yield 1.0
+    raise SystemExit(0)
 constant = 3
 class Judges:
     @staticmethod
@@ -323,6 +366,8 @@ def test_an_async_function_runs_where_a_loop_runs_already(functions: Path) -> No
         ("short", "must return 2 rewards, got 1"),
         ("words", "must be finite numbers, -inf or None, got 'good'"),
         ("number", "must return a list, got 1.0"),
+        ("ends", "ends: called sys.exit"),
+        ("ends_late", "ends_late: called sys.exit"),
         ("best", "must be finite numbers, -inf or None, got inf"),
         ("constant", "must be a function, got int"),
         ("missing", "cannot be loaded: module .* has no attribute 'missing'"),

@@ -74,7 +74,7 @@ HOSTILE = {
         class Number(int):
             __eq__ = Liar.__eq__
             __hash__ = Liar.__hash__
-        def f(reward): return Number(7)
+        def f(reward): return Number(6)
     """,
     "patch everything": """
         import builtins, gc, json, sys, types
@@ -98,7 +98,8 @@ HOSTILE = {
         import json, os, struct
         def f(reward):
             lines = b'["returned", true]\\n' * 3
-            header = {"end": "exit", "wait_status": 0, "seconds": 0, "dirty": False,
+            header = {"end": "exit", "program_status": 0, "exam_status": 0, "seconds": 0,
+                      "dirty": False,
                       "result_bytes": len(lines), "stdout_bytes": 0}
             body = json.dumps(header).encode()
             forged = struct.pack("!I", len(body)) + body + lines

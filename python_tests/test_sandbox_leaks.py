@@ -227,8 +227,8 @@ def test_a_daemon_does_not_survive(sandbox: Sandbox) -> None:
         return len([name for name in os.listdir("/proc") if name.isdigit()])
     """
     for _ in range(4):
-        # Worker, program, and this program's daemon: none of an earlier run.
-        assert run(sandbox, source, 7).outputs == (3,)
+        # Worker, program, examiner, and this program's daemon: none of an earlier run.
+        assert run(sandbox, source, 7).outputs == (4,)
     assert eventually(lambda: only_workers_left(sandbox))
 
 
@@ -251,3 +251,64 @@ def test_the_worker_cannot_be_tampered_with(sandbox: Sandbox) -> None:
     for name, arguments in libc_calls.items():
         call = f"__import__('ctypes').CDLL(None).{name}{arguments}"
         assert returned(sandbox, call) == -1, name
+
+
+CHANNELS = {
+    "an attribute of stdin": (
+        "os.setxattr(0, 'user.k', b'x')",
+        "bytes(os.getxattr(0, 'user.k'))",
+    ),
+    "text behind the end of stdin": ("os.pwrite(0, b'x' * 99, 50)", "os.pread(0, 99, 1)[:1]"),
+    "a lock on stdin": (
+        "fcntl.flock(0, fcntl.LOCK_EX)",
+        "fcntl.flock(0, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    ),
+    "a signal of stdin": ("fcntl.fcntl(0, 10, 34)", "fcntl.fcntl(0, 11)"),
+    "a file": ("open('/tmp/x', 'w').write('x')", "os.listdir('/tmp')"),
+    "a file in shared memory": ("open('/dev/shm/x', 'w').write('x')", "os.listdir('/dev/shm')"),
+    "the age of /tmp": ("os.utime('/tmp', (7, 7))", "int(os.stat('/tmp').st_mtime) == 7"),
+    "the mode of /tmp": ("os.chmod('/tmp', 0o700)", "os.stat('/tmp').st_mode & 0o7777 == 0o700"),
+}
+SEEN = "try: print({look})\nexcept (OSError, ValueError): print('nothing')"
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", CHANNELS)
+def test_no_state_passes_from_one_program_to_the_next(name: str) -> None:
+    leave, look = CHANNELS[name]
+    left = f"import fcntl, os\ntry: {leave}\nexcept OSError: pass\nprint(1)"
+    seen = "import fcntl, os\n" + SEEN.format(look=look)
+    with Sandbox(workers=1, level="bwrap") as sandbox:
+        fresh = sandbox.run([StdinProgram(seen, ("",))])[0].outputs
+        worker = sandbox.worker_pids()
+        assert sandbox.run([StdinProgram(left, ("hidden",))])[0].outputs == ("1\n",)
+        assert sandbox.run([StdinProgram(seen, ("",))])[0].outputs == fresh
+        assert sandbox.worker_pids() == worker, "a new worker shows nothing"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [1]))])",
+        "a.bind('\\0name')",
+        "a.connect('\\0name')",
+    ],
+)
+def test_nothing_stays_in_sockets(sandbox: Sandbox, call: str) -> None:
+    source = f"""
+    import array, socket
+    def f():
+        a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        {call}
+    """
+    output = run(sandbox, source).outputs[0]
+    assert isinstance(output, Raised) and "PermissionError" in output.text
+
+
+def test_what_a_program_says_of_itself_is_short(sandbox: Sandbox) -> None:
+    for kind in ('["failed", "%s"]', '["raised", "E", "%s"]', '["raised", "%s"]'):
+        write = f"import os\nos.write(3, b'{kind}\\n'.replace(b'%s', b'A' * 900_000))\nos._exit(1)"
+        for program in (Program(write, calls=((),)), StdinProgram(write, ("",))):
+            outcome = sandbox.run([program])[0]
+            assert outcome.status != "ok" and len(outcome.reason) <= 300
+            assert all(isinstance(x, Raised) and len(x.text) <= 400 for x in outcome.outputs)

@@ -1,137 +1,96 @@
-"""Assert statements as calls and expected results.
-
-A program must not see what is expected of it, so an assert is not run beside it: `assert f(1) == 2`
-becomes the call f(1) and the result 2, compared outside. Asserts of another form (a tolerance,
-a loop, a set of the result) are counted as left out.
-"""
+"""What tests written as source ask for: which names of the program, which packages."""
 
 from __future__ import annotations
 
 import ast
-import re
-from dataclasses import dataclass, field
-from typing import Any
+import builtins
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
 
 from spo_ext.data.records import RowError
-from spo_ext.data.tests import plain
-
-_PLAIN_CALL = re.compile(r"assertion\(\w+\(\*inp\), exp, [\w.+-]+\)")
+from spo_ext.sandbox.prelude import make_prelude
 
 
-@dataclass
-class Cases:
-    """calls and their results, of the function `name`."""
+def function_of(tests: str, code: str) -> str:
+    """The one function of the program that the tests call; `code` is a solution, if there is one.
 
-    name: str | None = None
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
-    expected: list[Any] = field(default_factory=list)
-    left_out: int = 0
-
-    def add(self, arguments: Any, expected: Any) -> None:
-        """Raises RowError if either is not plain data."""
-        plain(list(arguments))
-        plain(expected)
-        self.calls.append(tuple(arguments))
-        self.expected.append(expected)
-
-
-def read_asserts(source: str, cases: Cases) -> None:
-    """Adds what the asserts in the source say; the first names the function if none is named.
-
-    Raises RowError if the source does not parse.
+    It may have the name of a built-in function. Raises RowError if the tests do not parse, or use
+    anything else that neither they, nor Python, nor the prelude defines.
     """
-    for node in ast.walk(_parse(source)):
-        if isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant):
-            try:
-                name, arguments, expected = _equation(node.test)
-                if cases.name not in (None, name):
-                    raise RowError("another function")
-                cases.add(arguments, expected)
-                cases.name = name
-            except RowError:
-                cases.left_out += 1
+    bound, used, called = _names(parse_source(tests))
+    defined = _names(parse_source(code))[0] if code.strip() else set()
+    known = {*dir(builtins), *make_prelude(), "__name__"} | bound
+    names = [name for name in called if name in defined - bound]
+    names = names or [name for name in used if name not in known]
+    names = names or [name for name in called if name not in bound]
+    others = [name for name in used if name not in known | {*names[:1]}]
+    if not names or others:
+        raise RowError(
+            "the tests must call one function of the program and use nothing else of it, "
+            f"got {', '.join([*names[:1], *others]) or 'none'}"
+        )
+    return names[0]
 
 
-def read_tables(source: str, cases: Cases) -> bool:
-    """Adds the lists `inputs` and `results` of the plus data sets; False if there are none.
-
-    They are compared within a tolerance where results are floats; those are left out, because the
-    sandbox compares exactly. So are all where the source compares in a way of its own, as sets say.
-    Raises RowError if the source does not parse.
-    """
-    tree = _parse(source)
-    tables = {
-        target.id: node.value.elts
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    if "inputs" not in tables or len(tables["inputs"]) != len(tables.get("results", ())):
-        return False
-    if not _compares_plainly(tree):
-        cases.left_out += len(tables["inputs"])
-        return True
-    for arguments, result in zip(tables["inputs"], tables["results"], strict=True):
-        try:
-            values, expected = _literal(arguments), _literal(result)
-            if not isinstance(values, list | tuple) or _has_float(expected):
-                raise RowError("not comparable")
-            cases.add(values, expected)
-        except RowError:
-            cases.left_out += 1
-    return True
-
-
-def _compares_plainly(tree: ast.Module) -> bool:
-    """Each result goes as it is to `assertion(out, exp, atol)`, which begins with `out == exp`."""
-    calls, heads, assigned = [], [], []
+def _names(tree: ast.Module) -> tuple[set[str], dict[str, None], dict[str, None]]:
+    """Names that the source defines, those that it uses, and of them those that it calls."""
+    bound: set[str] = set()
+    used: dict[str, None] = {}
+    called: dict[str, None] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "assertion":
-            calls.append(ast.unparse(node))
-        elif isinstance(node, ast.FunctionDef) and node.name == "assertion":
-            heads.append(ast.unparse(node.body[0]))
-            stores = (x for x in ast.walk(node) if isinstance(x, ast.Name))
-            assigned += [x.id for x in stores if isinstance(x.ctx, ast.Store)]
-    return (
-        len(heads) == 1
-        and heads[0] in ("exact_match = out == exp", "assert out == exp")
-        and assigned.count("exact_match") <= 1
-        and not {"out", "exp"} & set(assigned)
-        and bool(calls)
-        and all(_PLAIN_CALL.fullmatch(call) for call in calls)
-    )
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called[node.func.id] = None
+        if isinstance(node, ast.Name):
+            if isinstance(node.ctx, ast.Load):
+                used[node.id] = None
+            else:
+                bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return bound, used, called
 
 
-def _parse(source: str) -> ast.Module:
+def packages_of(source: str) -> list[str]:
+    """Packages beyond Python's own library that the source imports.
+
+    Raises RowError if it does not parse, or one is not installed here.
+    """
+    names: dict[str, None] = {}
+    for node in ast.walk(parse_source(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0]: None for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names[node.module.partition(".")[0]] = None
+    found = [name for name in names if name not in sys.stdlib_module_names]
+    for name in found:
+        if importlib.util.find_spec(name) is None:
+            raise RowError(f"the tests import {name}, which is not installed")
+    return found
+
+
+def parse_source(source: str) -> ast.Module:
+    """The tree of tests, or of a prompt that is source. Raises RowError if it does not parse."""
     try:
-        return ast.parse(source)
+        with long_integers():
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RowError(f"the tests are no Python that can be read: {error}") from None
 
 
-def _equation(test: ast.expr) -> tuple[str, list[Any], Any]:
-    """f(literals) == literal, or `is` with one of None, True, False."""
-    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
-        raise RowError("no comparison")
-    call, [expected] = test.left, test.comparators
-    if not isinstance(test.ops[0], ast.Eq | ast.Is):
-        raise RowError("no equality")
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
-        raise RowError("no call")
-    return call.func.id, [_literal(argument) for argument in call.args], _literal(expected)
-
-
-def _literal(node: ast.expr) -> Any:
+@contextlib.contextmanager
+def long_integers() -> Iterator[None]:
+    """Reads integers of any length, of which Python refuses those of more than 4300 digits."""
+    digits = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
     try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise RowError("no literal") from None
-
-
-def _has_float(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_float, [*value.keys(), *value.values()]))
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(map(_has_float, value))
-    return isinstance(value, float)
+        yield
+    finally:
+        sys.set_int_max_str_digits(digits)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from spo_ext.data.records import (
@@ -26,6 +28,15 @@ from spo_ext.store.records import Prompt
 
 _PYTHON_3 = (3, "PYTHON3")  # CodeContests; solutions in other languages cannot be judged
 _MAX_UNPACKED = 512 << 20
+# What the official graders give a test, and here at most to all calls of a function together.
+_APPS_SECONDS, _LIVECODEBENCH_SECONDS, _CALLS_SECONDS = 4, 6, 12
+_MEMORY_MIB = 1024
+_SEVERAL = re.compile(
+    r"(?:multiple|several|many|more than one|any)\s+(?:\w+\s+){0,3}"
+    r"(?:answers?|solutions?|ways?|options?|of\s+them)|"
+    r"(?:print|output|return|find)\s+any\b",
+    re.IGNORECASE,
+)
 
 
 def parse_code_contests(row: Row, defaults: Defaults) -> Record:
@@ -38,7 +49,7 @@ def parse_code_contests(row: Row, defaults: Defaults) -> Record:
     for name in ("public_tests", "private_tests", "generated_tests"):
         inputs += strings(_struct(row, name), "input")
         outputs += strings(_struct(row, name), "output")
-    tests = stdin_tests(inputs, outputs)
+    tests = stdin_tests(inputs, outputs, relation="tokens", limits=_own_limits(row))
     origin, completions, foreign = defaults.origin_of("code_contests"), [], 0
     for name, reward in (("solutions", 1.0), ("incorrect_solutions", 0.0)):
         struct = _struct(row, name)
@@ -51,7 +62,7 @@ def parse_code_contests(row: Row, defaults: Defaults) -> Record:
             else:
                 foreign += 1
     prompt = Prompt(content, tests=tests, split=defaults.split or "train")
-    return Record(prompt, tuple(completions), foreign=foreign)
+    return Record(prompt, tuple(completions), foreign=foreign, notes=_notes(content))
 
 
 def parse_taco(row: Row, defaults: Defaults) -> Record:
@@ -75,13 +86,16 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
         name = metadata.get("func_name") if isinstance(metadata, dict) else None
         lines = [[line for line in item.split("\n") if line.strip()] for item in inputs]
         calls = [[parse_json("input", line) for line in item] for item in lines]
-        tests = call_tests(name, calls, [parse_json("output", item) for item in outputs])
+        results = [parse_json("output", item) for item in outputs]
+        limits = _limits_of_calls(_LIVECODEBENCH_SECONDS, calls)
+        tests = call_tests(name, calls, results, relation="json", limits=limits)
     elif kinds <= {"stdin"}:
-        tests = stdin_tests(inputs, outputs)
+        tests = stdin_tests(inputs, outputs, limits=_limits(_LIVECODEBENCH_SECONDS))
     else:
         raise RowError(f"testtype must be stdin or functional in all tests, got {shown(kinds)}")
     content = _with_starter(text(row, "question_content"), row)
-    return Record(Prompt(content, tests=tests, split=defaults.split or "train"))
+    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    return Record(prompt, notes=_notes(content))
 
 
 def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
@@ -93,14 +107,21 @@ def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise RowError("inputs and outputs must be lists")
     if given.get("fn_name"):
-        tests = call_tests(given["fn_name"], inputs, _unwrapped(outputs))
+        calls = [_with_number_keys(arguments) for arguments in inputs]
+        wrapped = all(isinstance(item, list) and len(item) == 1 for item in outputs)
+        limits = _limits_of_calls(_APPS_SECONDS, calls)
+        tests = call_tests(
+            given["fn_name"], calls, outputs, relation="json", wrapped=wrapped, limits=limits
+        )
     else:
-        tests = stdin_tests([_lines(item) for item in inputs], [_lines(item) for item in outputs])
+        limits = _limits(_APPS_SECONDS)
+        texts = [_lines(item) for item in inputs], [_lines(item) for item in outputs]
+        tests = stdin_tests(*texts, limits=limits)
     solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
     origin = defaults.origin_of(data_set)
     completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
     prompt = Prompt(content, tests=tests, split=defaults.split or "train")
-    return Record(prompt, tuple(completions))
+    return Record(prompt, tuple(completions), notes=_notes(content))
 
 
 def _with_starter(question: str, row: Row) -> str:
@@ -108,10 +129,49 @@ def _with_starter(question: str, row: Row) -> str:
     return f"{question}\n\nStart from this code:\n{starter}" if starter.strip() else question
 
 
-def _unwrapped(outputs: list[Any]) -> list[Any]:
-    """Results, which part of the rows wrap in a list of one: taken so if all of them look so."""
-    wrapped = all(isinstance(item, list) and len(item) == 1 for item in outputs)
-    return [item[0] for item in outputs] if wrapped else outputs
+def _with_number_keys(arguments: Any) -> Any:
+    """A first argument that is a dict has whole numbers as keys where all its texts are such."""
+    if not isinstance(arguments, list) or not arguments or not isinstance(arguments[0], dict):
+        return arguments
+    keys = arguments[0]
+    if not all(key.lstrip("-").isdecimal() for key in keys):
+        return arguments
+    return [{int(key): value for key, value in keys.items()}, *arguments[1:]]
+
+
+def _own_limits(row: Row) -> dict[str, float]:
+    """What the contest allowed, where the row says it."""
+    limits: dict[str, float] = {}
+    time, memory = row.get("time_limit"), row.get("memory_limit_bytes")
+    if isinstance(time, dict):
+        seconds = (time.get("seconds") or 0) + (time.get("nanos") or 0) / 1e9
+    else:
+        seconds = time or 0
+    for name, value in (("time_limit", seconds), ("memory_limit_bytes", memory or 0)):
+        if not isinstance(value, int | float) or not 0 <= value < 1 << 50:
+            raise RowError(f"{name} must be a number that is not negative, got {shown(value)}")
+    if seconds:
+        limits["cpu_seconds"] = seconds
+    if memory:
+        limits["memory_mib"] = max(1, memory >> 20)
+    return limits
+
+
+def _limits(seconds: float) -> dict[str, float]:
+    return {"cpu_seconds": seconds, "memory_mib": _MEMORY_MIB}
+
+
+def _limits_of_calls(seconds: float, calls: Sequence[Any]) -> dict[str, float]:
+    return _limits(min(seconds * max(1, len(calls)), _CALLS_SECONDS))
+
+
+def _notes(question: str) -> tuple[str, ...]:
+    """Says so where several answers are right, since there is no checker to know them all."""
+    found = _SEVERAL.search(question)
+    if found is None:
+        return ()
+    words = " ".join(found.group().split())
+    return (f"it may have several right answers ({words}); only the one in its tests gets 1",)
 
 
 def _lines(value: Any) -> Any:

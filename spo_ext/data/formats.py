@@ -10,6 +10,7 @@ from spo_ext.data.contests import (
     parse_livecodebench,
     parse_taco,
 )
+from spo_ext.data.evalplus import parse_evalplus
 from spo_ext.data.functions import parse_humaneval, parse_mbpp
 from spo_ext.data.records import Defaults, Record, Row, RowError
 from spo_ext.data.trl import parse_trl
@@ -23,6 +24,7 @@ PARSERS: dict[str, Parser] = {
     "apps": parse_apps,
     "mbpp": parse_mbpp,
     "humaneval": parse_humaneval,
+    "evalplus": parse_evalplus,
     "livecodebench": parse_livecodebench,
 }
 
@@ -34,6 +36,7 @@ _SIGNS = (
     ("apps", {"question", "input_output", "problem_id"}),
     ("taco", {"question", "input_output"}),
     ("mbpp", {"test_list"}),
+    ("evalplus", {"prompt", "entry_point", "canonical_solution", "base_input"}),
     ("humaneval", {"prompt", "entry_point", "test"}),
     ("trl", {"prompt"}),
     ("trl", {"messages"}),

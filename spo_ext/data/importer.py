@@ -13,7 +13,7 @@ from spo_ext.data.contamination import NGRAM, Contamination
 from spo_ext.data.formats import PARSERS, parse_row
 from spo_ext.data.loading import Loaded, Ready, load
 from spo_ext.data.readers import read_rows
-from spo_ext.data.records import Completion, Defaults, Record, Row, RowError
+from spo_ext.data.records import Completion, Defaults, Record, RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 from spo_ext.store.checks import check_one_of, number
@@ -163,7 +163,7 @@ class Importer:
             try:
                 if isinstance(row, RowError):
                     raise row
-                record = self._record(row)
+                record = parse_row(row, self._settings.format, self._defaults)
                 prompt, trajectories = self._tokenised(record)
                 split = self._contamination.exact(prompt)
                 ready = Ready.of(prompt, trajectories)
@@ -179,15 +179,9 @@ class Importer:
             self._contamination.add(prompt)
             yield ready
 
-    def _record(self, row: Row) -> Record:
-        record = parse_row(row, self._settings.format, self._defaults)
-        if record.left_out and self._settings.strict:
-            raise RowError(_left_out(record))
-        return record
-
     def _note(self, path: Path, row: int, record: Record) -> None:
-        if record.left_out:
-            self._say("note", path, row, _left_out(record))
+        for note in record.notes:
+            self._say("note", path, row, note)
         share, split = self._contamination.overlap(record.prompt)
         if share >= self._settings.overlap:
             reason = f"{share:.0%} of its runs of {NGRAM} words are in prompts of the split {split}"
@@ -232,7 +226,3 @@ class Importer:
         self.summary.problems[kind] += 1
         line = " ".join(reason.split())  # a reason may quote a whole field
         self._report(Problem(kind, path, row, line if len(line) <= 300 else line[:297] + "..."))
-
-
-def _left_out(record: Record) -> str:
-    return f"{record.left_out} tests left out, which are not of the form f(literals) == literal"

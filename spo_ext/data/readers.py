@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spo_ext.data.records import RowError, shown
+from spo_ext.data.records import RowError, shown, whole_number
 
 Numbered = tuple[int, "dict[str, Any] | RowError"]
 _ROWS = 64  # of Parquet at a time: a row may have megabytes of tests
@@ -55,7 +55,7 @@ def _read_lines(path: Path) -> Iterator[Numbered]:
 
 def _row(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         return RowError(f"no JSON: {error}")
     return row if isinstance(row, dict) else RowError(f"a row must be an object, got {shown(row)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from spo_ext.store.records import Finish, Origin, Prompt, Split
@@ -40,14 +41,14 @@ class Completion:
 class Record:
     """A prompt and what is known of it.
 
-    left_out counts its tests that cannot be judged, foreign its solutions in other languages than
-    Python 3, which no test of it can judge.
+    foreign counts its solutions in other languages than Python 3, which no test of it can judge;
+    notes are for whoever imports it.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...] = ()
-    left_out: int = 0
     foreign: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,14 @@ def parsed(row: Row, name: str) -> Any:
 def parse_json(name: str, value: str | bytes) -> Any:
     """Raises RowError."""
     try:
-        return json.loads(value)
+        return json.loads(value, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{name} must be JSON: {error}") from None
+
+
+def whole_number(digits: str) -> int:
+    """An integer of a JSON text; Python by itself refuses those of more than 4300 digits."""
+    return int(digits) if len(digits) <= 4300 else int(Decimal(digits))
 
 
 def shown(value: object) -> str:

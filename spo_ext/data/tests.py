@@ -2,55 +2,176 @@
 
     {"kind": "stdin", "inputs": ["1 2\n"], "expected": ["3\n"]}
     {"kind": "calls", "entry_point": "f", "calls": [["list", 1, 2]], "expected": [3], "prefix": ""}
+    {"kind": "check", "entry_point": "f", "check": "assert f(1, 2) == 3", "prefix": ""}
 
 Arguments and results of calls are written as `spo_ext.sandbox.codec` encodes them, which keeps a
-tuple apart from a list. `prefix` is source that stands before the completion.
+tuple apart from a list. `prefix` is source that stands before the completion; a check sees it too.
+Each may have `relation`, `wrapped`, `limits` (fields of Limits) and `function`, as a Submission and
+its Check have them, and `packages` that the tests import.
 """
 
 from __future__ import annotations
 
-import ast
 import keyword
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from spo_ext.data.asserts import packages_of
 from spo_ext.data.records import RowError, shown
 from spo_ext.sandbox.codec import decode, encode
-from spo_ext.sandbox.records import Program, StdinProgram, Submission
+from spo_ext.sandbox.records import Check, Limits, Program, Relation, StdinProgram, Submission
 from spo_ext.store.codec import encode_json
 
+_OPTIONS = {
+    "stdin": {"inputs", "expected"},
+    "calls": {"entry_point", "calls", "expected", "prefix", "wrapped"},
+    "check": {"entry_point", "check", "prefix", "function"},
+}
+_OF_ALL = {"kind", "relation", "limits", "packages"}
 
-def stdin_tests(inputs: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
+
+def stdin_tests(
+    inputs: Sequence[str],
+    expected: Sequence[str],
+    *,
+    relation: Relation | None = None,
+    limits: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Raises RowError."""
     _check_sizes(inputs, expected)
     for value in (*inputs, *expected):
         if not isinstance(value, str):
             raise RowError(f"an input or output of a script must be text, got {shown(value)}")
-    return {"kind": "stdin", "inputs": list(inputs), "expected": list(expected)}
+    tests = {"kind": "stdin", "inputs": list(inputs), "expected": list(expected)}
+    return _checked(tests | _given(relation=relation, limits=limits))
 
 
 def call_tests(
-    entry_point: object, calls: Sequence[Any], expected: Sequence[Any], prefix: str = ""
+    entry_point: object,
+    calls: Sequence[Any],
+    expected: Sequence[Any],
+    prefix: str = "",
+    *,
+    relation: Relation | None = None,
+    wrapped: bool = False,
+    limits: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """calls hold plain values, one list or tuple of arguments each. Raises RowError."""
     _check_sizes(calls, expected)
-    if not isinstance(entry_point, str) or not entry_point.isidentifier():
-        raise RowError(f"the function to call must be a name, got {shown(entry_point)}")
-    if keyword.iskeyword(entry_point):
-        raise RowError(f"the function to call must be a name, got {shown(entry_point)}")
     for arguments in calls:
         if not isinstance(arguments, list | tuple):
             raise RowError(f"the arguments of a call must be a list, got {shown(arguments)}")
-    return {
+    tests = {
         "kind": "calls",
         "entry_point": entry_point,
-        "calls": [plain(list(arguments)) for arguments in calls],
-        "expected": [plain(value) for value in expected],
+        "calls": [_plain(list(arguments)) for arguments in calls],
+        "expected": [_plain(value) for value in expected],
         "prefix": prefix,
     }
+    return _checked(tests | _given(relation=relation, wrapped=wrapped, limits=limits))
 
 
-def plain(value: object) -> Any:
+def check_tests(
+    entry_point: object,
+    check: str,
+    prefix: str = "",
+    *,
+    function: bool = False,
+    limits: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Tests as source that calls the entry point. Raises RowError."""
+    packages = packages_of(check)
+    tests = {"kind": "check", "entry_point": entry_point, "check": check, "prefix": prefix}
+    return _checked(tests | _given(function=function, packages=packages, limits=limits))
+
+
+def check_form(tests: object) -> None:
+    """Raises RowError, which says why, if no completion could be judged by these tests."""
+    try:
+        _checked(tests)
+    except RowError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RowError(f"tests have an unknown form: {error}") from None
+
+
+def submission(tests: Any, completion: str, limits: Limits | None = None) -> Submission:
+    """A completion and the stored tests of its prompt, for `spo_ext.sandbox.judge`.
+
+    Args:
+        limits: at least these; None: those of the tests, else the defaults.
+
+    Raises ValueError if tests are not of the form above.
+    """
+    try:
+        return _submission(tests, completion, _limits(tests.get("limits") or {}, limits))
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"submission: tests have an unknown form: {error!r}") from None
+
+
+def _submission(tests: Any, completion: str, limits: Limits) -> Submission:
+    kind = tests["kind"]
+    if kind not in _OPTIONS:
+        raise ValueError(f"kind must be one of {', '.join(_OPTIONS)}, got {shown(kind)}")
+    unknown = set(tests) - _OPTIONS[kind] - _OF_ALL
+    if unknown:
+        raise ValueError(f"tests have an unknown form: {', '.join(sorted(unknown))}")
+    if kind == "stdin":
+        script = StdinProgram(completion, tuple(tests["inputs"]))
+        return Submission(
+            script, tuple(tests["expected"]), relation=tests.get("relation"), limits=limits
+        )
+    name, source = tests["entry_point"], tests["prefix"] + completion
+    if kind == "check":
+        check = Check(tests["check"], tests["prefix"], bool(tests.get("function")))
+        return Submission(Program(source, name), check=check, limits=limits)
+    calls = tuple(tuple(decode(arguments)) for arguments in tests["calls"])
+    return Submission(
+        Program(source, name, calls),
+        tuple(map(decode, tests["expected"])),
+        relation=tests.get("relation"),
+        wrapped=bool(tests.get("wrapped")),
+        limits=limits,
+    )
+
+
+def _limits(own: Mapping[str, float], least: Limits | None) -> Limits:
+    if least is not None:
+        own = {name: max(value, getattr(least, name)) for name, value in own.items()}
+    fields: dict[str, Any] = dict(own)
+    return replace(least or Limits(), **fields)
+
+
+def packages_of_tests(tests: Any) -> Sequence[str]:
+    """Packages that the tests themselves import."""
+    return tests.get("packages", ())  # type: ignore[no-any-return]
+
+
+def _checked(tests: Any) -> dict[str, Any]:
+    """The tests, which can judge. Raises RowError, or what `submission` raises."""
+    if not isinstance(tests, dict):
+        raise RowError(f"tests must be an object with a kind, got {shown(tests)}")
+    found = submission(tests, "")
+    program = found.program
+    if isinstance(program, StdinProgram):
+        texts = (*program.inputs, *found.expected)
+    else:
+        name = program.entry_point
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise RowError(f"the function to call must be a name, got {shown(name)}")
+        texts = (program.source, *((found.check.source,) if found.check else ()))
+    for text in texts:
+        if not isinstance(text, str):
+            raise RowError(f"an input or output of a script must be text, got {shown(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError(f"a test must be text of UTF-8, got {shown(text)}") from None
+    return tests
+
+
+def _plain(value: object) -> Any:
     """The value encoded. Raises RowError for what neither sandbox nor store can hold."""
     try:
         data = encode(value)
@@ -60,35 +181,9 @@ def plain(value: object) -> Any:
     return data
 
 
-def submission(tests: Any, completion: str) -> Submission:
-    """A completion and the stored tests of its prompt, for `spo_ext.sandbox.judge`.
-
-    Raises ValueError if tests are not of the form above.
-    """
-    try:
-        expected = tuple(tests["expected"])
-        if tests["kind"] == "stdin":
-            return Submission(StdinProgram(completion, tuple(tests["inputs"])), expected)
-        if tests["kind"] != "calls":
-            raise ValueError(f"kind must be stdin or calls, got {shown(tests['kind'])}")
-        name = tests["entry_point"]
-        calls = tuple(tuple(decode(arguments)) for arguments in tests["calls"])
-        source = _with_method(tests["prefix"] + completion, name)
-        return Submission(Program(source, name, calls), tuple(map(decode, expected)))
-    except (TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"submission: tests have an unknown form: {error!r}") from None
-
-
-def _with_method(source: str, name: str) -> str:
-    """Makes a method of the class Solution, as some contests ask for it, callable by its name."""
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return source  # the sandbox says what is wrong with it
-    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    if name in names or "Solution" not in names:
-        return source
-    return f"{source}\n\n{name} = Solution().{name}\n"
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that say something; tests that say no more keep the form they had before."""
+    return {name: value for name, value in options.items() if value}
 
 
 def _check_sizes(runs: Sequence[Any], expected: Sequence[Any]) -> None:

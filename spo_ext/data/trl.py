@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spo_ext.data.records import Completion, Content, Defaults, Record, Row, RowError, parsed, shown
+from spo_ext.data.tests import check_form
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Origin, Prompt, StoredPrompt, StoredTrajectory
 
@@ -22,13 +23,16 @@ UNKNOWN = Origin("model", model="unknown")
 def parse_trl(row: Row, defaults: Defaults) -> Record:
     """Raises RowError, or ValueError of the records."""
     content, completion = _conversation(row)
+    tests = parsed(row, "tests")
     extra = parsed(row, "spo")
+    if tests is not None and extra is None:  # An export has what was stored, whoever judges by it.
+        check_form(tests)
     if extra is not None and not isinstance(extra, dict):
         raise RowError(f"spo must be an object, got {shown(extra)}")
     prompt = Prompt(
         content,
         token_ids=row.get("prompt_ids"),
-        tests=parsed(row, "tests"),
+        tests=tests,
         answer=row.get("answer") if extra is None else parsed(row, "answer"),
         split=defaults.split or row.get("split") or "train",
     )

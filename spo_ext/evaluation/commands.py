@@ -55,6 +55,9 @@ def add_eval(subparsers: Subparsers) -> None:
         "file.py:function (default: tests); tests and answer leave out prompts without them",
     )
     add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
+    add(
+        "--sandbox-packages", nargs="+", default=(), metavar="NAME", help="programs may import them"
+    )
     add("--test-seconds", type=float, metavar="S", help="of tests: time for one of them")
     add("--success", type=float, default=1.0, help="a reward that has passed (default: 1)")
     add("--run", dest="run_name", metavar="NAME", help="store samples too, as run NAME/eval")

@@ -51,7 +51,8 @@ def make_reward(options: argparse.Namespace) -> Reward:
 
     import_from_here()
     tests = options.reward == "tests"
-    given = test_options(options.sandbox_workers, options.test_seconds) if tests else {}
+    how = options.sandbox_workers, options.test_seconds, options.sandbox_packages
+    given = test_options(*how) if tests else {}
     reward: Reward = load_reward(options.reward, **given)
     return reward
 

@@ -56,7 +56,9 @@ def make_reward(options: argparse.Namespace) -> Reward:
         return load_reward(options.reward)
     given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
     if options.reward == "tests":
-        given |= test_options(options.sandbox_workers, options.test_seconds)
+        given |= test_options(
+            options.sandbox_workers, options.test_seconds, options.sandbox_packages
+        )
     return load_reward(options.reward, **given)
 
 

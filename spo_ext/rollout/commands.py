@@ -100,10 +100,17 @@ def _add_reward(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reward-failed", type=float, default=0.0, metavar="R", help="default: 0")
     group.add_argument("--sandbox-workers", type=int, metavar="N", help="default: one per CPU")
     group.add_argument(
+        "--sandbox-packages",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="installed packages that programs may import, such as numpy",
+    )
+    group.add_argument(
         "--test-seconds",
         type=float,
         metavar="S",
-        help="time for an input of a script, or for all calls of a function",
+        help="CPU time at least for an input of a script, or for all calls of a function",
     )
     group.add_argument(
         "--q0-beta",

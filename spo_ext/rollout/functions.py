@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,18 +62,23 @@ class FunctionReward:
             "answer": [prompt.answer for prompt in prompts],
             "tests": [prompt.tests for prompt in prompts],
         }
-        rewards = self._function(**{name: every[name] for name in self._arguments})
-        if inspect.isawaitable(rewards):
-            rewards = _result(rewards)
-        try:
-            found = list(rewards)
-        except TypeError:
-            raise ValueError(f"reward {self._name}: must return a list, got {rewards!r}") from None
+        found = self._rewards({name: every[name] for name in self._arguments})
         if len(found) != len(prompts):
             raise ValueError(
                 f"reward {self._name}: must return {len(prompts)} rewards, got {len(found)}"
             )
         return [self._judgement(value) for value in found]
+
+    def _rewards(self, arguments: dict[str, list[Any]]) -> list[Any]:
+        try:
+            rewards = self._function(**arguments)
+            if inspect.isawaitable(rewards):
+                rewards = _result(rewards)
+            if not isinstance(rewards, Iterable):
+                raise ValueError(f"reward {self._name}: must return a list, got {rewards!r}")
+            return list(rewards)
+        except SystemExit as end:  # It would end the command as if all were done.
+            raise ValueError(f"reward {self._name}: called sys.exit({end.code!r})") from end
 
     def _judgement(self, value: Any) -> Judgement | None:
         if value is None:
@@ -108,6 +113,8 @@ def load_function(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ModuleNotFoundError, FileNotFoundError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
+    except SystemExit as end:
+        raise ValueError(f"reward {name!r} cannot be loaded: it calls sys.exit") from end
     if not callable(found):
         raise ValueError(f"reward {name!r} must be a function, got {type(found).__name__}")
     function: Callable[..., Any] = found

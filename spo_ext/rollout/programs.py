@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from spo_ext.data.tests import submission
+from markdown_it import MarkdownIt
+
+from spo_ext.data.records import RowError, shown
+from spo_ext.data.tests import check_form, packages_of_tests, submission
 from spo_ext.rollout.generation import Judgement, Needs
 from spo_ext.sandbox import Limits, Sandbox, SandboxError, Submission, Verdict, judge
+from spo_ext.sandbox.launch import package_paths
 from spo_ext.store.checks import number
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Prompt
 
-_CLOSED = re.compile(r"^[ \t]*```(?:python|py)3?[ \t]*\n(.*?)^[ \t]*```", re.M | re.S | re.I)
-_OPEN = re.compile(r"^[ \t]*```(?:python|py)3?[ \t]*\n(.*)\Z", re.M | re.S | re.I)
+_PYTHON = re.compile(r"\W{0,3}(?:python|py|pypy)[\d.]{0,8}(?!\w)", re.IGNORECASE)
+_THOUGHT, _THINKS = "</think>", "<think>"
 _REMEMBERED = 100_000  # verdicts, some 300 bytes each
+
+# Blocks alone, without those that cannot hold or hide a fence.
+_MARKDOWN = MarkdownIt("commonmark").disable(["inline", "reference"])
 
 
 def program_of(completion: str) -> str:
-    """The last fenced block of Python, else what follows an unclosed fence, else the whole text."""
-    closed = _CLOSED.findall(completion)
-    if closed:
-        return str(closed[-1])
-    opened = _OPEN.search(completion)
-    return opened.group(1) if opened else completion
+    """The last block of code between fences, as CommonMark has them, else the whole text.
+
+    A block that says Python goes before one that names no language, which may be its output, and a
+    closed one before one that is cut off. What stands in `<think>` counts for nothing.
+    """
+    text = completion.rpartition(_THOUGHT)[2]
+    if text.lstrip().startswith(_THINKS):
+        return ""
+    best, program = -1, text
+    if "```" not in text and "~~~" not in text:
+        return program
+    for token in _MARKDOWN.parse(text):
+        if token.type != "fence" or not (_PYTHON.match(token.info) or not token.info.strip()):
+            continue
+        assert token.map is not None
+        lines = token.content.count("\n") + (token.content[-1:] not in ("", "\n"))
+        closed = token.map[1] - token.map[0] == lines + 2
+        rank = 2 * closed + bool(token.info.strip())
+        if rank >= best:
+            best, program = rank, token.content
+    return program
 
 
 class TestsReward:
@@ -33,12 +56,14 @@ class TestsReward:
 
     Args:
         passed, failed: the two rewards; cross_entropy wants 0 and below.
-        workers, limits, allow_unsandboxed: of the Sandbox, which starts with the first judgement
-            and ends with `close` or with the thread that it was made in.
+        workers, allow_unsandboxed, packages: of the Sandbox, which starts with the first judgement
+            and ends with `close` or with the thread that it was made in. Packages that the tests
+            themselves import are there without being named.
+        limits: at least these, for every program; None: those of its tests, else the Sandbox's.
 
-    The reason is the verdict's. A prompt without tests has no judgement. The verdict of the same
-    tests and program is remembered. Raises ValueError for tests of an unknown form, and
-    SandboxError if the sandbox failed twice: that says nothing about a program.
+    The reason is the verdict's. A prompt without tests has no judgement; nor has one whose tests
+    cannot be used, which a warning names. The verdict of the same tests and program is remembered.
+    Raises SandboxError if the sandbox failed twice: that says nothing about a program.
     """
 
     needs: Needs = "tests"
@@ -52,6 +77,7 @@ class TestsReward:
         workers: int | None = None,
         limits: Limits | None = None,
         allow_unsandboxed: bool = False,
+        packages: Sequence[str] = (),
     ) -> None:
         self._passed = number("TestsReward", "passed", passed)
         self._failed = number("TestsReward", "failed", failed)
@@ -59,7 +85,10 @@ class TestsReward:
             raise ValueError(f"TestsReward: failed must be below passed, got {failed} and {passed}")
         self._workers, self._limits = workers, limits
         self._allow_unsandboxed = allow_unsandboxed
+        self._packages = dict.fromkeys(packages)
+        package_paths(tuple(packages))
         self._sandbox: Sandbox | None = None
+        self._unusable: dict[bytes, str] = {}
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
         self.executed = 0
 
@@ -76,17 +105,21 @@ class TestsReward:
         keys: list[bytes | None] = []
         new: dict[bytes, Submission] = {}
         for prompt, completion, _ in zip(prompts, completions, token_ids, strict=True):
-            if prompt.tests is None:
+            if prompt.tests is None or self.unusable(prompt):
                 keys.append(None)
                 continue
             program = program_of(completion)
             key = _key(prompt, program)
             keys.append(key)
             if key not in self._verdicts and key not in new:
-                new[key] = submission(prompt.tests, program)
+                new[key] = submission(prompt.tests, program, self._limits)
+                self._need(packages_of_tests(prompt.tests))
         # Those of this call apart: remembering many may forget some of them.
         at_hand = {key: self._verdicts[key] for key in keys if key and key in self._verdicts}
         at_hand |= zip(new, self._judge(list(new.values())), strict=True)
+        for prompt, of_prompt in zip(prompts, keys, strict=True):
+            if of_prompt is not None and at_hand[of_prompt].unusable:
+                self._leave_out(prompt, at_hand[of_prompt].unusable)
         for key, verdict in at_hand.items():
             self._verdicts[key] = verdict
             self._verdicts.move_to_end(key)
@@ -94,12 +127,38 @@ class TestsReward:
             self._verdicts.popitem(last=False)
         return [None if key is None else self._judgement(at_hand[key]) for key in keys]
 
+    def unusable(self, prompt: Prompt) -> str:
+        """Why no completion of this prompt can be judged by its tests; "" if one can."""
+        key = _key(prompt, "")
+        if key not in self._unusable:
+            try:
+                check_form(prompt.tests)
+                self._unusable[key] = ""
+            except RowError as error:
+                self._leave_out(prompt, str(error))
+        return self._unusable[key]
+
+    def _leave_out(self, prompt: Prompt, reason: str) -> None:
+        self._unusable[_key(prompt, "")] = reason
+        warnings.warn(
+            f"the prompt {shown(prompt.content)} is left out: its tests cannot be used: {reason}",
+            stacklevel=2,
+        )
+
+    def _need(self, packages: Sequence[str]) -> None:
+        """The sandbox starts anew if it lacks a package that tests import."""
+        if not self._packages.keys() >= set(packages):
+            self._packages |= dict.fromkeys(packages)
+            self.close()
+
     def close(self) -> None:
         if self._sandbox is not None:
             self._sandbox.close()
             self._sandbox = None
 
-    def _judgement(self, verdict: Verdict) -> Judgement:
+    def _judgement(self, verdict: Verdict) -> Judgement | None:
+        if verdict.unusable:
+            return None
         return Judgement(self._passed if verdict.ok else self._failed, verdict.reason)
 
     def _judge(self, submissions: list[Submission]) -> list[Verdict]:
@@ -115,7 +174,10 @@ class TestsReward:
     def _ready(self) -> Sandbox:
         if self._sandbox is None:
             self._sandbox = Sandbox(
-                self._workers, self._limits, allow_unsandboxed=self._allow_unsandboxed
+                self._workers,
+                self._limits,
+                allow_unsandboxed=self._allow_unsandboxed,
+                packages=tuple(self._packages),
             )
         return self._sandbox
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from spo_ext.rollout.answers import AnswerReward
@@ -77,17 +77,25 @@ def needs_of(reward: Reward) -> Needs:
 
 
 def judged_by(reward: Reward, prompts: Iterable[_P]) -> Iterator[_P]:
-    """The prompts that have what the reward needs."""
+    """The prompts that have what the reward needs, in a form that it can use."""
     needs = needs_of(reward)
-    return (prompt for prompt in prompts if needs is None or getattr(prompt, needs) is not None)
+    for prompt in prompts:
+        if needs is not None and getattr(prompt, needs) is None:
+            continue
+        if not (isinstance(reward, TestsReward) and reward.unusable(prompt)):
+            yield prompt
 
 
-def test_options(workers: int | None, seconds: float | None) -> dict[str, Any]:
-    """Options of "tests" from --sandbox-workers and --test-seconds. Raises ValueError."""
+def test_options(
+    workers: int | None, seconds: float | None, packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Options of "tests" from --sandbox-workers, --test-seconds and --sandbox-packages.
+
+    Raises ValueError.
+    """
+    options: dict[str, Any] = {"workers": workers, "packages": packages}
     if seconds is None:
-        return {"workers": workers}
+        return options
     if not 0 < seconds < math.inf:
         raise ValueError(f"--test-seconds must be a number > 0, got {seconds}")
-    # Twice the time on the clock: the machine may be busy with other programs.
-    limits = Limits(cpu_seconds=math.ceil(seconds), wall_seconds=2 * seconds)
-    return {"workers": workers, "limits": limits}
+    return options | {"limits": Limits(cpu_seconds=seconds, wall_seconds=2 * seconds)}

@@ -9,6 +9,7 @@ without network, files or time to waste; only plain data comes back and is compa
 
 from spo_ext.sandbox.launch import Level
 from spo_ext.sandbox.records import (
+    Check,
     Limits,
     Outcome,
     Program,
@@ -23,6 +24,7 @@ from spo_ext.sandbox.sandbox import Sandbox, probe_levels
 from spo_ext.sandbox.verdict import agree, judge
 
 __all__ = [
+    "Check",
     "Level",
     "Limits",
     "Outcome",

@@ -16,6 +16,7 @@ root; anyone else, and root where that fails, gets a user namespace instead.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -45,28 +46,45 @@ ENVIRONMENT = {
     "PYTHONUTF8": "1",
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
+    # Numeric libraries start as many threads as there are cores, each with room of its own.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
 }
-MODULES = ("codec", "child", "police", "worker")
+LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
+MODULES = ("codec", "relation", "prelude", "child", "exam", "police", "worker")
+PACKAGES = "/packages"  # where those that the user allows are, inside
 
-# Run by /bin/sh: arguments are the new root, the size of /tmp, then read-only paths, "--",
-# hidden paths, "--", the worker's command.
+# Run by /bin/sh: arguments are the new root, the size of /tmp, then read-only paths each with its
+# place inside, "--", hidden paths, "--", the worker's command.
 UNSHARE_SCRIPT = """
 set -eu
 root=$1 size=$2; shift 2
 mount -t tmpfs -o mode=755 tmpfs "$root"
 bind() {
-  if [ -d "$1" ]; then mkdir -p "$root$1"
-  else mkdir -p "$root${1%/*}"; : >"$root$1"; fi
-  mount --rbind "$1" "$root$1"
+  if [ -d "$1" ]; then mkdir -p "$root$2"
+  else mkdir -p "$root${2%/*}"; : >"$root$2"; fi
+  mount --rbind "$1" "$root$2"
 }
 while [ "$1" != -- ]; do
-  bind "$1"; mount -o remount,bind,ro,nosuid,nodev "$root$1"; shift
+  bind "$1" "$2"; mount -o remount,bind,ro,nosuid,nodev "$root$2"; shift 2
 done; shift
 while [ "$1" != -- ]; do mount -t tmpfs -o ro tmpfs "$root$1"; shift; done; shift
-for device in /dev/null /dev/zero /dev/urandom; do bind $device; done
-mkdir "$root/proc" "$root/tmp"
+for device in /dev/null /dev/zero /dev/urandom; do bind $device $device; done
+mkdir "$root/proc" "$root/tmp" "$root/dev/shm"
 mount -t proc proc "$root/proc"
-mount -t tmpfs -o "mode=1777,size=$size" tmpfs "$root/tmp"
+for folder in /tmp /dev/shm; do
+  mount -t tmpfs -o "mode=1777,size=$size" tmpfs "$root$folder"
+done
+ln -s /proc/self/fd "$root/dev/fd"
+for link in stdin:0 stdout:1 stderr:2; do
+  ln -s "/proc/self/fd/${link#*:}" "$root/dev/${link%:*}"
+done
 mount -o remount,bind,ro "$root"
 exec chroot "$root" "$@"
 """
@@ -78,6 +96,7 @@ class Launcher:
 
     level: Level
     change_user: bool
+    packages: tuple[str, ...] = ()
 
     def missing(self) -> str:
         """Return why this way is not worth a try here, or "" if it is."""
@@ -114,21 +133,32 @@ class Launcher:
         if self.level == "bwrap":
             return [*self._bwrap(limits), "--", *worker]
         if self.level == "unshare":
-            paths = [*_read_only_paths(), "--", *_hidden_paths(), "--"]
+            places = [path for pair in self._places().items() for path in pair]
+            paths = [*places, "--", *_hidden_paths(), "--"]
             script = ["/bin/sh", "-c", UNSHARE_SCRIPT, "sh", scratch, str(limits.file_bytes)]
             return [*self._unshare(), *script, *paths, *worker]
         return worker
 
     def _worker_command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
+        plain = self.level == "rlimits"
+        found = package_paths(self.packages)
+        folders = sorted({os.path.dirname(path) for path in found}) if plain else [PACKAGES]
         config = {
-            **asdict(limits),
             "user": user,
             "private_user": self._has_private_user(),
-            "tmp": scratch if self.level == "rlimits" else "/tmp",
+            "folders": [scratch] if plain else ["/tmp", "/dev/shm"],
             "filter": build_filter().hex(),
+            "packages": self.packages,
+            "package_folders": folders if found else [],
         }
         # -S: no installed packages, -s: not the user's either.
         return [_python(), "-s", "-S", "-c", _worker_source(), json.dumps(config)]
+
+    def _places(self) -> dict[str, str]:
+        """What can be read inside, and where: Python as it lies here, and the allowed packages."""
+        places = {path: path for path in _read_only_paths()}
+        found = package_paths(self.packages)
+        return places | {path: f"{PACKAGES}/{os.path.basename(path)}" for path in found}
 
     def _has_private_user(self) -> bool:
         """Whether the kernel counts the worker's processes apart from all others."""
@@ -147,18 +177,22 @@ class Launcher:
                 command += ["--cap-add", capability]
         else:
             command += ["--unshare-all"]
-        read_only = _read_only_paths()
-        for folder in _parents([*read_only, *DEVICES]):
+        places = self._places()
+        for folder in _parents([*places.values(), *DEVICES]):
             # By itself bubblewrap closes them to all but root.
             command += ["--perms", "0755", "--dir", folder]
-        for path in read_only:
-            command += ["--ro-bind", path, path]
+        for path, place in places.items():
+            command += ["--ro-bind", path, place]
         for path in _hidden_paths():
             command += ["--tmpfs", path, "--remount-ro", path]
         for path in DEVICES:
             command += ["--dev-bind", path, path]
-        command += ["--proc", "/proc", "--perms", "1777", "--size", str(limits.file_bytes)]
-        return [*command, "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+        for place, target in LINKS.items():
+            command += ["--symlink", target, place]
+        command += ["--proc", "/proc"]
+        for folder in ("/tmp", "/dev/shm"):
+            command += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", folder]
+        return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
 
     def _unshare(self) -> list[str]:
         command = [_tool("setpriv"), "--pdeathsig", "KILL", _tool("unshare")]
@@ -166,10 +200,27 @@ class Launcher:
         return command + ([] if self.change_user else ["--user", "--map-root-user"])
 
 
-def launchers(level: Level) -> list[Launcher]:
+def launchers(level: Level, packages: tuple[str, ...] = ()) -> list[Launcher]:
     """The ways to reach a level, best first."""
     choices = (True, False) if os.geteuid() == 0 else (False,)
-    return [Launcher(level, change_user) for change_user in choices]
+    return [Launcher(level, change_user, packages) for change_user in choices]
+
+
+def package_paths(packages: Sequence[str]) -> list[str]:
+    """Where the packages lie here, with the shared objects that a wheel puts beside them.
+
+    Raises ValueError for a package that is not installed, or is no name of one.
+    """
+    paths = []
+    for name in packages:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+            raise ValueError(f"Sandbox: packages must be installed packages, got {name!r}")
+        locations = spec.submodule_search_locations
+        paths.append(os.path.realpath(locations[0] if locations else spec.origin))
+        libraries = os.path.join(os.path.dirname(paths[-1]), f"{name}.libs")
+        paths += [libraries] if os.path.isdir(libraries) else []
+    return paths
 
 
 def _tool(name: str) -> str:

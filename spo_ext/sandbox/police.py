@@ -7,24 +7,79 @@ descendants and hunts them one by one, which a determined program can outrun.
 
 import os
 import signal
+import time
 from typing import Any
 
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+# The worker itself may come late on a busy machine; so long at most counts from look to look.
+LONGEST_TICK = 0.04
 
-def excess(config: dict[str, Any]) -> str:
-    """Which limit all processes of the program together exceed, or "" if none."""
-    threads = kib = 0
-    for pid in _other_processes():
-        try:
-            with open(f"/proc/{pid}/status") as file:
-                status = dict(line.split(":", 1) for line in file)
-        except OSError:
-            continue  # It has just ended.
-        threads += int(status["Threads"])
-        for name in ("RssAnon", "RssShmem"):
-            kib += int(status.get(name, "0 kB").split()[0])
-    if threads > config["processes"]:
-        return "processes"
-    return "memory" if kib > config["memory_mib"] << 10 else ""
+
+class Usage:
+    """What all processes of a program have used so far, but for the examiner's."""
+
+    def __init__(self, examiner: int) -> None:
+        self._examiner = examiner
+        self._seen: dict[int, float] = {}  # Process id to the CPU time of its own.
+        self._vanished = 0.0
+        self._seconds = self.idle = 0.0
+        self._looked = time.monotonic()
+
+    def excess(self, limits: dict[str, Any], busy: bool) -> str:
+        """Which limit the program exceeds, or "" if none; `busy` if it has just written."""
+        threads = kib = 0
+        own: dict[int, float] = {}
+        with_children, runs = 0.0, busy
+        for pid in _other_processes():
+            try:
+                state, ours, theirs, count = _stat(f"/proc/{pid}/stat")
+                runs = runs or state == "R" or (count > 1 and _any_runs(pid))
+                if pid == self._examiner:
+                    continue
+                kib += _kib(pid)
+            except OSError:
+                continue  # It has just ended.
+            threads += count
+            own[pid] = ours
+            with_children += ours + theirs
+        self._count(own, with_children, runs)
+        if threads > limits["processes"]:
+            return "processes"
+        if kib > limits["memory_mib"] << 10:
+            return "memory"
+        if self._seconds > limits["cpu_seconds"]:
+            return "cpu"
+        return "wall" if self.idle > limits["wall_seconds"] else ""
+
+    def _count(self, own: dict[int, float], with_children: float, runs: bool) -> None:
+        """Children that nobody waits for are in no sum of their parent's, so they count apart."""
+        self._vanished += sum(time for pid, time in self._seen.items() if pid not in own)
+        self._seen = own
+        seconds = max(with_children, sum(own.values()) + self._vanished)
+        now = time.monotonic()
+        if not runs and seconds <= self._seconds:
+            self.idle += min(now - self._looked, LONGEST_TICK)
+        self._seconds, self._looked = max(seconds, self._seconds), now
+
+
+def _stat(path: str) -> tuple[str, float, float, int]:
+    """State, CPU seconds of its own and of children that it waited for, number of threads."""
+    with open(path) as file:
+        fields = file.read().rpartition(")")[2].split()
+    user, system, childrens_user, childrens_system = map(int, fields[11:15])
+    own, children = user + system, childrens_user + childrens_system
+    return fields[0], own / TICKS_PER_SECOND, children / TICKS_PER_SECOND, int(fields[17])
+
+
+def _any_runs(pid: int) -> bool:
+    tasks = os.listdir(f"/proc/{pid}/task")
+    return any(_stat(f"/proc/{pid}/task/{task}/stat")[0] == "R" for task in tasks)
+
+
+def _kib(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return sum(int(status.get(name, "0 kB").split()[0]) for name in ("RssAnon", "RssShmem"))
 
 
 def kill_all() -> None:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal
 
-from spo_ext.sandbox.jobs import Job, crashed, make_jobs, merge
-from spo_ext.sandbox.launch import LEVELS, Launcher, Level, launchers
-from spo_ext.sandbox.pool import Pool
+from spo_ext.sandbox.jobs import Job, Unusable, crashed, make_jobs, merge
+from spo_ext.sandbox.launch import LEVELS, Launcher, Level, launchers, package_paths
+from spo_ext.sandbox.pool import Pool, Result
 from spo_ext.sandbox.records import Limits, Outcome, Program, SandboxError, StdinProgram
 
 ATTEMPTS_ALONE = 2
@@ -29,6 +29,10 @@ class Sandbox:
     and needs `allow_unsandboxed=True` or SPO_ALLOW_UNSANDBOXED=1 in the environment. Raises
     SandboxError if no permitted level works. Workers end with the thread that started them; one
     that has ended is replaced. Use from one thread at a time.
+
+    `packages` names installed packages that programs may import, such as "numpy", by the name of
+    the import; each needs those it imports itself named too. Raises ValueError for one that is not
+    installed.
     """
 
     def __init__(
@@ -37,13 +41,15 @@ class Sandbox:
         limits: Limits | None = None,
         level: Level | Literal["auto"] = "auto",
         allow_unsandboxed: bool = False,
+        packages: Sequence[str] = (),
     ) -> None:
         count = workers if workers is not None else os.cpu_count() or 1
         if count < 1:
             raise ValueError(f"workers must be at least 1, got {count}")
         self.limits = limits or Limits()
         allowed = allow_unsandboxed or os.environ.get(OPT_IN_VARIABLE) == "1"
-        self._launcher = _choose(level, allowed, self.limits)
+        package_paths(packages)
+        self._launcher = _choose(level, allowed, self.limits, tuple(packages))
         self._pool = Pool(self._launcher, self.limits, count)
         self._closed = False
         self._finalizer = weakref.finalize(self, self._pool.close)
@@ -67,30 +73,37 @@ class Sandbox:
         Raises SandboxError if the sandbox failed, TypeError or ValueError if an argument of a call
         is not plain data. Whatever a program does becomes its outcome.
         """
+        results = self.run_jobs([make_jobs(program, self.limits) for program in programs])
+        # What is run without expected outputs or a check has no tests that could be unusable.
+        return [outcome for outcome in results if isinstance(outcome, Outcome)]
+
+    def run_jobs(self, jobs_of: Sequence[list[Job]]) -> list[Outcome | Unusable]:
+        """Run the jobs of each program; the outcome of them together. Raises SandboxError."""
         if self._closed:
             raise SandboxError("the sandbox is closed")
-        jobs_of = [make_jobs(program) for program in programs]
         jobs = [job for group in jobs_of for job in group]
-        outcomes = self._pool.run(jobs)
-        ordered = (
-            outcomes[index] if index in outcomes else self._run_alone(job)
-            for index, job in enumerate(jobs)
-        )
+        results = self._pool.run(jobs)
+        ordered = (self._settled(results.get(index), job) for index, job in enumerate(jobs))
         return [merge([next(ordered) for _ in group]) for group in jobs_of]
 
-    def _run_alone(self, job: Job) -> Outcome:
+    def _settled(self, result: Result | None, job: Job) -> Outcome | Unusable:
+        return self._run_alone(job) if result is None or result == "starved" else result
+
+    def _run_alone(self, job: Job) -> Outcome | Unusable:
         """Run a job that lost its worker by itself, between canaries."""
         pool = Pool(self._launcher, self.limits, 1)
         try:
             for _ in range(ATTEMPTS_ALONE):
                 pool.check_canary()
-                done = pool.run([job])
+                done = pool.run([job]).get(0)
                 pool.close()
-                if done:
-                    return done[0]
+                if isinstance(done, Outcome | Unusable):
+                    return done
             pool.check_canary()
         finally:
             pool.close()
+        if done == "starved":
+            raise SandboxError("this machine is too busy to judge programs: all wait for a core")
         return crashed(job)
 
     def close(self) -> None:
@@ -115,10 +128,12 @@ def probe_levels() -> dict[Level, str | None]:
     return {level: _probe(level, Limits())[1] for level in LEVELS}
 
 
-def _probe(level: Level, limits: Limits) -> tuple[Launcher | None, str | None]:
+def _probe(
+    level: Level, limits: Limits, packages: tuple[str, ...] = ()
+) -> tuple[Launcher | None, str | None]:
     """The first way to reach a level that works, or why the last one did not."""
     reason = ""
-    for launcher in launchers(level):
+    for launcher in launchers(level, packages):
         reason = launcher.missing()
         if reason:
             continue
@@ -133,7 +148,9 @@ def _probe(level: Level, limits: Limits) -> tuple[Launcher | None, str | None]:
     return None, reason
 
 
-def _choose(level: Level | Literal["auto"], allowed: bool, limits: Limits) -> Launcher:
+def _choose(
+    level: Level | Literal["auto"], allowed: bool, limits: Limits, packages: tuple[str, ...]
+) -> Launcher:
     """The best launcher that works and is permitted; never a silent step down."""
     wanted = LEVELS if level == "auto" else (level,)
     reasons = []
@@ -141,7 +158,7 @@ def _choose(level: Level | Literal["auto"], allowed: bool, limits: Limits) -> La
         if name == "rlimits" and not allowed:
             reasons.append("rlimits: isolates nothing, so it needs your consent")
             continue
-        launcher, reason = _probe(name, limits)
+        launcher, reason = _probe(name, limits, packages)
         if launcher is not None:
             return launcher
         reasons.append(f"{name}: {reason}")

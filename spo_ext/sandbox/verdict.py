@@ -1,66 +1,54 @@
-"""Compares outputs with what was expected, in the trusted process, after the program has ended."""
+"""Says how many of a program's outputs are those that were expected."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spo_ext.sandbox.records import Outcome, Raised, StdinProgram, Submission, Verdict
+from spo_ext.sandbox.codec import decode, encode
+from spo_ext.sandbox.jobs import Judged, Unusable, judging_jobs
+from spo_ext.sandbox.records import Outcome, Raised, Submission, Verdict
+from spo_ext.sandbox.relation import equal, equal_lines, equal_tokens
 from spo_ext.sandbox.sandbox import Sandbox
 
 
 def judge(sandbox: Sandbox, submissions: Sequence[Submission]) -> list[Verdict]:
     """Run all submissions and say which outputs are as expected, in the same order.
 
-    Return values must agree in type as in value, at every depth: True is not 1, 1 is not 1.0; NaN
-    agrees with NaN. Printed text is compared line by line without trailing white space. Raises
+    Return values are compared inside the sandbox, as plain data, printed text here. Raises
     SandboxError if the sandbox failed and TypeError if an expected output is not plain data.
     """
-    expected = [_expected_keys(submission) for submission in submissions]
-    outcomes = sandbox.run([submission.program for submission in submissions])
-    return [_compare(*each) for each in zip(submissions, expected, outcomes, strict=True)]
+    jobs = [judging_jobs(submission, sandbox.limits) for submission in submissions]
+    results = sandbox.run_jobs(jobs)
+    return [_verdict(*each) for each in zip(submissions, results, strict=True)]
 
 
 def agree(output: object, expected: object) -> bool:
-    """Whether two return values agree in type as in value, at every depth, as `judge` has it."""
-    return _typed(output) == _typed(expected)
+    """Whether two return values agree as `judge` has it unless told otherwise."""
+    return equal(decode(encode(output)), decode(encode(expected)))
 
 
-def _expected_keys(submission: Submission) -> list[object]:
-    return [_key(submission, value) for value in submission.expected]
+def _verdict(submission: Submission, result: Outcome | Unusable) -> Verdict:
+    total = max(1, len(submission.expected))
+    if isinstance(result, Unusable):
+        return Verdict(0, total, False, "the tests cannot be used", unusable=str(result))
+    readings = [_complaints(submission, result, unwrapped=False)]
+    if submission.wrapped:
+        readings.append(_complaints(submission, result, unwrapped=True))
+    complaints = min(readings, key=len)
+    ok = not complaints and result.status == "ok"
+    reason = result.reason or "".join(complaints[:1])
+    return Verdict(total - len(complaints), total, ok, reason)
 
 
-def _compare(submission: Submission, expected: list[object], outcome: Outcome) -> Verdict:
+def _complaints(submission: Submission, outcome: Outcome, unwrapped: bool) -> list[str]:
+    same = equal_tokens if submission.relation == "tokens" else equal_lines
     complaints = []
-    for index, (output, key) in enumerate(zip(outcome.outputs, expected, strict=True)):
+    for index, output in enumerate(outcome.outputs):
         if isinstance(output, Raised):
             complaints.append(f"call {index}: {output.text}")
-        elif _key(submission, output) != key:
+        elif isinstance(output, Judged):
+            right = output.unwrapped if unwrapped else output.as_is
+            complaints += [] if right else [f"call {index}: wrong output"]
+        elif not same(str(output), str(submission.expected[index])):
             complaints.append(f"call {index}: wrong output")
-    ok = not complaints and outcome.status == "ok"
-    reason = outcome.reason or "".join(complaints[:1])
-    return Verdict(len(expected) - len(complaints), len(expected), ok, reason)
-
-
-def _key(submission: Submission, value: object) -> object:
-    """What two outputs of this kind of program agree in, as built-in values with built-in `==`."""
-    if not isinstance(submission.program, StdinProgram):
-        return _typed(value)
-    if not isinstance(value, str):
-        raise TypeError(f"the expected output of a script must be str, got {type(value).__name__}")
-    return [line.rstrip() for line in value.rstrip().split("\n")]
-
-
-def _typed(value: object) -> object:
-    """Pair every part of a value with its type."""
-    kind = type(value)
-    if isinstance(value, float) and value != value:
-        return kind, "nan"
-    if value is None or kind in (bool, int, float, str, bytes):
-        return kind, value
-    if isinstance(value, dict) and kind is dict:
-        return kind, frozenset((_typed(k), _typed(v)) for k, v in value.items())
-    if isinstance(value, list | tuple) and kind in (list, tuple):
-        return kind, tuple(map(_typed, value))
-    if isinstance(value, set | frozenset) and kind in (set, frozenset):
-        return kind, frozenset(map(_typed, value))
-    raise TypeError(f"an expected output must be plain data, got {kind.__name__}")
+    return complaints

@@ -1,12 +1,13 @@
-"""The process inside the sandbox: forks one child per program and lets it do no harm.
+"""The process inside the sandbox: forks a child for each program and lets it do no harm.
 
 The parent ships the text of this module and those it imports over `python -c`, so they need the
 standard library only, and no path of the repository has to be visible inside.
 
 Nothing of one program may reach the next, not even as residue in freed memory, for the next is
 often another attempt at the same task. So the worker keeps requests and results as raw bytes in
-buffers that it wipes, only the child decodes a request, and a worker whose /tmp was touched asks
-to be replaced.
+buffers that it wipes, only the children decode a request, and a worker whose /tmp is not easily
+emptied asks to be replaced. What is expected is read after the program's process was forked: only
+the examiner's, which is forked then, has it in its memory.
 """
 
 import ctypes
@@ -16,16 +17,24 @@ import os
 import select
 import signal
 import struct
+import sys
 import time
 from typing import Any
 
-from spo_ext.sandbox.child import run_child
-from spo_ext.sandbox.police import excess, kill_all
+from spo_ext.sandbox.child import confine, run_child
+from spo_ext.sandbox.exam import run_exam
+from spo_ext.sandbox.police import Usage, kill_all
+from spo_ext.sandbox.prelude import add_exits, make_prelude
 
 TICK_SECONDS = 0.02
-# What programs import most, loaded once instead of once per program. Through dataclasses also ast,
-# without which each child's first compile() takes 2 ms; not random, which reseeds at every fork.
-PRELOADED = ("bisect", "copy", "dataclasses", "heapq", "itertools", "math", "re", "string")
+# Beyond the prelude, what programs import most, loaded once instead of once per program.
+PRELOADED = ("dataclasses", "decimal", "threading")
+# The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
+# own work, and some more for the tests' start.
+EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
+MOST_FILES = 64  # that are removed for the next program; more are not worth the time
+# After so long without a core the parent is told, which may then use it for another program.
+ASLEEP_SECONDS = 0.1
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
@@ -34,17 +43,20 @@ SECCOMP_MODE_FILTER, CAPABILITY_VERSION_3 = 2, 0x20080522
 
 
 def main(config: dict[str, Any]) -> None:
-    for name in PRELOADED:
+    sys.path += config["package_folders"]
+    for name in (*PRELOADED, *config["packages"]):
         __import__(name)
-    os.chdir(config["tmp"])
-    os.environ["TMPDIR"] = config["tmp"]
-    # Made now because the filter forbids it later, to programs above all.
-    stdin = os.memfd_create("stdin")
+    prelude = make_prelude()
+    add_exits()
+    sys.set_int_max_str_digits(0)  # A program may print numbers of any length.
+    os.cpu_count = lambda: 4  # A pool of one process per core must fit in the limit of processes.
+    tmp = os.environ["TMPDIR"] = config["folders"][0]
+    os.chdir(tmp)
     drop_privileges(config)
     gc.disable()
     gc.freeze()
     write_all(frame({"ready": True}))
-    serve(config, stdin)
+    serve(config, prelude)
 
 
 def drop_privileges(config: dict[str, Any]) -> None:
@@ -67,11 +79,10 @@ def drop_privileges(config: dict[str, Any]) -> None:
     must(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "set parent-death signal")
     must(LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "set not dumpable")
     must(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "set no_new_privs")
-    install_filter(bytes.fromhex(config["filter"]))
 
 
 def install_filter(code: bytes) -> None:
-    """Install a seccomp program (see syscall_filter), which every child inherits."""
+    """Install a seccomp program (see syscall_filter) in this process, a child of the worker."""
     if not code:
         return
     instructions = ctypes.create_string_buffer(code, len(code))
@@ -86,22 +97,34 @@ def must(result: int, action: str) -> None:
 
 
 class Stream:
-    """Bytes that a program writes to a pipe, kept in one buffer that can be wiped."""
+    """Bytes that come out of a pipe, kept in one buffer that can be wiped."""
 
-    def __init__(self, capacity: int) -> None:
-        self.buffer = bytearray(capacity + 1)
-        self.size = 0
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.capacity = self.size = 0
         self.fd = -1
 
+    def open(self, capacity: int) -> int:
+        """Make the pipe, to hold so many bytes; returns the end to write to."""
+        self.capacity = capacity
+        if capacity >= len(self.buffer):
+            self.buffer = bytearray(capacity + 1)
+        self.fd, write_end = os.pipe()
+        os.set_blocking(self.fd, False)  # Whoever still holds the other end, reading must end.
+        return write_end
+
     def read(self) -> bool:
-        """Take what is there; False at the end of the pipe or once over the capacity."""
-        room = memoryview(self.buffer)[self.size :]
-        taken = os.readv(self.fd, [room]) if room else 0
+        """Take what is there; False at the end of the pipe, if it is empty or over the capacity."""
+        room = memoryview(self.buffer)[self.size : self.capacity + 1]
+        try:
+            taken = os.readv(self.fd, [room]) if room else 0
+        except BlockingIOError:
+            return False
         self.size += taken
         return taken > 0
 
     def full(self) -> bool:
-        return self.size == len(self.buffer)
+        return self.size > self.capacity
 
     def take(self) -> memoryview:
         return memoryview(self.buffer)[: self.size]
@@ -111,83 +134,189 @@ class Stream:
         self.size = 0
 
 
-def serve(config: dict[str, Any], stdin: int) -> None:
-    """Answer requests until the parent closes its end."""
-    request = bytearray(1 << 16)
-    result, stdout = Stream(config["output_bytes"]), Stream(config["output_bytes"])
-    tmp_ctime = os.stat(".").st_ctime_ns
-    while True:
+class Request:
+    """Raw bytes of a request, kept in one buffer that can be wiped."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(1 << 16)
+        self.size = 0
+
+    def read(self) -> None:
         size = read_size()
-        if size > len(request):
-            request = bytearray(size)
-        read_exactly(memoryview(request)[:size])
-        header = run_one(config, memoryview(request)[:size], stdin, result, stdout)
-        header["dirty"] = os.stat(".").st_ctime_ns != tmp_ctime
-        request[:size] = bytes(size)
-        os.ftruncate(stdin, 0)
-        write_all(frame(header))
+        if size > len(self.buffer):
+            self.buffer = bytearray(size)
+        self.size = size
+        read_exactly(memoryview(self.buffer)[:size])
+
+    def parsed(self) -> dict[str, Any]:
+        """The request, in a process that ends with it."""
+        return json.loads(bytes(memoryview(self.buffer)[: self.size]))  # type: ignore[no-any-return]
+
+    def wipe(self) -> None:
+        self.buffer[: self.size] = bytes(self.size)
+
+
+def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
+    """Answer requests until the parent closes its end.
+
+    A request is three frames: the limits, what the program may see, and what only the examiner
+    may; a script has the text of its stdin in place of the latter.
+    """
+    program, other = Request(), Request()
+    result, stdout = Stream(), Stream()
+    while True:
+        header = read_header()
+        program.read()
+        reply = run_one(config, prelude, header, (program, other), (result, stdout))
+        reply["dirty"] = not all([emptied(folder) for folder in config["folders"]])
+        write_all(frame(reply))
         for stream in (result, stdout):
             write_all(stream.take())
             stream.wipe()
 
 
+def emptied(folder: str) -> bool:
+    """Remove what a program left in its folder, if that is a few files; whether all is as new.
+
+    The folder's own times are made those of this moment, touched or not.
+    """
+    try:
+        names = os.listdir(folder)
+        if len(names) > MOST_FILES:
+            return False
+        for name in names:
+            os.unlink(f"{folder}/{name}")
+        os.close(os.open(f"{folder}/.new", os.O_CREAT | os.O_EXCL))
+        os.unlink(f"{folder}/.new")
+        state = os.stat(folder)
+        if state.st_uid == os.getuid():  # A program may then change more than the times.
+            os.chmod(folder, 0o1777)
+            os.utime(folder)
+            return not os.listxattr(folder)
+        return True
+    except OSError:
+        return False  # A folder in it, above all.
+
+
 def run_one(
-    config: dict[str, Any], request: memoryview, stdin: int, result: Stream, stdout: Stream
+    config: dict[str, Any],
+    prelude: dict[str, Any],
+    header: dict[str, Any],
+    requests: tuple[Request, Request],
+    streams: tuple[Stream, Stream],
 ) -> dict[str, Any]:
     """Run one program in a child and leave none of its processes. Returns the reply's header."""
-    result.fd, result_end = os.pipe()
-    stdout.fd, stdout_end = os.pipe()
+    limits, script = header["limits"], header["script"]
+    result, stdout = streams
+    result_end = result.open(limits["output_bytes"])
+    stdout_end = stdout.open(limits["output_bytes"])
+    opened = [result_end, stdout_end]
     start = time.monotonic()
-    child = os.fork()
+    if script:
+        requests[1].read()
+        # Made anew, lest what can be attached to a file or a descriptor lasts.
+        stdin = os.memfd_create("stdin")
+        opened.append(stdin)
+        write_all(memoryview(requests[1].buffer)[: requests[1].size], stdin)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        requests[1].wipe()
+        descriptors: tuple[int, ...] = (stdin, stdout_end, -1, result_end)
+    else:
+        (answers, answers_end), (calls, calls_end) = os.pipe(), os.pipe()
+        opened += [answers, answers_end, calls, calls_end]
+        descriptors = (-1, stdout_end, -1, answers_end, calls)
+    child = fork(config)
     if child == 0:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        gc.enable()
-        run_child(json.loads(bytes(request)), config, stdin, stdout_end, result_end)
-    os.close(result_end)
-    os.close(stdout_end)
-    end = watch(config, child, (result, stdout))
-    os.kill(child, signal.SIGKILL)
-    _, wait_status, _ = os.wait4(child, 0)
+        run_child(requests[0].parsed(), limits, config, prelude, descriptors)
+    requests[0].wipe()
+    examiner = 0
+    if not script:
+        requests[1].read()
+        examiner = fork(config)
+        if examiner == 0:
+            seconds = EXAM_CPU_FACTOR * limits["cpu_seconds"] + EXAM_CPU_MORE
+            own = {**limits, "cpu_seconds": seconds}
+            confine((-1, -1, -1, result_end, answers, calls_end), own, config)
+            run_exam(requests[1].parsed(), child, limits["output_bytes"], prelude)
+        requests[1].wipe()
+    for fd in opened:
+        os.close(fd)
+    end = watch(limits, child, examiner, streams)
+    program_status, exam_status = ended(child), ended(examiner)
     kill_all()
-    for stream in (result, stdout):
+    for stream in streams:
         while stream.read():
-            pass  # To the end, which comes: nobody is left to hold the other end.
+            pass
         end = "output" if stream.full() else end
         os.close(stream.fd)
     return {
         "end": end,
-        "wait_status": wait_status,
+        "program_status": program_status,
+        "exam_status": exam_status,
         "seconds": time.monotonic() - start,
         "result_bytes": result.size,
         "stdout_bytes": stdout.size,
     }
 
 
-def watch(config: dict[str, Any], child: int, streams: tuple[Stream, ...]) -> str:
-    """Wait until the child ends ("exit") or goes over a limit; returns which."""
-    deadline = time.monotonic() + config["wall_seconds"]
+def fork(config: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        install_filter(bytes.fromhex(config["filter"]))
+        gc.enable()
+    return pid
+
+
+def ended(pid: int) -> int | None:
+    """The wait status of a process that has ended by itself; None, and it is killed, if not."""
+    if pid == 0:
+        return None
+    found, status = os.waitpid(pid, os.WNOHANG)
+    if found:
+        return status
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stream, ...]) -> str:
+    """Wait until the last of the two ends ("exit") or a limit is passed; returns which.
+
+    Time counts against the program while it uses a core or while none of its processes wants one,
+    never while it waits for a core that others use.
+    """
+    usage = Usage(examiner)
+    starved = time.monotonic() + limits["starved_seconds"]
     next_tick = time.monotonic() + TICK_SECONDS
-    pidfd = os.pidfd_open(child)
+    pidfd = os.pidfd_open(examiner or child)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end = ""
+    end, busy, told = "", False, False
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
             kill_all()
             os._exit(0)
         for stream in streams:
-            if stream.fd in ready and not stream.read():
-                poll.unregister(stream.fd)
+            if stream.fd in ready:
+                if stream.read():
+                    busy = True
+                else:
+                    poll.unregister(stream.fd)
             end = "output" if stream.full() else end
         if pidfd in ready:
             end = end or "exit"
         elif time.monotonic() >= next_tick:
-            end = end or ("wall" if time.monotonic() >= deadline else excess(config))
-            next_tick = time.monotonic() + TICK_SECONDS
+            end = end or usage.excess(limits, busy)
+            if usage.idle > ASLEEP_SECONDS and not told:
+                told = True
+                write_all(frame({"asleep": True}))
+            end = end or ("starved" if time.monotonic() > starved else "")
+            next_tick, busy = time.monotonic() + TICK_SECONDS, False
     os.close(pidfd)
     return end
 
@@ -195,6 +324,12 @@ def watch(config: dict[str, Any], child: int, streams: tuple[Stream, ...]) -> st
 def frame(header: dict[str, Any]) -> bytes:
     body = json.dumps(header).encode()
     return struct.pack("!I", len(body)) + body
+
+
+def read_header() -> dict[str, Any]:
+    body = bytearray(read_size())
+    read_exactly(memoryview(body))
+    return json.loads(body)  # type: ignore[no-any-return]
 
 
 def read_size() -> int:
@@ -211,7 +346,7 @@ def read_exactly(view: memoryview) -> None:
         view = view[taken:]
 
 
-def write_all(data: bytes | memoryview) -> None:
+def write_all(data: bytes | memoryview, fd: int = 1) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(1, view) :]
+        view = view[os.write(fd, view) :]

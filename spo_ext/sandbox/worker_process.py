@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
+from spo_ext.sandbox.jobs import Job, Reply, starved_seconds
 from spo_ext.sandbox.launch import ENVIRONMENT, Launcher
 from spo_ext.sandbox.records import Limits, SandboxError
 
-# Beyond the wall limit of a program, for starting, killing and reaping on a loaded machine.
+# Beyond what a worker gives a program, for starting, killing and reaping on a loaded machine.
 GRACE_SECONDS = 15.0
 MAX_HEADER_BYTES = 4096
 
@@ -24,28 +24,17 @@ class WorkerDied(Exception):
     """A worker ended, hung or broke the protocol while it had a request."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """The worker's account of one run, and what the program wrote. The bytes are not trusted."""
-
-    end: str
-    wait_status: int
-    seconds: float
-    dirty: bool
-    result: bytes
-    stdout: bytes
-
-
 class WorkerProcess:
     """One sandboxed worker. It holds at most one request at a time."""
 
     def __init__(self, launcher: Launcher, limits: Limits) -> None:
-        self._limits = limits
+        self._max_bytes = 0
         self._boundary = launcher.level != "rlimits"
         self._to_send = b""
         self._received = bytearray()
         self._ready = False
         self.deadline = 0.0
+        self.asleep = False
         self._scratch = tempfile.mkdtemp(prefix="spo-sandbox-") if launcher.needs_scratch else ""
         user = launcher.pick_user()
         try:
@@ -88,10 +77,12 @@ class WorkerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def send(self, request: bytes) -> None:
+    def send(self, job: Job) -> None:
         """Begin to send a request; call `write` while `sending` and the pipe has room."""
-        self._to_send = len(request).to_bytes(4, "big") + request
-        self.deadline = time.monotonic() + self._limits.wall_seconds + GRACE_SECONDS
+        self._to_send = job.request
+        self.asleep = False
+        self._max_bytes = job.limits.output_bytes
+        self.deadline = time.monotonic() + starved_seconds(job.limits) + GRACE_SECONDS
         self.write()
 
     def write(self) -> None:
@@ -124,15 +115,20 @@ class WorkerProcess:
         if parsed is None:
             return None
         header, start = parsed
+        if header.get("asleep"):
+            self.asleep = True
+            del self._received[:start]
+            return self._take_reply()
         sizes = [int(header["result_bytes"]), int(header["stdout_bytes"])]
-        if not all(0 <= size <= self._limits.output_bytes + 1 for size in sizes):
+        if not all(0 <= size <= self._max_bytes + 1 for size in sizes):
             raise ValueError(f"sizes {sizes}")
         middle, end = start + sizes[0], start + sum(sizes)
         if len(self._received) < end:
             return None
         reply = Reply(
             end=str(header["end"]),
-            wait_status=int(header["wait_status"]),
+            program_status=_status(header["program_status"]),
+            exam_status=_status(header["exam_status"]),
             seconds=float(header["seconds"]),
             dirty=bool(header["dirty"]),
             result=bytes(self._received[start:middle]),
@@ -185,3 +181,7 @@ class WorkerProcess:
     def _remove_scratch(self) -> None:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _status(value: object) -> int | None:
+    return None if value is None else int(str(value))
