@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEED ?= 0
 BUDGET ?= 30
+# Processes that run the tests, each with one thread unless a test asks for more.
+JOBS ?= 2
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Tests that reach C++ code; under sanitizers the rest is only slow, and torch.compile's C++ lacks them.
 SANITIZED := $(addprefix python_tests/,test_token_logprobs.py test_logprobs_from_logits.py \
@@ -33,13 +35,13 @@ quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
 
 test: build sandbox postgres lint
-	$(BIN)/pytest --benchmark-skip
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-skip
 
 # torch by exact version and first: an open range may bring gigabytes of CUDA libraries.
 $(VENV)/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark safetensors ruff mypy \
+	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist safetensors ruff mypy \
 		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
 		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai
 	touch $@

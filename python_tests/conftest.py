@@ -1,5 +1,8 @@
 """Shared fixtures: the devices under test, tolerances, seeded inputs."""
 
+import os
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,15 @@ import spo_ext
 from spo_ext.sandbox import Sandbox
 
 DTYPES = list(LOGPROB_TOLERANCE)
+
+
+# PyTorch's cache of compiled graphs does not know when the schema of an operator has changed.
+_SCHEMAS = Path(__file__).parent.parent / "csrc" / "spo_ops.cpp"
+if _SCHEMAS.exists():
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR",
+        f"{tempfile.gettempdir()}/spo_ext-inductor-{zlib.crc32(_SCHEMAS.read_bytes()):08x}",
+    )
 
 
 def why_no_cuda() -> str | None:

@@ -2,9 +2,14 @@
 
 Completions say which weights wrote them. By the model's name, or by the first token of a prompt, it
 misbehaves. Run as a process: prints its port. GET /log gives the requests it got, and how many at
-once; POST /fake changes it: {"restart": true}, {"seconds": 0.1} of each completion, {"room": 64}
-tokens of context, {"dev": false} without the development routes, {"versions": false} without
-/weight_info as before 0.32.
+once. POST /fake changes it:
+
+{"restart": true}    it has the weights of its start again
+{"away": 2}          seconds without an answer to anybody
+{"seconds": 0.1}     of each completion
+{"room": 64}         tokens of context
+{"dev": false}       no routes of the development mode
+{"versions": false}  no /weight_info, as before 0.32
 """
 
 from __future__ import annotations
@@ -65,6 +70,7 @@ class Engine:
     def __init__(self) -> None:
         self.seconds, self.room, self.dev, self.versions = 0.0, 100_000, True, True
         self.running = self.held = 0
+        self.back = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -85,6 +91,8 @@ class Engine:
 
     def control(self, path: str, body: Any) -> Any:
         """An answer to a route of the development mode."""
+        if path == "/collective_rpc":
+            time.sleep(10 * self.seconds)  # weights take a while
         with _lock:
             if path == "/pause":
                 self.paused = True
@@ -169,6 +177,12 @@ def drawn(body: dict[str, Any], index: int) -> tuple[list[int], list[float]]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def parse_request(self) -> bool:
+        """False, without an answer, while the server is away."""
+        known = super().parse_request()
+        self.close_connection |= time.monotonic() < engine.back
+        return known and time.monotonic() >= engine.back
+
     def do_GET(self) -> None:
         if self.path == "/weight_info" and engine.versions and engine.dev:
             self._send(200, engine.control(self.path, None))
@@ -190,6 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/fake":
             if body.pop("restart", False):
                 engine.restart()
+            engine.back = time.monotonic() + body.pop("away", 0)
             vars(engine).update(body)
             self._send(200, {})
             return

@@ -107,6 +107,32 @@ def test_generation_stays_as_it_was():
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), want)
 
 
+def test_images_reach_the_model():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.Qwen2Config(vocab_size=300, **SMALL),
+        image_token_index=299,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    input_ids, _, _ = tokens(299)
+    input_ids[:, 1:5] = 299  # four patches
+    targets = input_ids.clone()
+    targets[:, :5] = -100
+    images = {"pixel_values": torch.randn(3, 3, 8, 8)}
+    logits = model(input_ids, **images).logits[:, :-1]
+    want = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    huggingface.add_token_logprobs(model)
+    got = model(input_ids=input_ids, logprob_targets=targets, **images)
+    counted = targets[:, 1:] != -100
+    torch.testing.assert_close(got[counted], want[counted], rtol=0, atol=2e-5)
+    images["pixel_values"] = images["pixel_values"].flip(0)
+    other = model(input_ids=input_ids, logprob_targets=targets, **images)
+    assert (other - got)[counted].abs().max() > 1e-4
+
+
 MIXTURES = [
     ("Mixtral", {"num_local_experts": 4}),
     ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),

@@ -223,6 +223,25 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     assert error.value.status is None
 
 
+def test_a_server_that_comes_back_gets_the_version(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    publisher = ServerPublisher(server.url, tmp_path, retry_s=60.0)
+    serve, left = publisher._serve, [2]
+
+    def away(version: int) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise PublishError("POST /pause: no answer: refused")
+        serve(version)
+
+    monkeypatch.setattr(publisher, "_serve", away)
+    monkeypatch.setattr("spo_ext.trainer.publish_server._PAUSE_S", 0.01)
+    publisher.publish(tiny_model(), None, 1)
+    assert (tmp_path / "latest").exists() and version_of(server.version) == 1
+    assert caplog.text.count("no answer: refused; trying again for up to 60 s") == 1
+
+
 def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="url must be http://..., got 'localhost:8000'"):
         ServerPublisher("localhost:8000", tmp_path)

@@ -181,7 +181,8 @@ def test_a_busy_server_is_asked_again(url: str) -> None:
 
 
 def test_a_server_that_fails_on_is_named_with_its_words(url: str) -> None:
-    match = r"127.0.0.1:\d+/v1/completions: status 500: no room for broken \(after 2 attempts\)"
+    match = r"the prompt \('prompt 0', 2 tokens and up to 7 new ones\): http://127.0.0.1:\d+/v1/"
+    match += r"completions: status 500: no room for broken \(after 2 attempts\)"
     with (
         generator(url, "broken", retries=1) as server,
         pytest.raises(ServerError, match=match),

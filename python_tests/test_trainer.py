@@ -153,6 +153,22 @@ def test_a_trained_adapter_is_a_part_of_the_reference(folder: Path, target: str)
     assert lines[1]["kl"] > 0
 
 
+def test_virtual_tokens_train(folder: Path) -> None:
+    from peft import MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
+
+    tasks = MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, task_type="CAUSAL_LM")
+    arguments = SPOConfig(**settings(folder, **SQUARED, max_steps=2, logging_steps=1))
+    with pytest.raises(ValueError, match="must need no task_ids.* got PEFT's MULTITASK_PROMPT"):
+        SPOTrainer(get_peft_model(make_model(), tasks), arguments, make_tokenizer())
+    prompt = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    trainer = SPOTrainer(get_peft_model(make_model(), prompt), arguments, make_tokenizer())
+    trainer.train()
+    assert trainer._parts.layout == "padded"
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert (lines[0]["spo/log_ratio"], lines[0]["kl"]) == (0.0, 0.0)
+    assert lines[1]["kl"] > 0
+
+
 def test_cached_reference_needs_no_model(folder: Path) -> None:
     first = train(settings(folder, **SQUARED, max_steps=4, per_device_train_batch_size=32))
     options = settings(folder, **SQUARED, output_dir=str(folder / "c"), reference="cached")

@@ -108,8 +108,11 @@ def test_external_rollouts_are_waited_for(
 ) -> None:
     monkeypatch.setattr(feed, "_POLL_SECONDS", 0.05)
     made = make_feed(store, tmp_path, rollouts="external", wait_seconds=0.2)
+    looked_after = []
+    monkeypatch.setattr(made, "_waiting", lambda: looked_after.append(1))
     with pytest.raises(SampleShortfall, match="waited 0.2 s for spo rollout to add some"):
         made.next_step(0)
+    assert looked_after, "the server that the trajectories are waited from"
     add_online(store, 1, None)
     with pytest.raises(SampleShortfall):
         made.next_step(0)  # of a later version than the learner's

@@ -137,6 +137,29 @@ def test_lora_takes_the_model_without_adapters_as_reference(tmp_path):
     assert losses(policy, start, inputs).mean().item() != pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_a_policy_with_a_trained_adapter_is_its_own_reference(tmp_path, saved):
+    peft = pytest.importorskip("peft")
+    tiny, module = example("tiny"), example("trl_grpo")
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], modules_to_save=saved, init_lora_weights=False
+    )
+    options = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    args = module.GRPOConfig(str(tmp_path), beta=tiny.BETA, max_steps=2, logging_steps=1,
+                             **options, **OPTIONS)  # fmt: skip
+    trainer = module.SPOGRPOTrainer(
+        model=peft.get_peft_model(tiny.tiny_model(), config),
+        reward_funcs=module.reward,
+        args=args,
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    first, second = (line for line in trainer.state.log_history if "kl" in line)
+    assert (first["spo/log_ratio"], first["kl"]) == (0.0, 0.0)
+    assert second["kl"] > 1e-4
+
+
 def _gathered(rank, folder):
     module = example("trl_grpo")
     seen = []

@@ -81,6 +81,8 @@ def _shrunk(fields: dict[str, Any], layers: int = 2) -> dict[str, Any]:
             found[name] = _shrunk(value, layers)
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
             found[name] = value if value < VOCABULARY else next(other)
+        elif name == "eos_token_id" and isinstance(value, list):
+            found[name] = [2, 5]
         elif isinstance(value, float) and "drop" in name:
             found[name] = 0.0
         elif name in _SIZES and isinstance(value, int) and not isinstance(value, bool):

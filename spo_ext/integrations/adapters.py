@@ -56,6 +56,17 @@ def check_head(head: Any) -> None:
         _refuse("a linear layer, adapted by PEFT, quantised or neither", head)
 
 
+def check_tasks(owner: str, model: Any) -> None:
+    """Raises ValueError for a PEFT model that asks for more than its inputs in every call."""
+    config = getattr(model, "active_peft_config", None)
+    kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+    if kind in ("MULTITASK_PROMPT_TUNING", "POLY"):
+        raise ValueError(
+            f"{owner}: the adapter must need no task_ids, which no trainer passes, got PEFT's "
+            f"{kind}"
+        )
+
+
 def plain_layer(head: Any) -> Any:
     """The layer itself that PEFT wrapped, or the head."""
     if _is_wrapper(head, "ModulesToSaveWrapper"):

@@ -28,10 +28,12 @@ class Reading:
     of_base: its head reads the last hidden state of its base model as it is. Else, as where a
         transform or a scale lies between, the whole model is called until it reaches its head.
     vocabulary: words that have a logit; the head may have more rows.
+    scales: what becomes of the head's logits.
     """
 
     of_base: bool
     vocabulary: int
+    scales: HeadOptions
 
 
 class _Reached(Exception):
@@ -44,7 +46,8 @@ def read_head(model: Any, forward: Callable[..., Any], scales: HeadOptions) -> R
 
     Args:
         forward: of the model, without log-probabilities.
-        scales: the map from the head's logits to the model's that will be applied.
+        scales: what the config says of the map from the head's logits to the model's. A model may
+            apply it before its head, or not at all.
 
     Raises:
         ValueError: if the model cannot be called with input_ids alone, looks ahead, does not call
@@ -59,7 +62,8 @@ def read_head(model: Any, forward: Callable[..., Any], scales: HeadOptions) -> R
     inputs = {"input_ids": tokens[None], "use_cache": False}
     name = type(model).__name__
     ramp = torch.linspace(-_RANGE, _RANGE, layer.out_features, device=device)
-    ramp = ramp.double() if layer.weight.dtype == torch.float64 else ramp
+    double = getattr(getattr(layer, "weight", None), "dtype", None) == torch.float64
+    ramp = ramp.double() if double else ramp
     read: list[Tensor] = []
 
     def answer(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -79,16 +83,18 @@ def read_head(model: Any, forward: Callable[..., Any], scales: HeadOptions) -> R
     if len(read) != 2 or read[0].dim() != 3 or not isinstance(logits, Tensor):
         _refuse(name, f"{len(read) / 2:g} calls of the head, on {list(read[0].shape)}")
     theirs = logits[0, -1].double()
-    size = _largest(_map(ramp.double(), scales)[: len(theirs)] - theirs)
-    if not size <= 8 * torch.finfo(logits.dtype).eps * _largest(theirs):
-        _refuse(name, f"a difference of {size:.3g} between -{_RANGE:g} and {_RANGE:g}")
+    maps: tuple[HeadOptions, ...] = (scales, {})
+    sizes = [_largest(_map(ramp.double(), one)[: len(theirs)] - theirs) for one in maps]
+    allowed = 8 * torch.finfo(logits.dtype).eps * _largest(theirs)
+    if not min(sizes) <= allowed:
+        _refuse(name, f"a difference of {sizes[0]:.3g} between -{_RANGE:g} and {_RANGE:g}")
     ahead = _largest(read[0][:, : len(start)] - read[1][:, : len(start)]) / _largest(read[0])
     if not ahead <= max(_FLOOR, 2 * torch.finfo(read[0].dtype).eps):
         raise ValueError(
             f"{_OWNER}: the hidden states of {name} must not depend on later tokens, got a change "
             f"of {ahead:.3g} of their size"
         )
-    return Reading(of_base, len(theirs))
+    return Reading(of_base, len(theirs), scales if sizes[0] <= allowed else {})
 
 
 def head_input(model: Any, forward: Callable[..., Any], *args: Any, **inputs: Any) -> Tensor:

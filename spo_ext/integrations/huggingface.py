@@ -73,8 +73,7 @@ def add_token_logprobs(
     model = inside(model)
     check_head(model.get_output_embeddings())  # type: ignore[no-untyped-call]
     scales = _head_scales(model.config.get_text_config())
-    options = scales.copy()
-    options["temperature"] = temperature
+    options: HeadOptions = {"temperature": temperature}
     options["max_dropped_mass"] = max_dropped_mass
     options["workspace_mib"] = workspace_mib
     # Unbound, so that a deep copy of the model calls itself and not the model it was copied from.
@@ -122,7 +121,11 @@ def add_token_logprobs(
         hidden, weight, bias = head_product(head, hidden)
         targets, words = targets.to(hidden.device), slice(reading.vocabulary)
         weight = weight[words]
-        scored: HeadOptions = {**options, "bias": None if bias is None else bias[words]}
+        scored: HeadOptions = {
+            **options,
+            **reading.scales,
+            "bias": None if bias is None else bias[words],
+        }
         results: tuple[Tensor, ...]
         if logprob_entropy:
             results = token_logprobs(hidden, weight, targets, return_entropy=True, **scored)

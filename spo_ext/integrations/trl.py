@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import spo_ext
+from spo_ext.integrations.adapters import check_tasks
 from spo_ext.integrations.agreement import check_agreement, rope_limit
 from spo_ext.integrations.huggingface import add_token_logprobs, router_coefficient
 from spo_ext.integrations.trl_parts import (
@@ -139,6 +140,7 @@ class SPOMixin(_Base):  # type: ignore[misc]
         self.spo_prompt_value: PromptValue = prompt_value
         self._gathered_rewards: Tensor | None = None
         policy = self._plain(self.model)
+        check_tasks("SPOMixin", policy)
         self._rope_limit = rope_limit(policy.config)
         self._right_padded: dict[Any, bool] = {}
         for model in (self.model, self.ref_model):

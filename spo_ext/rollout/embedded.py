@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spo_ext.integrations.agreement import distance, rope_limit, rounded, undisturbed
-from spo_ext.integrations.heads import inside, ordinary_tokens
+from spo_ext.integrations.agreement import distance, rope_limit, rounded, undisturbed, window
+from spo_ext.integrations.heads import inside, longest, ordinary_tokens
 from spo_ext.modes import evaluating
 from spo_ext.rollout.draws import Draw, completion_seeds
 from spo_ext.rollout.generation import Generation, Sampling
@@ -21,7 +21,7 @@ from spo_ext.store.records import Prompt
 
 Shared = Literal["any", "equal", "none"]  # prompts of any length share a batch, of one, or none do
 
-_PROBES = (9, 4, 1)  # lengths of prompts
+_PROBES = (9, 4, 1)  # lengths of prompts; the first goes on past windows of attention
 _DRAWN = 4
 _NAN = "ModelGenerator.generate: the logits of the model must not be NaN"
 
@@ -99,7 +99,9 @@ class ModelGenerator:
         Raises ValueError if nothing does.
         """
         words = ordinary_tokens(self._model).tolist()
-        prompts = [tuple(words[i % len(words)] for i in range(3, 3 + size)) for size in _PROBES]
+        most = longest(self._model) - _DRAWN
+        sizes = [min(size, most) for size in (_PROBES[0] + window(self._model), *_PROBES[1:])]
+        prompts = [tuple(words[i % len(words)] for i in range(3, 3 + size)) for size in sizes]
         attempts: dict[Shared, list[list[tuple[int, ...]]]] = {
             "any": [prompts],
             "equal": [[ids, ids] for ids in prompts],
@@ -148,7 +150,9 @@ class ModelGenerator:
             found = getattr(self._tokenizer, "eos_token_id", None)
         if found is None:
             return []
-        return [int(token) for token in (found if isinstance(found, list | tuple) else [found])]
+        words = len(self._model.get_input_embeddings().weight)  # others cannot be drawn
+        ends = found if isinstance(found, list | tuple) else [found]
+        return [int(token) for token in ends if token < words]
 
     def _complete(
         self,

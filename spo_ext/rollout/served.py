@@ -11,11 +11,18 @@ from pathlib import Path
 
 from spo_ext.rollout.follow import FINISHED, latest_policy, version_of
 from spo_ext.rollout.generation import Generation, Sampling
-from spo_ext.rollout.server import PromptError, ServerError, ServerGenerator, WeightsChanged
+from spo_ext.rollout.server import (
+    PromptError,
+    ServerError,
+    ServerGenerator,
+    WeightsChanged,
+    described,
+)
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.records import Prompt
 
 _POLL_S = 0.5
+_SERVER_S = 600.0  # that a server may take to start again
 _IN_A_ROW = 8  # prompts without an answer, after which it is the server's fault
 _TOO_LONG = re.compile(
     r"context|too long|too many tokens|max_model_len|maximum.*(length|tokens)", re.I
@@ -35,19 +42,20 @@ class ServedPolicy:
     - the weights changed before the reply came, which ends the version.
 
     Of the first two each is said. `failed` counts the second kind in this version, `changed` is the
-    third. ServerError ends the rollout when so many prompts in a row had no
-    answer that it is the server's fault, or when the server refuses every prompt from the first on
-    for another reason than its length.
+    third. ServerError ends the rollout when so many prompts in a row had no answer, or were refused
+    for another reason than their length, that it is not their fault. Before that, a server of
+    published versions is waited for once.
     """
 
     def __init__(self, server: ServerGenerator, store: TrajectoryStore, run: str) -> None:
         self._server, self._store, self._run = server, store, run
         self._refused = store.refusals(run)
-        self._doubtful: dict[int, tuple[int, str]] = {}  # refused before anything was answered
+        self._doubtful: dict[int, tuple[int, str]] = {}  # refused since the last answer
         self._stamp: object = None
         self._answered = False
         self._in_a_row = 0
         self._last = ""
+        self._following = self._patient = False  # whether to wait for a server that answers nobody
         self.changed, self.failed = False, 0
 
     def begin(self, version: int | None) -> None:
@@ -70,14 +78,29 @@ class ServedPolicy:
         It has not when another one is published first, or when stop says so. A server that does
         not say what it has (no /weight_info) is believed to have what was published.
 
+        A server that is not there, as during a restart, is waited for, 600 s at most.
+
         Raises ServerError if nobody will bring the version to the server any more.
         """
+        if not self._following:
+            self._following = self._patient = True
+        until = 0.0
         for polls in itertools.count():
             newest = latest_policy(directory)
             if stop() or newest is None or newest[0] != version:
                 return False
             finished = (directory / FINISHED).exists()
-            stamp = self._server.stamp()
+            try:
+                stamp = self._server.stamp()
+            except PromptError as error:
+                now = time.monotonic()
+                if not until:
+                    _say(f"{error}; waiting up to {_SERVER_S:g} s for the server")
+                until = until or now + _SERVER_S
+                if now > until:
+                    raise
+                time.sleep(_POLL_S)
+                continue
             if stamp[0] is None or version_of(stamp[0]) == version:
                 self._stamp, self.changed, self.failed = stamp, False, 0
                 return True
@@ -102,7 +125,8 @@ class ServedPolicy:
             refused = least is not None and size + sampling.max_new_tokens >= least
             if room is not None and size >= room:
                 if prompt.id not in self._refused:
-                    self._refuse(prompt, sampling, f"the server's context has {room} tokens")
+                    words = f"the server's context has {room} tokens"
+                    self._refuse(prompt, sampling, words, certain=True)
             elif not refused or (room is not None and size + sampling.max_new_tokens <= room):
                 found.append(prompt)
         return found
@@ -123,6 +147,11 @@ class ServedPolicy:
             else:
                 self._without_answer(prompt, sampling, outcome)
             groups.append(outcome if isinstance(outcome, list) else [])
+        if self._in_a_row >= _IN_A_ROW:
+            if not self._patient:
+                words = f"{self._in_a_row} prompts in a row had no answer; the last: {self._last}"
+                raise ServerError(words)
+            self._patient, self.changed = False, True  # see what it has when it is there again
         return groups
 
     def check_answered(self) -> None:
@@ -132,43 +161,33 @@ class ServedPolicy:
 
     def _has_answered(self) -> None:
         self._answered, self._in_a_row = True, 0
+        self._patient = self._following
+        self._remember()
+
+    def _remember(self) -> None:
         if self._doubtful:
             self._store.put_refusals(self._run, self._doubtful)
             self._doubtful = {}
 
     def _without_answer(self, prompt: Prompt, sampling: Sampling, error: ServerError) -> None:
         if isinstance(error, PromptError) and error.refused:
-            self._refuse(prompt, sampling, str(error))
-            systematic = not self._answered and not _TOO_LONG.search(self._last)
-            if systematic and len(self._doubtful) >= _IN_A_ROW:
-                raise ServerError(f"the server refuses every prompt; the last: {self._last}")
+            certain = _TOO_LONG.search(str(error)) is not None
+            self._refuse(prompt, sampling, str(error), certain)
+            self._in_a_row += not certain
             return
         self._last = str(error)
         _say(f"{described(prompt, sampling)} has no completions: {self._last}")
         self.failed += 1
         self._in_a_row += 1
-        if self._in_a_row >= _IN_A_ROW:
-            raise ServerError(f"{self._in_a_row} prompts in a row had no answer: {self._last}")
 
-    def _refuse(self, prompt: Prompt, sampling: Sampling, reason: str) -> None:
+    def _refuse(self, prompt: Prompt, sampling: Sampling, reason: str, certain: bool) -> None:
         _say(f"{described(prompt, sampling)} is left out, now and later: {reason}")
         self._last = reason
         if isinstance(prompt, StoredPrompt):
             row = (len(prompt.token_ids or ()) + sampling.max_new_tokens, reason)
             self._refused[prompt.id] = self._doubtful[prompt.id] = row
-            if self._answered:
-                self._has_answered()
-
-
-def described(prompt: Prompt, sampling: Sampling) -> str:
-    """A prompt for a message: id, first words and lengths."""
-    content = prompt.content
-    text = content if isinstance(content, str) else str(content[-1].get("content"))
-    words = " ".join(text.split())
-    shown = words if len(words) <= 40 else f"{words[:40]}..."
-    name = f"prompt {prompt.id} " if isinstance(prompt, StoredPrompt) else "the prompt "
-    size = len(prompt.token_ids or ())
-    return f"{name}({shown!r}, {size} tokens and up to {sampling.max_new_tokens} new ones)"
+            if self._answered and certain:
+                self._remember()
 
 
 def _say(words: str) -> None:

@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,7 @@ from spo_ext.rollout.dialects import Dialect, ReplyError
 from spo_ext.rollout.draws import completion_seeds, derived_seed
 from spo_ext.rollout.generation import Generation, Sampling
 from spo_ext.store.checks import check_integer, check_one_of, number, refuse
-from spo_ext.store.records import Prompt
+from spo_ext.store.records import Prompt, StoredPrompt
 
 _LONGEST_WAIT_S = 60.0
 _CONNECT_S = 10.0
@@ -141,7 +140,15 @@ class ServerGenerator:
             stamp: object = self.stamp()
         except PromptError:
             stamp = None  # the requests will say what is wrong
-        return self._each(prompts, sampling, partial(self._ask, stamp))
+
+        def ask(prompt: Prompt, one: Sampling) -> list[Generation]:
+            try:
+                return self._ask(stamp, prompt, one)
+            except PromptError as error:
+                name = described(prompt, sampling)
+                raise PromptError(f"{name}: {error}", error.refused) from None
+
+        return self._each(prompts, sampling, ask)
 
     def attempt(
         self, prompts: Sequence[Prompt], sampling: Sampling, stamp: object
@@ -279,11 +286,10 @@ class ServerGenerator:
         own = dialects.weight_version(reply)
         if stamp is None or (now == stamp and own in (None, now[0])):
             return
-        before, after = ([str(x) for x in pair if x is not None] for pair in (stamp, now))
-        also = "" if own is None else f", the reply says {own}"
+        before, after = (f"{held!r} (published: {latest})" for held, latest in (stamp, now))
+        also = "" if own is None else f", {own!r} in the reply"
         raise WeightsChanged(
-            f"{path}: the weights changed while it drew: {', '.join(before)} before, "
-            f"{', '.join(after)} after{also}"
+            f"{path}: the weights changed while it drew: {before} before, {after} after{also}"
         )
 
     def _mode(self) -> str:
@@ -354,6 +360,17 @@ class ServerGenerator:
                 time.sleep(min(max(wait_s, asked_s), _LONGEST_WAIT_S))
         tried = f"(after {retries + 1} attempts)"
         raise PromptError(f"{path}: {problem} {tried}", refused=False)
+
+
+def described(prompt: Prompt, sampling: Sampling) -> str:
+    """A prompt for a message: id, first words and lengths."""
+    content = prompt.content
+    text = content if isinstance(content, str) else str(content[-1].get("content"))
+    words = " ".join(text.split())
+    shown = words if len(words) <= 40 else f"{words[:40]}..."
+    name = f"prompt {prompt.id} " if isinstance(prompt, StoredPrompt) else "the prompt "
+    size = len(prompt.token_ids or ())
+    return f"{name}({shown!r}, {size} tokens and up to {sampling.max_new_tokens} new ones)"
 
 
 def check_logprobs_mode(owner: str, mode: str, sampling: Sampling) -> None:

@@ -76,13 +76,13 @@ def completion_scores(
     limit = rope_limit(_config(model))
     parts = _parts(batch, limit)
     calls = parts + parts[:1] * (batch.calls - len(parts))
-    if limit is not None:
-        reset_rope(model)
     device = next(model.parameters()).device
     more = {"output_router_logits": True} if router else {}
-    answers: list[Any] = [
-        model(**part.on(device), **more, logprob_entropy=entropy) for part, _ in calls
-    ]
+    answers: list[Any] = []
+    for part, _ in calls:
+        if limit is not None:
+            reset_rope(model)
+        answers.append(model(**part.on(device), **more, logprob_entropy=entropy))
     columns = list(zip(*answers, strict=True)) if entropy or router else [answers]
     loss = _mean(columns.pop(), len(parts)) if router else None
     merged = [

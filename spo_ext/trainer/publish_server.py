@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from spo_ext.trainer.publish import DirectoryPublisher
 logger = logging.getLogger(__name__)
 
 _DEVELOPMENT = "start the server with VLLM_SERVER_DEV_MODE=1 in its environment"
+_PAUSE_S = 2.0
+_SERVER_S = 600.0  # that a server of `spo train` may take to start again
 _LORA = "start the server with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 
 
@@ -63,6 +66,7 @@ class ServerPublisher(DirectoryPublisher):
             run with --no-enable-prefix-caching.
         api_key: the --api-key of the server.
         timeout_s: of each request. /pause waits for the longest completion.
+        retry_s: how long a server that is not there, as during a restart, is asked again.
 
     Raises:
         ValueError: for an argument outside what is said.
@@ -83,6 +87,7 @@ class ServerPublisher(DirectoryPublisher):
         prefix_cache: bool = True,
         api_key: str | None = None,
         timeout_s: float = 600.0,
+        retry_s: float = 0.0,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"ServerPublisher: url must be http://..., got {url!r}")
@@ -95,7 +100,7 @@ class ServerPublisher(DirectoryPublisher):
         self._pause = pause
         self._prefix_cache = prefix_cache
         self._api_key = api_key
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retry_s = timeout_s, retry_s
 
     def publish(
         self,
@@ -109,7 +114,19 @@ class ServerPublisher(DirectoryPublisher):
             got = type(model).__name__
             raise ValueError(f"publish: model must be a PeftModel when lora_name is set, got {got}")
         self.write(model, tokenizer, version, state_dict)
-        self._serve(version)
+        until = 0.0
+        while True:
+            try:
+                self._serve(version)
+                return
+            except PublishError as error:
+                now = time.monotonic()
+                if error.status is not None or now >= (until or now + self._retry_s):
+                    raise
+                if not until:
+                    logger.warning("%s; trying again for up to %g s", error, self._retry_s)
+                    until = now + self._retry_s
+            time.sleep(min(_PAUSE_S, self._retry_s))
 
     def restore(self) -> None:
         """Brings the latest version to the server again, if the server says that it has another,
@@ -241,4 +258,4 @@ def make_publisher(
         raise ValueError(
             "SPOConfig: publish_to must be a folder that the server of publish_url reads, got None"
         )
-    return ServerPublisher(url, directory, keep=keep, run=run)
+    return ServerPublisher(url, directory, keep=keep, run=run, retry_s=_SERVER_S)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.integrations.adapters import check_tasks
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
@@ -50,6 +51,7 @@ class Parts:
             config.workspace_mib,
             config.disable_dropout,
         )
+        check_tasks("SPOTrainer", model)
         self._precision = precision_of(trainer.accelerator)
         scorer = reference_model(config, model, ref_model, share=not self._sharded)
         answer_logprobs(model, settings)
