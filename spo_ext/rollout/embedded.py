@@ -23,7 +23,6 @@ Shared = Literal["any", "equal", "none"]  # prompts of any length share a batch,
 
 _PROBES = (9, 4, 1)  # lengths of prompts; the first goes on past windows of attention
 _DRAWN = 4
-_FLOOR = 1e-3  # nats: a state that is carried on is not summed in the order of a whole sequence
 _NAN = "ModelGenerator.generate: the logits of the model must not be NaN"
 
 
@@ -136,7 +135,7 @@ class ModelGenerator:
             own, sizes = zip(*(self._own(row.to(device)) for row in rows), strict=True)
             with rounded(self._model):
                 noise = distance([self._own(row.to(device))[0] for row in rows], own)
-        return distance(list(draw.logprobs()), own), 3 * noise + _FLOOR + max(sizes)
+        return distance(list(draw.logprobs()), own), 3 * noise + 1e-5 + max(sizes)
 
     def _own(self, row: Tensor) -> tuple[Tensor, float]:
         """Log-probabilities of the last tokens, and what rounding their logits may change."""
