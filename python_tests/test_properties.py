@@ -21,7 +21,7 @@ def test_advantages_telescope_to_terminal_q(lengths, seed):
     torch.manual_seed(seed)
     logprobs, ref, a = packed_case("squared", lengths)
     q = spo_ext.soft_q(logprobs, ref, a["q0"], beta=BETA, cu_seqlens=a["cu_seqlens"])
-    _, stats = spo_ext.loss(logprobs, ref, **a, return_stats=True)
+    _, stats = spo_ext.loss(logprobs, ref[None], **a, return_stats=True)
     advantages = BETA * (logprobs - ref)
     for s, (steps, values) in enumerate(
         zip(advantages.split(lengths), q.split(lengths), strict=True)
@@ -39,8 +39,8 @@ def test_packed_equals_padded(form, lengths, seed):
     torch.manual_seed(seed)
     case = packed_case(form, lengths)
     if case[0].shape[0] == len(lengths) and form.startswith("advantage, per"):
-        return  # [N] or [S]? taken as per token, and equal anyway if every sequence has one
-    packed = spo_ext.loss(case[0], case[1], **case[2], reduction="none")
+        return  # [N] or [S]? refused unless every sequence has one token
+    packed = spo_ext.loss(case[0], case[1][None], **case[2], reduction="none")
     leaf, ref, rows = padded(*case, lengths)
     assert torch.equal(spo_ext.loss(leaf, ref, **rows, reduction="none"), packed)
 
@@ -103,9 +103,10 @@ def test_masking_a_token_removes_it(lengths, seed):
     logprobs, ref, a = packed_case("cross_entropy", lengths)
     kept = torch.rand(logprobs.shape) < 0.6
     sizes = [int(k.sum()) for k in kept.split(lengths)]
-    masked = spo_ext.loss(logprobs, ref, **a, mask=kept, reduction="none")
+    masked = spo_ext.loss(logprobs, ref[None], **a, mask=kept, reduction="none")
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    cut = spo_ext.loss(logprobs[kept], ref[kept], **{**a, "cu_seqlens": offsets}, reduction="none")
+    a["cu_seqlens"] = offsets
+    cut = spo_ext.loss(logprobs[kept], ref[kept][None], **a, reduction="none")
     assert torch.equal(masked, cut)
 
 

@@ -207,7 +207,8 @@ def test_a_run_of_two_ranks_and_two_producers_outlives_a_restart(
         lines = place.metrics()
         assert sorted(lines) == list(range(1, STEPS + 1))
         assert all(len(line) == 1 for line in lines.values()), "no step was taken twice"
-        assert 2 <= said.count("trying again for up to 300 s") <= 8
+        # Who had nothing to ask meanwhile did not notice.
+        assert 1 <= said.count("trying again for up to 300 s") <= 8
         assert "Traceback" not in said
 
 
