@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -53,14 +55,78 @@ class Record:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the user said of all rows; None leaves it to the row."""
+    """What the user said of all rows; None leaves it to the row. without: fields to leave out."""
 
     split: Split | None = None
     origin: Origin | None = None
+    without: tuple[str, ...] = ()
 
     def origin_of(self, data_set: str) -> Origin:
         """People wrote the solutions of the named data sets."""
         return self.origin or Origin("human", run=data_set)
+
+    def split_of(self, row: Row) -> Split:
+        """Checked by the prompt."""
+        own = row.get("split")
+        return self.split or own or "train"
+
+
+class Fields(Mapping[str, Any]):
+    """A row that knows which of its fields were read, so that the others can be kept.
+
+    A field that is None is one that the row does not have.
+    """
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self._row = {name: value for name, value in row.items() if value is not None}
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def has(self, name: str) -> bool:
+        """Without reading it."""
+        return name in self._row
+
+    def read(self, names: Iterable[str]) -> None:
+        """What the row says in another field too, or the user said for all rows."""
+        self._read.update(names)
+
+    def left(self) -> dict[str, Any]:
+        """The fields that nobody read, as JSON. Raises RowError for what JSON cannot hold."""
+        items = [(name, as_json(name, self._row[name])) for name in self._row.keys() - self._read]
+        return {name: value for name, value in sorted(items) if value is not None}
+
+
+def as_json(name: str, value: Any) -> Any:
+    """A value of a Parquet file too: times become text, nan is nothing. Raises RowError."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: as_json(name, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(name, item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):  # datetime too
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral() else float(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise RowError(
+        f"the column {name} must be JSON to be kept, got {shown(value)}: leave it out with "
+        f"--without-columns {name}"
+    )
 
 
 def solution(source: str, reward: float, origin: Origin) -> Completion:

@@ -28,7 +28,6 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         return embedded
     from spo_ext.rollout.server import ServerGenerator
 
-    end = tokenizer.eos_token_id
     served: Generator = ServerGenerator(
         options.server,
         options.served_model,
@@ -36,7 +35,7 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         tokenizer=tokenizer,
         api_key=_api_key(options),
         concurrency=options.concurrency,
-        end_ids=() if end is None else (end,),
+        end_ids=tokenizer.end_ids,
         extra=options.server_extra,
     )
     return served

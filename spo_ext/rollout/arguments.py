@@ -74,7 +74,6 @@ def make_server(
         key = os.environ.get(options.api_key_from)
         if key is None:
             raise ValueError(f"--api-key-from: the environment has no {options.api_key_from}")
-    end = tokenizer.eos_token_id
     return ServerGenerator(
         options.server,
         options.served_model,
@@ -86,7 +85,7 @@ def make_server(
         concurrency=options.concurrency,
         logprobs=options.server_logprobs,
         logprobs_mode=options.logprobs_mode,
-        end_ids=() if end is None else (end,),
+        end_ids=tokenizer.end_ids,
         extra=options.server_extra,
         published=published,
     )
