@@ -37,7 +37,7 @@ def parse_gsm8k(row: Row, defaults: Defaults) -> Record:
 
 
 def parse_math(row: Row, defaults: Defaults) -> Record:
-    """The answer is in the column of that name, else in the solution's last box. Raises RowError."""
+    """The answer is in its column, else in the last box of the solution. Raises RowError."""
     problem, worked = text(row, "problem"), optional_text(row, "solution")
     answer = row.get("answer")
     if answer is None:

@@ -23,7 +23,7 @@ Parser = Callable[[Row, Defaults], Record]
 
 
 def _either(of_evalplus: Parser, of_source: Parser) -> Parser:
-    """Of rows with inputs, as EvalPlus publishes them, or tests as source, as they are on the hub."""
+    """Of rows with inputs, as EvalPlus publishes them, or tests as source, as on the hub."""
 
     def parse(row: Row, defaults: Defaults) -> Record:
         inputs = row.get("base_input") is not None

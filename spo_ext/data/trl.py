@@ -51,11 +51,15 @@ def parse_trl(row: Row, defaults: Defaults) -> Record:
         return Record(prompt)
     origin = _origin(row, extra, defaults)
     how = {name: extra[name] for name in _HOW if extra.get(name) is not None} if extra else {}
-    items = []
-    for completion, reward in completions or [(None, None)]:
-        reward = _reward(row) if reward is None else reward
-        items.append(Completion(completion, reward, origin, token_ids=ids, **how))
-    return Record(prompt, tuple(items), notes=notes)
+    if not completions:
+        return Record(prompt, (Completion(None, _reward(row), origin, token_ids=ids, **how),))
+    items = tuple(
+        Completion(
+            completion, _reward(row) if reward is None else reward, origin, token_ids=ids, **how
+        )
+        for completion, reward in completions
+    )
+    return Record(prompt, items, notes=notes)
 
 
 def readable(name: str, content: Content) -> Content:
@@ -85,9 +89,9 @@ def _one_turn(name: str, completion: Content) -> Content:
     if isinstance(completion, str):
         return completion
     roles = [m.get("role") if isinstance(m, Mapping) else None for m in completion]
-    calls = [m for m in completion for key in _CALLS if isinstance(m, Mapping) and m.get(key)]
+    calls = any(m.get(key) for m in completion for key in _CALLS if isinstance(m, Mapping))
     if roles != ["assistant"] or calls:
-        got = " and ".join(filter(None, [", ".join(map(str, roles)), calls and "calls of tools"]))
+        got = ", ".join(map(str, roles)) + (" with calls of tools" if calls else "")
         raise RowError(
             f"{name} must be one message of the assistant, got {got or 'none'}: tokens of tools, "
             "users and other turns would be learned as the policy's own (masks are not stored yet)"
@@ -174,7 +178,7 @@ def _conversation(
     Of `messages` alone, the last is the completion if an assistant's.
     """
     content = row.get("prompt")
-    if any(row.get(name) is not None for name in _PAIR):
+    if row.get("chosen") is not None or row.get("rejected") is not None:
         return _preference(row, content)
     if content is None:
         messages = row.get("messages")
@@ -199,10 +203,9 @@ def _preference(
     row: Row, content: Any
 ) -> tuple[Content, list[tuple[Content, float | None]], tuple[str, ...]]:
     """Rewards 1 and 0, as TRL's unpair_preference_dataset makes labels of the two."""
-    chosen, rejected = (row.get(name) for name in _PAIR)
-    both_lists = isinstance(chosen, list) and isinstance(rejected, list)
-    if both_lists and not isinstance(content, list):  # They begin with the prompt.
-        same = 0
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(content, list):
+        same = 0  # They begin with the prompt.
         for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
             if one != other:
                 break
@@ -215,14 +218,14 @@ def _preference(
             "chosen and rejected must have a prompt of their kind, text or messages, or be "
             "conversations that begin alike"
         )
-    pair = [(chosen, 1.0), (rejected, 0.0)]
-    completions = [
-        (_one_turn(name, item), reward) for name, (item, reward) in zip(_PAIR, pair, strict=True)
+    assert chosen is not None and rejected is not None  # They are of the prompt's type.
+    completions: list[tuple[Content, float | None]] = [
+        (_one_turn("chosen", chosen), 1.0),
+        (_one_turn("rejected", rejected), 0.0),
     ]
-    return content, [*completions], ("chosen gets reward 1, rejected 0",)
+    return content, completions, ("chosen gets reward 1, rejected 0",)
 
 
-_PAIR = ("chosen", "rejected")
 _CALLS = ("tool_calls", "function_call")
 
 
