@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spo_ext.commands import import_from_here
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.evaluation.redact import hide_passwords
-from spo_ext.rollout.generation import Generator, Reward
+from spo_ext.rollout.generation import Generator
 
 
 def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:
@@ -39,21 +38,6 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         extra=options.server_extra,
     )
     return served
-
-
-def make_reward(options: argparse.Namespace) -> Reward:
-    """The reward of this name, a function of the user in the current folder too.
-
-    Raises ValueError if there is none.
-    """
-    from spo_ext.rollout.rewards import load_reward, test_options
-
-    import_from_here()
-    tests = options.reward == "tests"
-    how = options.sandbox_workers, options.test_seconds, options.sandbox_packages
-    given = test_options(*how) if tests else {}
-    reward: Reward = load_reward(options.reward, **given)
-    return reward
 
 
 def describe_policy(options: argparse.Namespace) -> dict[str, Any]:
