@@ -69,9 +69,7 @@ _PROGRAMS = set(
     "starter_code entry_point canonical_solution test_cases input_output public_tests "
     "private_tests public_test_cases private_test_cases base_input plus_input unit_tests".split()
 )
-_POLICYS = (
-    "what it marks is not the policy's would be learned as its own (masks are not stored yet)"
-)
+_POLICYS = "tokens that are not the policy's would be learned as its own (no masks are stored yet)"
 _UNSEEN = "the prompt is stored as text alone, and the policy would not see it"
 _TEMPLATES = "the chat template would not get it, and the policy would see another prompt"
 _UNSTORED = {
@@ -91,9 +89,9 @@ def parse_row(row: Mapping[str, Any], format_name: str, defaults: Defaults) -> R
     Raises RowError, or ValueError of the records, for a row that says nothing usable, and for a
     column that would have to be dropped.
     """
-    fields = Fields({name: row[name] for name in row if name not in defaults.without})
+    fields, without = Fields(row), set(defaults.without)
     exported = fields.has("spo")
-    for name in () if exported else sorted(_UNSTORED.keys() & set(fields)):
+    for name in () if exported else sorted(_UNSTORED.keys() & set(fields) - without):
         if fields[name] not in ([], {}, "", False):
             raise RowError(f"the column {name} cannot be used: {_UNSTORED[name]}")
     name = _detect(fields) if format_name == "auto" else format_name
@@ -101,7 +99,9 @@ def parse_row(row: Mapping[str, Any], format_name: str, defaults: Defaults) -> R
     prompt = record.prompt
     if prompt.answer is None and name != "trl":
         prompt = replace(prompt, answer=fields.get("answer"))
-    columns = fields.left()
+    left = fields.left()
+    left_out = without & {*left, *(prompt.columns or {})}
+    columns = fields.json(name for name in left if name not in without)
     for column in sorted(columns.keys() & RESERVED):
         raise RowError(
             f"the column {column} means something else in rows of format {name}, so that reward "
@@ -114,8 +114,9 @@ def parse_row(row: Mapping[str, Any], format_name: str, defaults: Defaults) -> R
             f"the columns {', '.join(programs)} are of a problem for programs, and there are no "
             "tests that can be used (--format trl keeps them for a reward function of yours)"
         )
-    columns |= prompt.columns or {}
-    return replace(record, prompt=replace(prompt, columns=columns or None))
+    columns |= {key: value for key, value in (prompt.columns or {}).items() if key not in without}
+    prompt = replace(prompt, columns=columns or None)
+    return replace(record, prompt=prompt, without=tuple(sorted(left_out)))
 
 
 def _detect(fields: Fields) -> str:

@@ -36,7 +36,7 @@ class Settings:
             needs ids, and solutions of the other data sets are left out.
         strict: a file with a bad row is not stored at all.
         overlap: report a prompt if another split has this share of its runs of 13 words.
-        without_columns: fields of rows that are left out, whatever they mean.
+        without_columns: fields of rows that are not kept with the prompt.
     """
 
     format: str = "auto"
@@ -177,7 +177,6 @@ class Importer:
             try:
                 if isinstance(row, RowError):
                     raise row
-                self.summary.without.update(row.keys() & set(self._settings.without_columns))
                 record = parse_row(row, self._settings.format, self._defaults)
                 prompt, trajectories = self._tokenised(record)
                 split = self._contamination.exact(prompt)
@@ -191,6 +190,7 @@ class Importer:
                 continue
             self._note(path, number_of_row, record)
             self.summary.foreign += record.foreign
+            self.summary.without.update(record.without)
             self._contamination.add(prompt)
             yield number_of_row, ready
 

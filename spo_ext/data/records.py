@@ -44,18 +44,19 @@ class Record:
     """A prompt and what is known of it.
 
     foreign counts its solutions in other languages than Python 3, which no test of it can judge;
-    notes are for whoever imports it.
+    notes are for whoever imports it; without are the columns that were left out at his word.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...] = ()
     foreign: int = 0
     notes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the user said of all rows; None leaves it to the row. without: fields to leave out."""
+    """What the user said of all rows; None leaves it to the row. without: columns to leave out."""
 
     split: Split | None = None
     origin: Origin | None = None
@@ -95,14 +96,14 @@ class Fields(Mapping[str, Any]):
         """Without reading it."""
         return name in self._row
 
-    def read(self, names: Iterable[str]) -> None:
-        """What the row says in another field too, or the user said for all rows."""
-        self._read.update(names)
+    def left(self) -> list[str]:
+        """The fields that nobody read."""
+        return sorted(self._row.keys() - self._read)
 
-    def left(self) -> dict[str, Any]:
-        """The fields that nobody read, as JSON. Raises RowError for what JSON cannot hold."""
-        items = [(name, as_json(name, self._row[name])) for name in self._row.keys() - self._read]
-        return {name: value for name, value in sorted(items) if value is not None}
+    def json(self, names: Iterable[str]) -> dict[str, Any]:
+        """These fields. Raises RowError for what JSON cannot hold."""
+        items = [(name, as_json(name, self._row[name])) for name in names]
+        return {name: value for name, value in items if value is not None}
 
 
 def as_json(name: str, value: Any) -> Any:

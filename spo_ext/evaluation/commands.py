@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from spo_ext.commands import fail, failures, import_from_here, require_store
+from spo_ext.commands import fail, failures, require_store
 from spo_ext.rollout.commands import DIALECTS, add_reward_names, json_object
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def _eval(options: argparse.Namespace) -> int:
         from spo_ext.evaluation import producers
         from spo_ext.evaluation.stored import evaluate_stored
         from spo_ext.evaluation.summary import table
-        from spo_ext.rollout.arguments import make_reward
         from spo_ext.store import TrajectoryStore
     except ImportError as error:
         return fail(error)
@@ -82,8 +81,7 @@ def _eval(options: argparse.Namespace) -> int:
         try:
             plan = _plan(options)
             tokenizer = Tokenizer(options.tokenizer or options.model)
-            import_from_here()  # functions of the user in the current folder
-            reward = _closed_by(stack, make_reward(options))
+            reward = _closed_by(stack, producers.make_reward(options))
         except ValueError as error:
             options.error(str(error))  # exits with status 2
         except failures() as error:

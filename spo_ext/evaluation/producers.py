@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from spo_ext.commands import import_from_here
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.evaluation.redact import hide_passwords
-from spo_ext.rollout.generation import Generator
+from spo_ext.rollout.generation import Generator, Reward
 
 
 def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:
@@ -38,6 +39,14 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         extra=options.server_extra,
     )
     return served
+
+
+def make_reward(options: argparse.Namespace) -> Reward:
+    """That of --reward, of functions of the user in the current folder too. Raises ValueError."""
+    from spo_ext.rollout import arguments
+
+    import_from_here()
+    return arguments.make_reward(options)
 
 
 def describe_policy(options: argparse.Namespace) -> dict[str, Any]:

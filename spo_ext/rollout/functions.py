@@ -38,13 +38,8 @@ class FunctionReward:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._named = {p.name for p in named}
         others = [p for p in parameters if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
-        required = {p.name for p in named if p.default is p.empty}
-        for wrong in (*(p.name for p in others), *sorted(required & RESERVED - set(_ARGUMENTS))):
-            raise ValueError(
-                f"reward {name}: its arguments must be among {', '.join(_ARGUMENTS)} and columns "
-                f"of prompts, got {wrong}"
-            )
-        self._required = required - set(_ARGUMENTS)
+        self._required = {p.name for p in named if p.default is p.empty} - set(_ARGUMENTS)
+        self._refuse([*(p.name for p in others), *sorted(self._required & RESERVED)], "their names")
         self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         self._seen: set[str] = set()
 
@@ -52,6 +47,13 @@ class FunctionReward:
         """At all prompts of a rollout: a column that some have is None for the others."""
         for prompt in prompts:
             self._seen.update(prompt.columns or ())
+
+    def _refuse(self, wrong: Sequence[str], columns: str) -> None:
+        if wrong:
+            raise ValueError(
+                f"reward {self._name}: its arguments must be among {', '.join(_ARGUMENTS)} and "
+                f"columns of the prompts ({columns}), got {', '.join(wrong)}"
+            )
 
     def __call__(
         self,
@@ -62,15 +64,11 @@ class FunctionReward:
         if not prompts:
             return []
         self.look(prompts)
-        if missing := sorted(self._required - self._seen):
-            raise ValueError(
-                f"reward {self._name}: must take columns that a prompt has "
-                f"({', '.join(sorted(self._seen)) or 'they have none'}), got {', '.join(missing)}"
-            )
-        here = {name for prompt in prompts for name in prompt.columns or ()}
+        known = ", ".join(sorted(self._seen)) or "they have none"
+        self._refuse(sorted(self._required - self._seen), known)
         every: dict[str, list[Any]] = {
             name: [(prompt.columns or {}).get(name) for prompt in prompts]
-            for name in sorted(here | self._required)
+            for name in sorted(self._seen)
         }
         every |= {
             "prompts": [prompt.content for prompt in prompts],
