@@ -447,3 +447,27 @@ def test_columns_identify_a_prompt(tmp_path: Path) -> None:
 def test_columns_that_cannot_be(columns: Any, match: str) -> None:
     with pytest.raises(ValueError, match=f"Prompt: .*{match}"):
         Prompt("a", columns=columns)
+
+
+STDIN = {"kind": "stdin", "inputs": ["1"], "expected": ["1"]}
+CHECK = {"kind": "check", "entry_point": "f", "check": "assert f(1) == 2", "prefix": ""}
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        (STDIN | {"inputs": [], "expected": []}, "at least one"),
+        (STDIN | {"inputs": "1", "expected": "1"}, "inputs of tests must be a list, got '1'"),
+        (STDIN | {"packages": ["no_such_package"]}, "no_such_package, which is not installed"),
+        (STDIN | {"packages": "numpy"}, "packages of tests must be a list, got 'numpy'"),
+        (STDIN | {"limits": {"cpu_seconds": -1}}, "cpu_seconds must be positive, got -1"),
+        (CHECK | {"check": "f("}, "the tests are no Python that can be read"),
+        (CHECK | {"check": "x = 1"}, "the tests must call f"),
+        (CHECK | {"function": True}, "the tests must define check"),
+        (CHECK | {"check": "import no_such\nassert f(1)"}, "no_such, which is not installed"),
+    ],
+)
+def test_tests_that_no_completion_could_be_judged_by(tests: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_row({"prompt": "a", "tests": tests}, "auto", Defaults())
+    assert parse_row({"prompt": "a", "tests": CHECK}, "auto", Defaults()).prompt.tests == CHECK

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spo_ext.data.records import Completion, Content, Defaults, Record, Row, RowError, parsed, shown
-from spo_ext.data.tests import check_form
+from spo_ext.data.tests import check_given
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Origin, Prompt, StoredPrompt, StoredTrajectory
 
@@ -35,8 +35,8 @@ def parse_trl(row: Row, defaults: Defaults) -> Record:
     else:
         content = readable("prompt", content)
         if tests is not None:
-            check_form(tests)
-        if isinstance(answer, str) and not answer.strip():
+            check_given(tests)
+        if answer in ([], {}) or (isinstance(answer, str) and not answer.strip()):
             raise RowError("answer must not be blank: no completion could be judged by it")
     prompt = Prompt(
         content,
