@@ -185,7 +185,7 @@ REST = {"verl": {"reward_model": {"style": "rule"}}}
 
 def test_every_format_can_be_named() -> None:
     assert set(_FORMATS) == {"auto", *PARSERS}
-    assert {form[0] for form in FORMS.values()} == set(PARSERS)
+    assert {form[0] for form in FORMS.values()} == set(PARSERS) - {"evalplus"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -374,7 +374,14 @@ COLUMNS: list[dict[str, Any]] = [
     {"text": "", "int": -(2**63), "list": [], "numbers": [1, 2], "mixed": 1, "deep": {"a": [None]}},
     {"mixed": "1", "nested": [[1]], "big": 2**70, "odd": "\ud800", "empty": [], "either": 1},
     {"either": 1.5, "with null": ["a", None], "list or text": ["a"]},
-    {"list or text": "a"},
+    {
+        "list or text": "a",
+        "chosen": "b",
+        "rejected": "c",
+        "messages": [{}],
+        "tools": ["d"],
+        "model": 1,
+    },
 ]
 
 

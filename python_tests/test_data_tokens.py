@@ -87,6 +87,14 @@ def test_a_completion_follows_its_prompt_without_a_space_of_its_own(tmp_path: Pa
 
 
 @pytest.mark.parametrize("make", [llama, phi])
+def test_a_completion_is_indented_as_it_was_written(tmp_path: Path, make: Any) -> None:
+    made = make(tmp_path)
+    for prompt, text in (("a", "    return x"), ("a", "  x"), ("a", "x  y"), ("ab", "0")):
+        ids = made.completion_ids(prompt, text, "truncated")
+        assert made.completion(prompt, tuple(ids)) == text
+
+
+@pytest.mark.parametrize("make", [llama, phi])
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [

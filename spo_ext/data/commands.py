@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Those of formats.PARSERS, which need packages that the other commands do not.
 _FORMATS = tuple(
     "auto trl verl gsm8k math code_contests taco apps mbpp mbppplus humaneval humanevalplus "
-    "livecodebench".split()
+    "evalplus livecodebench".split()
 )
 _SPLITS = ("train", "dev", "test")
 _ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"

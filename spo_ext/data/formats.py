@@ -41,6 +41,7 @@ PARSERS: dict[str, Parser] = {
     "taco": parse_taco,
     "apps": parse_apps,
     "mbpp": parse_mbpp,
+    "evalplus": parse_evalplus,
     "mbppplus": _either(parse_evalplus, parse_mbpp),
     "humaneval": parse_humaneval,
     "humanevalplus": _either(parse_evalplus, parse_humaneval),

@@ -32,6 +32,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"no tokenizer can be read in {os.fspath(path)!r}: {error}") from error
 
 
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A completion as text without special tokens, as transformers and TRL have it, but indented
+    like the policy wrote it: of a text's first spaces some tokenizers leave out one.
+    """
+    words: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+    if words.startswith(" "):
+        start = tokenizer("a", add_special_tokens=False)["input_ids"]
+        before = tokenizer.decode(start, skip_special_tokens=True)
+        whole = tokenizer.decode([*start, *ids], skip_special_tokens=True)
+        words = whole[len(before) :] if whole.startswith(before) else words
+    return words
+
+
 class Tokenizer:
     """What generation would have read and written, as far as text tells.
 
@@ -112,7 +125,7 @@ class Tokenizer:
         With prompt_ids it is what the text of both says after that of the prompt: a tokenizer may
         leave out a space at the start of a text.
         """
-        words = self._text(ids, skip_special_tokens=True)
+        words = decoded(self._tokenizer, ids)
         if prompt_ids is not None:
             start = self._text(prompt_ids, skip_special_tokens=True)
             whole = self._text([*prompt_ids, *ids], skip_special_tokens=True)

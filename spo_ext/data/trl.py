@@ -29,7 +29,7 @@ def parse_trl(row: Row, defaults: Defaults) -> Record:
         raise RowError(f"spo must be an object, got {shown(extra)}")
     exported = extra is not None  # What was stored is stored again, whoever judges by it.
     tests, answer = parsed(row, "tests"), row.get("answer")
-    content, completions, notes = _conversation(row)
+    content, completions, notes = _conversation(row, exported)
     if exported:
         answer = parsed(row, "answer")
     else:
@@ -171,14 +171,14 @@ def _decoded(row: Row, extra: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _conversation(
-    row: Row,
+    row: Row, exported: bool
 ) -> tuple[Content, list[tuple[Content, float | None]], tuple[str, ...]]:
     """Prompt, completions, each with a reward if its place says it, and notes.
 
     Of `messages` alone, the last is the completion if an assistant's.
     """
     content = row.get("prompt")
-    if row.get("chosen") is not None or row.get("rejected") is not None:
+    if not exported and (row.get("chosen") is not None or row.get("rejected") is not None):
         return _preference(row, content)
     if content is None:
         messages = row.get("messages")

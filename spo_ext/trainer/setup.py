@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from spo_ext.data.tokens import decoded
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.integrations.adapters import check_tasks
 from spo_ext.integrations.agreement import rope_limit
@@ -171,8 +172,7 @@ class Parts:
         tokenizer: Any = self._trainer.processing_class
         if tokenizer is None:
             refuse("SPO", "processing_class", "a tokenizer, for rollouts and evaluation", None)
-        words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return words
+        return decoded(tokenizer, token_ids)
 
     def _reference(self, model: nn.Module | None, given: bool) -> Reference:
         config, trainer = self._config, self._trainer
