@@ -374,14 +374,8 @@ COLUMNS: list[dict[str, Any]] = [
     {"text": "", "int": -(2**63), "list": [], "numbers": [1, 2], "mixed": 1, "deep": {"a": [None]}},
     {"mixed": "1", "nested": [[1]], "big": 2**70, "odd": "\ud800", "empty": [], "either": 1},
     {"either": 1.5, "with null": ["a", None], "list or text": ["a"]},
-    {
-        "list or text": "a",
-        "chosen": "b",
-        "rejected": "c",
-        "messages": [{}],
-        "tools": ["d"],
-        "model": 1,
-    },
+    {"list or text": "a", "chosen": "b", "rejected": "c"},
+    {"messages": [{}], "tools": [["d"]], "model": "m", "label": "e"},
 ]
 
 
