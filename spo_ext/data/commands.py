@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from spo_ext.data.importer import Problem, Settings
     from spo_ext.store import Origin
 
-_FORMATS = ("auto", "trl", "code_contests", "taco", "apps", "mbpp", "humaneval", "livecodebench")
+# Those of formats.PARSERS, which need packages that the other commands do not.
+_FORMATS = tuple(
+    "auto trl verl gsm8k math code_contests taco apps mbpp mbppplus humaneval humanevalplus "
+    "evalplus livecodebench".split()
+)
 _SPLITS = ("train", "dev", "test")
 _ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"
 
@@ -39,6 +43,14 @@ def add_import(subparsers: Subparsers) -> None:
         metavar="WHO",
         help=f"{_ORIGINS}; default: what the row says, human for solutions of a data set, "
         "else model:unknown",
+    )
+    parser.add_argument(
+        "--without-columns",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="leave these fields of rows out, such as an id that differs from completion to "
+        "completion; others that the format does not use are kept for reward functions",
     )
     parser.add_argument("--strict", action="store_true", help="store no file that has a bad row")
     parser.add_argument(
@@ -146,7 +158,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     origin = None if options.origin is None else parse_origin(options.origin)
     tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
     return Settings(
-        options.format, options.split, origin, tokenizer, options.strict, options.overlap
+        options.format,
+        options.split,
+        origin,
+        tokenizer,
+        options.strict,
+        options.overlap,
+        tuple(options.without_columns),
     )
 
 

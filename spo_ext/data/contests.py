@@ -14,6 +14,7 @@ from spo_ext.data.records import (
     Record,
     Row,
     RowError,
+    as_json,
     optional_text,
     parse_json,
     parsed,
@@ -61,7 +62,7 @@ def parse_code_contests(row: Row, defaults: Defaults) -> Record:
                 completions.append(solution(source, reward, origin))
             else:
                 foreign += 1
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row))
     return Record(prompt, tuple(completions), foreign=foreign, notes=_notes(content))
 
 
@@ -81,9 +82,11 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
     kinds = {case.get("testtype") for case in cases}
     inputs = [optional_text(case, "input") for case in cases]
     outputs = [optional_text(case, "output") for case in cases]
+    metadata = parsed(row, "metadata") or {}
+    if not isinstance(metadata, dict):
+        raise RowError(f"metadata must be an object, got {shown(metadata)}")
     if kinds == {"functional"}:
-        metadata = parsed(row, "metadata")
-        name = metadata.get("func_name") if isinstance(metadata, dict) else None
+        name = metadata.get("func_name")
         lines = [[line for line in item.split("\n") if line.strip()] for item in inputs]
         calls = [[parse_json("input", line) for line in item] for item in lines]
         results = [parse_json("output", item) for item in outputs]
@@ -94,7 +97,9 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
     else:
         raise RowError(f"testtype must be stdin or functional in all tests, got {shown(kinds)}")
     content = _with_starter(text(row, "question_content"), row)
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    more = {key: value for key, value in metadata.items() if key != "func_name"}
+    columns = {"metadata": as_json("metadata", more)} if more else None
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row), columns=columns)
     return Record(prompt, notes=_notes(content))
 
 
@@ -103,6 +108,16 @@ def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
     given = parsed(row, "input_output") or {}
     if not isinstance(given, dict):
         raise RowError(f"input_output must be an object, got {shown(given)}")
+    tests = question_tests(given)
+    solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
+    origin = defaults.origin_of(data_set)
+    completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row))
+    return Record(prompt, tuple(completions), notes=_notes(content))
+
+
+def question_tests(given: Row) -> dict[str, Any]:
+    """Tests of inputs, outputs and perhaps fn_name, as APPS has them. Raises RowError."""
     inputs, outputs = given.get("inputs") or [], given.get("outputs") or []
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise RowError("inputs and outputs must be lists")
@@ -110,18 +125,11 @@ def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
         calls = [_with_number_keys(arguments) for arguments in inputs]
         wrapped = all(isinstance(item, list) and len(item) == 1 for item in outputs)
         limits = _limits_of_calls(_APPS_SECONDS, calls)
-        tests = call_tests(
+        return call_tests(
             given["fn_name"], calls, outputs, relation="json", wrapped=wrapped, limits=limits
         )
-    else:
-        limits = _limits(_APPS_SECONDS)
-        texts = [_lines(item) for item in inputs], [_lines(item) for item in outputs]
-        tests = stdin_tests(*texts, limits=limits)
-    solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
-    origin = defaults.origin_of(data_set)
-    completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
-    return Record(prompt, tuple(completions), notes=_notes(content))
+    texts = [_lines(item) for item in inputs], [_lines(item) for item in outputs]
+    return stdin_tests(*texts, limits=_limits(_APPS_SECONDS))
 
 
 def _with_starter(question: str, row: Row) -> str:

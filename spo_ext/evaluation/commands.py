@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
-from spo_ext.rollout.commands import DIALECTS, json_object
+from spo_ext.rollout.commands import DIALECTS, add_reward_names, json_object
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -47,13 +47,7 @@ def add_eval(subparsers: Subparsers) -> None:
     add("--max-new-tokens", type=int, default=1024, help="then truncated (default: 1024)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--batch-size", type=int, default=64, help="completions drawn at once (default: 64)")
-    add(
-        "--reward",
-        default="tests",
-        metavar="NAME",
-        help="tests, answer, or a function of TRL's form as package.module:function or "
-        "file.py:function (default: tests); tests and answer leave out prompts without them",
-    )
+    add_reward_names(parser)
     add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
     add(
         "--sandbox-packages", nargs="+", default=(), metavar="NAME", help="programs may import them"
@@ -126,13 +120,20 @@ def _plan(options: argparse.Namespace) -> Plan:
         sampling=sampling,
         ks=options.k,
         success=options.success,
-        reward={"reward": options.reward, "test_seconds": options.test_seconds},
+        reward=_described_reward(options),
         policy=describe_policy(options),
         limit=options.prompts,
         batch_size=options.batch_size,
         run=options.run_name,
         policy_version=options.policy_version,
     )
+
+
+def _described_reward(options: argparse.Namespace) -> dict[str, Any]:
+    """One by its name alone, as evaluations of before have it."""
+    names = options.reward or ["tests"]
+    found = {"reward": names if len(names) > 1 else names[0], "test_seconds": options.test_seconds}
+    return found | ({"reward_weights": options.reward_weights} if options.reward_weights else {})
 
 
 def _closed_by(stack: ExitStack, thing: _T) -> _T:

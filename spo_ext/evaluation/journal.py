@@ -90,6 +90,7 @@ def _line(prompt: StoredPrompt, sample: Sample) -> dict[str, Any]:
         "completion": sample.text,
         "reward": None if judgement is None else judgement.reward,
         "reason": None if judgement is None else judgement.reason,
+        **({"rewards": dict(judgement.parts)} if judgement is not None and judgement.parts else {}),
         "finish": generation.finish,
         "token_ids": generation.token_ids,
         "logprobs": generation.logprobs,
@@ -111,8 +112,9 @@ def _sample(row: Mapping[str, Any]) -> Sample:
         tuple(row["token_ids"]), row["finish"], None if logprobs is None else tuple(logprobs)
     )
     judged = row["reward"] is not None
+    parts = tuple(row.get("rewards", {}).items())
     return Sample(
         generation,
         row["completion"],
-        Judgement(row["reward"], row["reason"]) if judged else None,
+        Judgement(row["reward"], row["reason"], parts) if judged else None,
     )

@@ -18,7 +18,7 @@ from spo_ext.evaluation.journal import Journal
 from spo_ext.evaluation.records import Evaluation, Sample
 from spo_ext.evaluation.summary import summary
 from spo_ext.rollout.generation import Generator, Reward, Sampling
-from spo_ext.rollout.rewards import judged_by, needs_of
+from spo_ext.rollout.rewards import judged_by, named_split
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
 from spo_ext.store.checks import check_integer, refuse
 from spo_ext.store.records import Split
@@ -110,8 +110,7 @@ def evaluate_stored(
     """
     stored = list(islice(judged_by(reward, store.prompts(plan.split)), plan.limit))
     if not stored:
-        needs = needs_of(reward)
-        which = f"{plan.split}{f' with {needs}' if needs else ''}"
+        which = named_split(plan.split, reward)
         raise ValueError(f"the store has no prompts of split {which}")
     prompts = [_tokenised(prompt, tokenizer) for prompt in stored]
     settings = plan.settings(prompts)

@@ -13,36 +13,47 @@ from pathlib import Path
 from typing import Any
 
 from spo_ext.rollout.generation import Judgement
-from spo_ext.store.records import Prompt
+from spo_ext.store.records import RESERVED, Prompt
 
-_COLUMNS = ("answer", "tests")
-_ARGUMENTS = ("prompts", "completions", "completion_ids", *_COLUMNS)
+_ARGUMENTS = ("prompts", "completions", "completion_ids", "answer", "tests")
 
 
 class FunctionReward:
-    """Reward of `f(prompts, completions, completion_ids, answer, tests) -> list[float | None]`.
+    """Reward of `f(prompts, completions, completion_ids, answer, tests, **columns)`, which returns
+    a list of numbers or None.
 
     The function takes those of the arguments that it names, all of them with **kwargs; each is a
-    list with an entry for every completion. It may be async. Where the prompt has messages, so has
-    the completion. None or NaN leaves a completion without judgement.
+    list with an entry for every completion. Columns are those of the prompts, None where a prompt
+    has not got one. It may be async. Where the prompt has messages, so has the completion. None or
+    NaN leaves a completion without judgement.
 
-    Raises ValueError if the function asks for anything else, or returns something else.
+    Raises ValueError if the function asks for a column that no prompt has, or for anything else,
+    or returns something else.
     """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self._function, self._name = function, name
+        self.name = str(getattr(function, "__name__", name))  # in metrics
         parameters = inspect.signature(function).parameters.values()
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        for parameter in parameters:
-            free = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            known = parameter.name in _ARGUMENTS and parameter.kind != parameter.POSITIONAL_ONLY
-            if parameter.default is parameter.empty and not free and not known:
-                raise ValueError(
-                    f"reward {name}: its arguments must be among {', '.join(_ARGUMENTS)}, "
-                    f"got {parameter.name}"
-                )
-        takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-        self._arguments = [key for key in _ARGUMENTS if takes_all or key in named]
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._named = {p.name for p in named}
+        others = [p for p in parameters if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
+        self._required = {p.name for p in named if p.default is p.empty} - set(_ARGUMENTS)
+        self._refuse([*(p.name for p in others), *sorted(self._required & RESERVED)], "their names")
+        self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self._seen: set[str] = set()
+
+    def look(self, prompts: Iterable[Prompt]) -> None:
+        """At all prompts of a rollout: a column that some have is None for the others."""
+        for prompt in prompts:
+            self._seen.update(prompt.columns or ())
+
+    def _refuse(self, wrong: Sequence[str], columns: str) -> None:
+        if wrong:
+            raise ValueError(
+                f"reward {self._name}: its arguments must be among {', '.join(_ARGUMENTS)} and "
+                f"columns of the prompts ({columns}), got {', '.join(wrong)}"
+            )
 
     def __call__(
         self,
@@ -50,7 +61,16 @@ class FunctionReward:
         completions: Sequence[str],
         token_ids: Sequence[Sequence[int]],
     ) -> list[Judgement | None]:
+        if not prompts:
+            return []
+        self.look(prompts)
+        known = ", ".join(sorted(self._seen)) or "they have none"
+        self._refuse(sorted(self._required - self._seen), known)
         every: dict[str, list[Any]] = {
+            name: [(prompt.columns or {}).get(name) for prompt in prompts]
+            for name in sorted(self._seen)
+        }
+        every |= {
             "prompts": [prompt.content for prompt in prompts],
             "completions": [
                 text
@@ -62,7 +82,9 @@ class FunctionReward:
             "answer": [prompt.answer for prompt in prompts],
             "tests": [prompt.tests for prompt in prompts],
         }
-        found = self._rewards({name: every[name] for name in self._arguments})
+        found = self._rewards(
+            {name: every[name] for name in every if self._takes_all or name in self._named}
+        )
         if len(found) != len(prompts):
             raise ValueError(
                 f"reward {self._name}: must return {len(prompts)} rewards, got {len(found)}"

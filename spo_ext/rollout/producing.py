@@ -17,7 +17,7 @@ from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
-from spo_ext.rollout.rewards import needs_of
+from spo_ext.rollout.rewards import named_split, needs_of
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.served import ServedPolicy
 from spo_ext.rollout.server import ServerError, ServerGenerator
@@ -35,7 +35,8 @@ def produce(options: argparse.Namespace) -> int:
     try:
         require_store(options.store)
         import_from_here()
-        reward = make_reward(options)
+        how = {"passed": options.reward_passed, "failed": options.reward_failed}
+        reward = make_reward(options, **how)
         try:
             with (
                 TrajectoryStore(options.store, retry_s=options.store_retry) as store,
@@ -150,10 +151,10 @@ class _Producer:
 
     def _prompt_ids(self) -> list[int]:
         """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
-        options, needs = self._options, needs_of(self._reward)
-        ids = ids_of_split(self._store, options.split, needs)[: options.prompts]
+        options, reward = self._options, self._reward
+        ids = ids_of_split(self._store, options.split, needs_of(reward))[: options.prompts]
         if not ids:
-            which = f"{options.split}{f' with {needs}' if needs else ''}"
+            which = named_split(options.split, reward)
             raise ValueError(f"the store must have prompts of split {which}, got none")
         return ids
 

@@ -1,4 +1,4 @@
-"""Rewards by name."""
+"""Rewards by name, and sums of several."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from torch import nn
+
 from spo_ext.rollout.answers import AnswerReward
 from spo_ext.rollout.functions import FunctionReward, load_function
-from spo_ext.rollout.generation import Needs, Reward
+from spo_ext.rollout.generation import Judgement, Need, Reward, check_judgements
 from spo_ext.rollout.programs import TestsReward
 from spo_ext.sandbox import Limits
+from spo_ext.store.checks import number
 from spo_ext.store.records import Prompt
 
 _P = TypeVar("_P", bound=Prompt)
@@ -40,17 +43,132 @@ def load_reward(name: str, **options: Any) -> Reward:
     return FunctionReward(load_function(name), name)
 
 
-def as_reward(given: Any) -> Reward:
-    """The reward that a user gave: a name (see `load_reward`), a Reward, or a function of TRL's
-    form, known by its argument `completions` or `completion_ids` beside columns, or by **kwargs.
+class SumOfRewards:
+    """Of each completion the sum of what several rewards give it, times their weights.
+
+    As in TRL, a reward of None is one that does not apply, and counts as 0; a completion that none
+    applies to is not judged. The reason says what each gave.
+
+    Args:
+        weights: one for each reward, finite; None: 1 for all.
+
+    Raises ValueError.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+        if not rewards:
+            raise ValueError("rewards: reward_funcs must be at least one, got none")
+        weights = [1.0] * len(rewards) if weights is None else list(weights)
+        if len(weights) != len(rewards):
+            raise ValueError(
+                f"rewards: reward_weights must be {len(rewards)}, one for each of reward_funcs, "
+                f"got {len(weights)}"
+            )
+        self.rewards = tuple(rewards)
+        self._weights = [number("rewards", "reward_weights", weight) for weight in weights]
+        self._names: list[str] = []
+        for reward in rewards:
+            name, again = _name_of(reward), 1
+            while (unique := name if again == 1 else f"{name}_{again}") in self._names:
+                again += 1
+            self._names.append(unique)
+        needs = {needs_of(reward) for reward in rewards}
+        self.needs: tuple[Need, ...] = ()  # of which a prompt must have one
+        if () not in needs:
+            self.needs = tuple(dict.fromkeys(need for each in rewards for need in needs_of(each)))
+
+    @property
+    def reward_range(self) -> tuple[float, float] | None:
+        """If all of them know theirs."""
+        ends = []
+        for reward, weight in zip(self.rewards, self._weights, strict=True):
+            pair: tuple[float, float] | None = getattr(reward, "reward_range", None)
+            if pair is None:
+                return None
+            ends.append(sorted(weight * end for end in pair))
+        if len({needs_of(reward) for reward in self.rewards}) == 1:  # All apply, or none.
+            return sum(low for low, _ in ends), sum(high for _, high in ends)
+        low = sum(low for low, _ in ends if low < 0) or min(low for low, _ in ends)
+        return low, sum(high for _, high in ends if high > 0) or max(high for _, high in ends)
+
+    def look(self, prompts: Iterable[Prompt]) -> None:
+        """See `FunctionReward.look`."""
+        prompts = list(prompts)
+        for reward in self.rewards:
+            look_at(reward, prompts)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+    ) -> list[Judgement | None]:
+        count = len(completions)
+        found = [
+            check_judgements(name, reward(prompts, completions, token_ids), count)
+            for name, reward in zip(self._names, self.rewards, strict=True)
+        ]
+        return [self._sum(row) for row in zip(*found, strict=True)]
+
+    def _sum(self, judgements: Sequence[Judgement | None]) -> Judgement | None:
+        total, parts, reasons = 0.0, [], []
+        for name, weight, judgement in zip(self._names, self._weights, judgements, strict=True):
+            if judgement is not None:
+                total += weight * judgement.reward if weight else 0.0  # also of -inf
+                parts.append((name, judgement.reward))
+                why = f" ({judgement.reason})" if judgement.reason else ""
+                reasons.append(f"{name} {judgement.reward:g}{why}")
+        if not parts:
+            return None
+        if not total < math.inf:
+            raise ValueError(
+                f"rewards: their weighted sum must be finite or -inf, got {', '.join(reasons)}"
+            )
+        return Judgement(total, ", ".join(reasons), tuple(parts))
+
+    def close(self) -> None:
+        for reward in self.rewards:
+            getattr(reward, "close", lambda: None)()
+
+
+def _name_of(reward: Reward) -> str:
+    """As TRL's metrics name it."""
+    kinds: dict[type, str] = {TestsReward: "tests", AnswerReward: "answer"}
+    own = getattr(reward, "name", None) or getattr(reward, "__name__", None)
+    return kinds.get(type(reward)) or str(own or type(reward).__name__)
+
+
+def look_at(reward: Reward, prompts: Iterable[Prompt]) -> None:
+    """Tells the reward of all prompts that it will judge, if it asks."""
+    look = getattr(reward, "look", None)
+    if look is not None:
+        look(prompts)
+
+
+def as_reward(given: Any, weights: Sequence[float] | None = None) -> Reward:
+    """The reward that a user gave: a name (see `load_reward`), a Reward, a function of TRL's form,
+    known by its argument `completions` or `completion_ids` beside columns, or by **kwargs; or a
+    list of these, whose sum with the weights it is.
 
     A callable that can be called with three arguments and has none of these names, or has one that
     is called token_ids, is taken as a Reward: `f(prompts, completions, token_ids)`.
 
-    Raises ValueError for anything else, such as a list of functions.
+    Raises ValueError for anything else.
     """
+    if isinstance(given, list | tuple):
+        rewards = [as_reward(each) for each in given]
+        return (
+            rewards[0] if len(rewards) == 1 and weights is None else SumOfRewards(rewards, weights)
+        )
+    if weights is not None:
+        return SumOfRewards([as_reward(given)], weights)
     if isinstance(given, str):
         return load_reward(given)
+    if isinstance(given, nn.Module):
+        raise ValueError(
+            "SPOTrainer: reward must not be a model: give a function that calls it, "
+            f"got {type(given).__name__}"
+        )
     name = getattr(given, "__name__", type(given).__name__)
     try:
         signature = inspect.signature(given)
@@ -64,26 +182,39 @@ def as_reward(given: Any) -> Reward:
     except TypeError as error:
         raise ValueError(
             "SPOTrainer: reward must be a name, a function of TRL's form f(completions, **kwargs), "
-            f"or f(prompts, completions, token_ids), got {given!r} ({error})"
+            f"f(prompts, completions, token_ids), or a list of these, got {given!r} ({error})"
         ) from error
     reward: Reward = given
     return reward
 
 
-def needs_of(reward: Reward) -> Needs:
-    """What a prompt must have for this reward to judge its completions; None: nothing."""
-    needs: Needs = getattr(reward, "needs", None)
-    return needs
+def needs_of(reward: Reward) -> tuple[Need, ...]:
+    """Of what a prompt must have one for this reward to judge its completions; (): nothing."""
+    needs: Any = getattr(reward, "needs", None)
+    return needs if isinstance(needs, tuple) else (needs,) if needs is not None else ()
+
+
+def named_split(split: str, reward: Reward) -> str:
+    """For messages: the split, and what its prompts must have."""
+    needs = needs_of(reward)
+    return f"{split} with {' or '.join(needs)}" if needs else split
 
 
 def judged_by(reward: Reward, prompts: Iterable[_P]) -> Iterator[_P]:
     """The prompts that have what the reward needs, in a form that it can use."""
-    needs = needs_of(reward)
     for prompt in prompts:
-        if needs is not None and getattr(prompt, needs) is None:
-            continue
-        if not (isinstance(reward, TestsReward) and reward.unusable(prompt)):
+        look_at(reward, [prompt])
+        if _judges(reward, prompt):
             yield prompt
+
+
+def _judges(reward: Reward, prompt: Prompt) -> bool:
+    if isinstance(reward, SumOfRewards):
+        return any([_judges(each, prompt) for each in reward.rewards])
+    needs = needs_of(reward)
+    if needs and all(getattr(prompt, need) is None for need in needs):
+        return False
+    return not (isinstance(reward, TestsReward) and reward.unusable(prompt))
 
 
 def test_options(

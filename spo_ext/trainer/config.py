@@ -88,8 +88,19 @@ class SPOConfig(TrainingArguments):
     samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
     rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
     max_new_tokens: int = _field(256, "embedded rollouts: longest completion")
-    reward: str = _field(
-        "tests", "tests, answer, or a dotted path to a reward function of TRL's form"
+    reward: str | list[str] = field(
+        default="tests",
+        metadata={
+            "help": "tests, answer, or a dotted path to a reward function of TRL's form; "
+            "of several the sum",
+            "repeat": True,
+        },
+    )
+    reward_funcs: str | list[str] | None = field(
+        default=None, metadata={"help": "TRL's name for reward", "repeat": True}
+    )
+    reward_weights: list[float] | None = _field(
+        None, "of each reward in the sum (default: 1); one that gives None counts as 0"
     )
     wait_seconds: float = _field(3600.0, "external rollouts: how long to wait for trajectories")
 
@@ -177,6 +188,10 @@ class SPOConfig(TrainingArguments):
             check_integer(owner, "max_tokens", self.max_tokens, 2)
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
+        if self.reward_funcs is not None and self.reward != "tests":
+            refuse(owner, "reward_funcs", "left out with reward, which it is", self.reward_funcs)
+        for weight in self.reward_weights or ():
+            number(owner, "reward_weights", weight)
         number(owner, "rarity", self.rarity, at_least=0.0)
         if self.router_aux_loss_coef is not None:
             number(owner, "router_aux_loss_coef", self.router_aux_loss_coef, at_least=0.0)
@@ -209,6 +224,11 @@ class SPOConfig(TrainingArguments):
                 "1 a process: start it with torchrun or accelerate launch",
                 self.n_gpu,
             )
+
+    @property
+    def rewards(self) -> str | list[str]:
+        """By either name."""
+        return self.reward if self.reward_funcs is None else self.reward_funcs
 
     def to_dict(self) -> dict[str, Any]:
         """For logs and trackers: without the password of a database."""

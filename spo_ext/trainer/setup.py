@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from spo_ext.data.tokens import decoded
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.integrations.adapters import check_tasks
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.rollout import Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
+from spo_ext.rollout.rewards import as_reward, judged_by
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.store import StoredPrompt, TrajectoryStore
@@ -68,7 +69,7 @@ class Parts:
             trainer.processing_class,
             batch_size=config.rollout_batch_size * config.samples_per_prompt,
         )
-        self._reward = None if reward is None else as_reward(reward)
+        self._reward = None if reward is None else as_reward(reward, config.reward_weights)
         self._producer = self._make_producer() if config.rollouts == "embedded" else None
         produce = None if self._producer is None else self._producer.more
         values = self._prompt_values() if config.needs_q0 else None
@@ -163,7 +164,7 @@ class Parts:
     def reward(self) -> Reward:
         """Made when it is first needed: a learner without rollouts needs no sandbox."""
         if self._reward is None:
-            self._reward = load_reward(self._config.reward)
+            self._reward = as_reward(self._config.rewards, self._config.reward_weights)
         return self._reward
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -171,8 +172,7 @@ class Parts:
         tokenizer: Any = self._trainer.processing_class
         if tokenizer is None:
             refuse("SPO", "processing_class", "a tokenizer, for rollouts and evaluation", None)
-        words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return words
+        return decoded(tokenizer, token_ids)
 
     def _reference(self, model: nn.Module | None, given: bool) -> Reference:
         config, trainer = self._config, self._trainer

@@ -49,8 +49,10 @@ class SPOTrainer(Trainer):
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
         ref_model: the reference; by default the model as it is now.
         reward: judges embedded rollouts and evaluations: a function of TRL's form,
-            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, or a name; by default
-            args.reward.
+            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, a name, or a list of these,
+            whose sum by args.reward_weights it is; by default args.reward. Functions get columns of
+            the prompts by name.
+        reward_funcs: TRL's name for reward.
         **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
             come from the store.
 
@@ -76,8 +78,12 @@ class SPOTrainer(Trainer):
         *,
         ref_model: nn.Module | None = None,
         reward: Any = None,
+        reward_funcs: Any = None,
         **options: Any,
     ) -> None:
+        if reward is not None and reward_funcs is not None:
+            refuse("SPOTrainer", "reward_funcs", "left out with reward, which it is", reward_funcs)
+        reward = reward if reward_funcs is None else reward_funcs
         for name in _OF_DATA & {name for name, given in options.items() if given is not None}:
             refuse("SPOTrainer", name, "left out: data and loss are those of the store", name)
         super().__init__(

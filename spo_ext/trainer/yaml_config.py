@@ -137,6 +137,8 @@ def _add_flags(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         settings |= {"nargs": "?", "const": True}
     elif is_list(hint):
         settings["nargs"] = "+"
+        if options.get("repeat"):  # each flag adds to those before it
+            settings["action"] = "extend"
     default = _default(field)
     text = "required" if default is None else f"default: {default}"
     group.add_argument(*flags, help=f"{options.get('help') or ''} ({text})".strip(), **settings)
