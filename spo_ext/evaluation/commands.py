@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
 from spo_ext.rollout.commands import DIALECTS, json_object
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -107,8 +108,8 @@ def _eval(options: argparse.Namespace) -> int:
             return fail("interrupted; the same command continues", status=130)
         except failures() as error:
             return fail(error)
-    print(table(result))
-    print(f"\nresults: {options.out / 'evaluation.json'}")
+    say(table(result))
+    say(f"\nresults: {options.out / 'evaluation.json'}")
     return 0
 
 
@@ -126,7 +127,12 @@ def _plan(options: argparse.Namespace) -> Plan:
         sampling=sampling,
         ks=options.k,
         success=options.success,
-        reward={"reward": options.reward, "test_seconds": options.test_seconds},
+        reward={
+            "reward": options.reward,
+            "test_seconds": options.test_seconds,
+            # None, as in evaluations of before this was written down.
+            "sandbox_packages": sorted(set(options.sandbox_packages)) or None,
+        },
         policy=describe_policy(options),
         limit=options.prompts,
         batch_size=options.batch_size,
@@ -176,7 +182,7 @@ def _report(options: argparse.Namespace) -> int:
         curves = write_report(run, out, stored)
     except failures() as error:
         return fail(error)
-    print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
+    say(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
     return 0
 
 
