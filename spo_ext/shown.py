@@ -20,14 +20,14 @@ _STEERING = re.compile(
 )
 
 _DATABASE_URL = re.compile(r"\s*[\w+.-]*(?:sql|postgres)[\w+.-]*://", re.IGNORECASE)
-_NAME = r"\w*(?:password|passwd|passphrase|pwd|secret|api_?key)"
+_NAME = r"\w*(?:passw\w*|passphrase|pwd|secret|api_?key)"
 # Of keywords as libpq has them, and of JSON or a printed dict.
 _KEYWORD = re.compile(
     rf"(?i)\b({_NAME}(?:\s*=\s*|[\"']\s*:\s*))(?!\*\*\*)"
     r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s&,;'\"]+)"
 )
 SECRET_NAME = re.compile(
-    r"(?:pass(?:word|wd|phrase)?|pwd|secret|token|key|credentials?|conninfo)$", re.IGNORECASE
+    r"(?:pass(?!file$)\w*|pwd|secret|token|key|credentials?|conninfo)$", re.IGNORECASE
 ).search
 # The user, then up to the last @: a password may hold any other character unquoted. A text that is
 # the URL of a database goes to its end; in the midst of others a URL ends at a space.
