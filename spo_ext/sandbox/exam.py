@@ -127,13 +127,13 @@ def _text(content: list[Any]) -> str:
     return str(content[-1])[:MAX_TEXT] if content else ""
 
 
-def run_exam(exam: dict[str, Any], pid: int, max_bytes: int, prelude: dict[str, Any]) -> NoReturn:
+def run_exam(exam: dict[str, Any], pid: int, max_bytes: int) -> NoReturn:
     """Examine the program of this process id, write lines to RESULT_FD and end."""
     program = Program(pid, max_bytes)
     try:
         program.load()
         if "check" in exam:
-            _check(program, exam, prelude)
+            _check(program, exam)
         else:
             _compare(program, exam)
         _write("done")
@@ -173,7 +173,7 @@ def _said(error: Exception) -> str:
     return str(told) if isinstance(told, ProgramError) else describe(error)
 
 
-def _check(program: Program, exam: dict[str, Any], prelude: dict[str, Any]) -> None:
+def _check(program: Program, exam: dict[str, Any]) -> None:
     """Run the tests' own source, whose `check` (if it defines one) is called with the function.
 
     It sees `prefix`, with the function as the program has it in place of the one there.
@@ -182,7 +182,7 @@ def _check(program: Program, exam: dict[str, Any], prelude: dict[str, Any]) -> N
     def candidate(*arguments: Any, **keywords: Any) -> Any:
         return program.call(exam["entry_point"], *arguments, **keywords)
 
-    names: dict[str, Any] = {"__name__": "check", **prelude}
+    names: dict[str, Any] = {"__name__": "check"}
     try:
         exec(exam["prefix"], names)
         names |= {exam["entry_point"]: candidate, "candidate": candidate}

@@ -4,7 +4,8 @@ Inside, the file system is read-only and holds Python's own files, /proc, three 
 private /tmp: no home directory, no repository, no installed packages (some ship the answers to
 public benchmarks). Names of levels:
 
-bwrap    bubblewrap: own user, process, network, mount, IPC namespaces.
+bwrap    bubblewrap: own user, process, network, mount, IPC namespaces. One such process, the
+         nursery, loads Python once; each worker is a fork of it in namespaces of its own.
 unshare  the same from util-linux and mount(8), for machines without bubblewrap.
 rlimits  a plain process with limits and the system-call filter. NOT a boundary: it sees the file
          system and the user's other processes.
@@ -31,6 +32,7 @@ from typing import Literal
 
 from spo_ext.sandbox.records import Limits
 from spo_ext.sandbox.syscall_filter import build_filter
+from spo_ext.sandbox.worker import CLONE
 
 Level = Literal["bwrap", "unshare", "rlimits"]
 LEVELS: tuple[Level, ...] = ("bwrap", "unshare", "rlimits")
@@ -127,8 +129,13 @@ class Launcher:
         """Whether a worker needs an empty directory on this machine, as its root or its /tmp."""
         return self.level != "bwrap"
 
+    @property
+    def has_nursery(self) -> bool:
+        """Whether the command starts a process that forks the workers, each when asked for."""
+        return self.level == "bwrap" and os.uname().machine in CLONE
+
     def command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
-        """The command line of one worker; `scratch` is its directory, or ""."""
+        """The command line of one worker, or of the nursery; `scratch` is its directory, or ""."""
         worker = self._worker_command(limits, user, scratch)
         if self.level == "bwrap":
             return [*self._bwrap(limits), "--", *worker]
@@ -145,6 +152,8 @@ class Launcher:
         folders = sorted({os.path.dirname(path) for path in found}) if plain else [PACKAGES]
         config = {
             "user": user,
+            "nursery": self.has_nursery,
+            "file_bytes": limits.file_bytes,
             "private_user": self._has_private_user(),
             "folders": [scratch] if plain else ["/tmp", "/dev/shm"],
             "filter": build_filter().hex(),
@@ -169,7 +178,8 @@ class Launcher:
 
     def _bwrap(self, limits: Limits) -> list[str]:
         command = [_tool("bwrap"), "--die-with-parent", "--new-session", "--as-pid-1"]
-        command += ["--cap-drop", "ALL"]
+        # Of the nursery, to make namespaces; what a worker keeps of it ends with its first steps.
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
         if self.change_user:
             command += [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
             # To change the user, and then to make sure that no capability can come back.

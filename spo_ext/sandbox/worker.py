@@ -16,6 +16,7 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 from spo_ext.sandbox.child import confine, run_child
 from spo_ext.sandbox.exam import run_exam
 from spo_ext.sandbox.police import Usage, kill_all
-from spo_ext.sandbox.prelude import add_exits, make_prelude
+from spo_ext.sandbox.prelude import add_prelude
 
 TICK_SECONDS = 0.02
 # Beyond the prelude, what programs import most, loaded once instead of once per program.
@@ -34,9 +35,15 @@ PRELOADED = ("dataclasses", "decimal", "threading")
 EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
 MOST_FILES = 64  # that are removed for the next program; more are not worth the time
 # After so long without a core the parent is told, which may then use it for another program.
-ASLEEP_SECONDS = 0.1
+ASLEEP_SECONDS = 0.03
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC_HELD = ctypes.PyDLL(None, use_errno=True)  # A fork must hold the interpreter's lock.
+CLONE = {"x86_64": 56, "aarch64": 220}
+# Mounts, IPC, processes, network.
+NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
 PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 22, 36, 38
 SECCOMP_MODE_FILTER, CAPABILITY_VERSION_3 = 2, 0x20080522
@@ -46,17 +53,76 @@ def main(config: dict[str, Any]) -> None:
     sys.path += config["package_folders"]
     for name in (*PRELOADED, *config["packages"]):
         __import__(name)
-    prelude = make_prelude()
-    add_exits()
+    add_prelude()
     sys.set_int_max_str_digits(0)  # A program may print numbers of any length.
     os.cpu_count = lambda: 4  # A pool of one process per core must fit in the limit of processes.
     tmp = os.environ["TMPDIR"] = config["folders"][0]
-    os.chdir(tmp)
-    drop_privileges(config)
     gc.disable()
     gc.freeze()
+    if config["nursery"]:
+        become_worker(config)
+    os.chdir(tmp)
+    drop_privileges(config)
     write_all(frame({"ready": True}))
-    serve(config, prelude)
+    serve(config)
+
+
+def become_worker(config: dict[str, Any]) -> None:
+    """Fork a worker whenever the parent asks for one, and return in the worker.
+
+    A request holds the worker's user and its three standard descriptors; the answer, a descriptor
+    that stands for the worker. None of this process's own reaches the worker.
+    """
+    channel = socket.socket(fileno=0)
+    flags = ctypes.c_long(NEW_NAMESPACES | signal.SIGCHLD)
+    nothing = (ctypes.c_long(0),) * 4
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 64, 3)
+        if not message:
+            os._exit(0)  # The parent is gone, or done with all of its workers.
+        pid = LIBC_HELD.syscall(CLONE[os.uname().machine], flags, *nothing)
+        if pid == 0:
+            break
+        must(min(pid, 0), "fork a worker")
+        worker = os.pidfd_open(pid)
+        socket.send_fds(channel, [b"worker"], [worker])
+        for fd in (worker, *descriptors):
+            os.close(fd)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+    channel.detach()
+    for place, fd in enumerate(descriptors):
+        os.dup2(fd, place)
+        os.close(fd)
+    user = int(message)
+    config["user"] = None if user < 0 else user
+    mount_own(config["file_bytes"])
+
+
+def mount_own(size: int) -> None:
+    """What a worker shares with no other: its processes in /proc, and the folders to write to."""
+
+    def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+        names = (source.encode(), target.encode(), kind and kind.encode())
+        must(LIBC.mount(*names, ctypes.c_ulong(flags), data.encode()), f"mount {target}")
+
+    mount("none", "/", None, MS_PRIVATE | MS_REC)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for name in ("sys", "sysrq-trigger", "irq", "bus"):  # As bubblewrap has them.
+        path = f"/proc/{name}"
+        if os.path.exists(path):
+            mount(path, path, None, MS_BIND | MS_REC)
+            mount(
+                "none",
+                path,
+                None,
+                MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC,
+            )
+    for folder in ("/tmp", "/dev/shm"):
+        mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size}")
 
 
 def drop_privileges(config: dict[str, Any]) -> None:
@@ -156,7 +222,7 @@ class Request:
         self.buffer[: self.size] = bytes(self.size)
 
 
-def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
+def serve(config: dict[str, Any]) -> None:
     """Answer requests until the parent closes its end.
 
     A request is three frames: the limits, what the program may see, and what only the examiner
@@ -167,7 +233,7 @@ def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
     while True:
         header = read_header()
         program.read()
-        reply = run_one(config, prelude, header, (program, other), (result, stdout))
+        reply = run_one(config, header, (program, other), (result, stdout))
         reply["dirty"] = not all([emptied(folder) for folder in config["folders"]])
         write_all(frame(reply))
         for stream in (result, stdout):
@@ -200,7 +266,6 @@ def emptied(folder: str) -> bool:
 
 def run_one(
     config: dict[str, Any],
-    prelude: dict[str, Any],
     header: dict[str, Any],
     requests: tuple[Request, Request],
     streams: tuple[Stream, Stream],
@@ -227,7 +292,7 @@ def run_one(
         descriptors = (-1, stdout_end, -1, answers_end, calls)
     child = fork(config)
     if child == 0:
-        run_child(requests[0].parsed(), limits, config, prelude, descriptors)
+        run_child(requests[0].parsed(), limits, config, descriptors)
     requests[0].wipe()
     examiner = 0
     if not script:
@@ -237,7 +302,7 @@ def run_one(
             seconds = EXAM_CPU_FACTOR * limits["cpu_seconds"] + EXAM_CPU_MORE
             own = {**limits, "cpu_seconds": seconds}
             confine((-1, -1, -1, result_end, answers, calls_end), own, config)
-            run_exam(requests[1].parsed(), child, limits["output_bytes"], prelude)
+            run_exam(requests[1].parsed(), child, limits["output_bytes"])
         requests[1].wipe()
     for fd in opened:
         os.close(fd)
