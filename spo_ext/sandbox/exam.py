@@ -20,9 +20,14 @@ from spo_ext.sandbox.codec import MAX_TEXT, STARTED, decode, describe, encode
 from spo_ext.sandbox.relation import equal, equal_as_json
 
 ANSWERS_FD, CALLS_FD = 4, 5
-# CPU time to read one result, however long: keys that collide take quadratic time in a dict.
+# CPU time to read one result, for each MiB that a program may return: keys that collide take
+# quadratic time in a dict.
 READ_SECONDS = 0.5
 RELATIONS = {"equal": equal, "json": equal_as_json}
+
+
+def read_seconds(max_bytes: int) -> float:
+    return READ_SECONDS * max(1.0, max_bytes / (1 << 20))
 
 
 class ProgramError(Exception):
@@ -47,6 +52,7 @@ class Program:
     def __init__(self, pid: int, max_bytes: int) -> None:
         self._received = bytearray()
         self._room = max_bytes
+        self._read_seconds = read_seconds(max_bytes)
         self._poll, self._end = select.poll(), select.poll()
         self._poll.register(ANSWERS_FD, select.POLLIN)
         pidfd = os.pidfd_open(pid)
@@ -95,7 +101,7 @@ class Program:
     def _read(self) -> list[Any]:
         """One line, its value decoded. The signal that ends a long reading cannot be caught."""
         line = self._line()
-        signal.setitimer(signal.ITIMER_PROF, READ_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, self._read_seconds)
         try:
             kind, *content = json.loads(line)
             if kind == "returned":

@@ -99,6 +99,7 @@ class Launcher:
     level: Level
     change_user: bool
     packages: tuple[str, ...] = ()
+    nursery: bool = True
 
     def missing(self) -> str:
         """Return why this way is not worth a try here, or "" if it is."""
@@ -132,7 +133,7 @@ class Launcher:
     @property
     def has_nursery(self) -> bool:
         """Whether the command starts a process that forks the workers, each when asked for."""
-        return self.level == "bwrap" and os.uname().machine in CLONE
+        return self.level == "bwrap" and self.nursery and os.uname().machine in CLONE
 
     def command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
         """The command line of one worker, or of the nursery; `scratch` is its directory, or ""."""
@@ -178,15 +179,17 @@ class Launcher:
 
     def _bwrap(self, limits: Limits) -> list[str]:
         command = [_tool("bwrap"), "--die-with-parent", "--new-session", "--as-pid-1"]
-        # Of the nursery, to make namespaces; what a worker keeps of it ends with its first steps.
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
+        command += ["--cap-drop", "ALL"]
+        # For the nursery to make namespaces, for a worker to change its user, and to make sure that
+        # no capability can come back, which it does before it runs anything.
+        capabilities = ["CAP_SYS_ADMIN", "CAP_SETPCAP"] if self.has_nursery else []
         if self.change_user:
             command += [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
-            # To change the user, and then to make sure that no capability can come back.
-            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-                command += ["--cap-add", capability]
+            capabilities += ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"]
         else:
             command += ["--unshare-all"]
+        for capability in capabilities:
+            command += ["--cap-add", capability]
         places = self._places()
         for folder in _parents([*places.values(), *DEVICES]):
             # By itself bubblewrap closes them to all but root.
@@ -213,7 +216,13 @@ class Launcher:
 def launchers(level: Level, packages: tuple[str, ...] = ()) -> list[Launcher]:
     """The ways to reach a level, best first."""
     choices = (True, False) if os.geteuid() == 0 else (False,)
-    return [Launcher(level, change_user, packages) for change_user in choices]
+    # Some containers allow the namespaces of bubblewrap, but none in them.
+    nurseries = (True, False) if level == "bwrap" else (False,)
+    return [
+        Launcher(level, change_user, packages, nursery)
+        for change_user in choices
+        for nursery in nurseries
+    ]
 
 
 def package_paths(packages: Sequence[str]) -> list[str]:

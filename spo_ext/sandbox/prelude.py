@@ -19,13 +19,8 @@ MODULES = ("sys", "os", "time", "decimal", "queue", *STARRED)
 RECURSION_LIMIT = 50_000
 
 
-def add_prelude() -> None:
-    """Put the names among the builtins, and `exit` and `quit`, which Python started with -S lacks.
-
-    A module's own name stands for the module (`random`, `copy`, `datetime`).
-    """
-    from _sitebuiltins import Quitter
-
+def make_prelude() -> dict[str, Any]:
+    """The names; a module's own name stands for the module (`random`, `copy`, `datetime`)."""
     names: dict[str, Any] = {}
     for name in STARRED:
         exec(f"from {name} import *", names)
@@ -33,7 +28,14 @@ def add_prelude() -> None:
         names[name] = __import__(name)
     for name in ("__builtins__", *dir(builtins)):  # `pow` is the built-in one, not math's.
         names.pop(name, None)
-    builtins.__dict__.update(names)
+    return names
+
+
+def add_prelude() -> None:
+    """Put the names among the builtins, and `exit` and `quit`, which Python started with -S lacks."""
+    from _sitebuiltins import Quitter
+
+    builtins.__dict__.update(make_prelude())
     for name in ("exit", "quit"):
         setattr(builtins, name, Quitter(name, "Ctrl-D (i.e. EOF)"))
 

@@ -1,13 +1,18 @@
 """The process inside the sandbox: forks a child for each program and lets it do no harm.
 
+Where namespaces can be made inside, there is a nursery: a process that has loaded all that programs
+need and forks the workers, so that one more costs milliseconds: for programs that sleep, and in
+place of one that is not as new. Namespaces, mounts and user of a worker are its own.
+
 The parent ships the text of this module and those it imports over `python -c`, so they need the
 standard library only, and no path of the repository has to be visible inside.
 
 Nothing of one program may reach the next, not even as residue in freed memory, for the next is
 often another attempt at the same task. So the worker keeps requests and results as raw bytes in
-buffers that it wipes, only the children decode a request, and a worker whose /tmp is not easily
-emptied asks to be replaced. What is expected is read after the program's process was forked: only
-the examiner's, which is forked then, has it in its memory.
+buffers that it wipes, only the children decode a request, and another child removes what was left
+in /tmp; a worker whose /tmp is not easily emptied asks to be replaced. What is expected is read
+after the program's process was forked: only the examiner's, which is forked then, has it in its
+memory.
 """
 
 import ctypes
@@ -23,19 +28,20 @@ import time
 from typing import Any
 
 from spo_ext.sandbox.child import confine, run_child
-from spo_ext.sandbox.exam import run_exam
+from spo_ext.sandbox.exam import read_seconds, run_exam
 from spo_ext.sandbox.police import Usage, kill_all
 from spo_ext.sandbox.prelude import add_prelude
 
-TICK_SECONDS = 0.02
+# From look to look at a program: at first, later on, and while it sleeps.
+FIRST_TICK, TICK_SECONDS, ASLEEP_TICK = 0.01, 0.02, 0.06
 # Beyond the prelude, what programs import most, loaded once instead of once per program.
 PRELOADED = ("dataclasses", "decimal", "threading")
 # The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
 # own work, and some more for the tests' start.
 EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
-MOST_FILES = 64  # that are removed for the next program; more are not worth the time
+MOST_FILES = 1000  # and folders that are removed for the next program
 # After so long without a core the parent is told, which may then use it for another program.
-ASLEEP_SECONDS = 0.03
+ASLEEP_SECONDS = 0.015
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_HELD = ctypes.PyDLL(None, use_errno=True)  # A fork must hold the interpreter's lock.
@@ -230,38 +236,65 @@ def serve(config: dict[str, Any]) -> None:
     """
     program, other = Request(), Request()
     result, stdout = Stream(), Stream()
+    new = {folder: os.stat(folder) for folder in config["folders"]}
     while True:
         header = read_header()
         program.read()
         reply = run_one(config, header, (program, other), (result, stdout))
-        reply["dirty"] = not all([emptied(folder) for folder in config["folders"]])
+        reply["dirty"] = not all([emptied(*each) for each in new.items()])
         write_all(frame(reply))
         for stream in (result, stdout):
             write_all(stream.take())
             stream.wipe()
 
 
-def emptied(folder: str) -> bool:
-    """Remove what a program left in its folder, if that is a few files; whether all is as new.
+def emptied(folder: str, new: os.stat_result) -> bool:
+    """Remove what a program left in its folder, if that is not too much; whether all is as new.
 
     The folder's own times are made those of this moment, touched or not.
     """
     try:
-        names = os.listdir(folder)
-        if len(names) > MOST_FILES:
-            return False
-        for name in names:
-            os.unlink(f"{folder}/{name}")
+        state = os.stat(folder)
+        # Of a tmpfs, the size counts the entries. Their names stay out of this process's memory.
+        if state.st_size != new.st_size or state.st_dev == os.stat("/").st_dev:
+            cleaner = os.fork()
+            if cleaner == 0:
+                LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                os._exit(not removed(folder))
+            if os.waitpid(cleaner, 0)[1] != 0:
+                return False
         os.close(os.open(f"{folder}/.new", os.O_CREAT | os.O_EXCL))
         os.unlink(f"{folder}/.new")
-        state = os.stat(folder)
         if state.st_uid == os.getuid():  # A program may then change more than the times.
             os.chmod(folder, 0o1777)
             os.utime(folder)
             return not os.listxattr(folder)
         return True
     except OSError:
-        return False  # A folder in it, above all.
+        return False
+
+
+def removed(folder: str) -> bool:
+    """Remove all that is in a folder, unless it is more than making a worker anew is worth."""
+    left, inner, waiting = MOST_FILES, [], [folder]
+    try:
+        while waiting:
+            path = waiting.pop()
+            for entry in os.scandir(path):
+                left -= 1
+                if left < 0:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    inner.append(entry.path)
+                    waiting.append(entry.path)
+                else:
+                    os.unlink(entry.path)
+        for path in reversed(inner):
+            os.rmdir(path)
+    except OSError:
+        return False
+    return True
 
 
 def run_one(
@@ -300,6 +333,7 @@ def run_one(
         examiner = fork(config)
         if examiner == 0:
             seconds = EXAM_CPU_FACTOR * limits["cpu_seconds"] + EXAM_CPU_MORE
+            seconds += read_seconds(limits["output_bytes"])
             own = {**limits, "cpu_seconds": seconds}
             confine((-1, -1, -1, result_end, answers, calls_end), own, config)
             run_exam(requests[1].parsed(), child, limits["output_bytes"])
@@ -353,14 +387,15 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
     """
     usage = Usage(examiner)
     starved = time.monotonic() + limits["starved_seconds"]
-    next_tick = time.monotonic() + TICK_SECONDS
+    began = time.monotonic()
+    next_tick = began + FIRST_TICK
     pidfd = os.pidfd_open(examiner or child)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end, busy, told = "", False, False
+    end, busy, told, tick = "", False, False, FIRST_TICK
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
@@ -376,12 +411,15 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
         if pidfd in ready:
             end = end or "exit"
         elif time.monotonic() >= next_tick:
-            end = end or usage.excess(limits, busy)
+            end = end or usage.excess(limits, busy, tick)
             if usage.idle > ASLEEP_SECONDS and not told:
                 told = True
                 write_all(frame({"asleep": True}))
             end = end or ("starved" if time.monotonic() > starved else "")
-            next_tick, busy = time.monotonic() + TICK_SECONDS, False
+            now = time.monotonic()
+            asleep = usage.idle > ASLEEP_SECONDS and usage.still
+            tick = ASLEEP_TICK if asleep else TICK_SECONDS if now > began + 0.05 else FIRST_TICK
+            next_tick, busy = now + tick, False
     os.close(pidfd)
     return end
 
