@@ -110,9 +110,11 @@ def test_a_store_shows_itself_without_its_password_and_opens_again_with_it(tmp_p
     assert opened["password"] == SECRET and "hun" not in repr(again._engine)
 
 
-def test_settings_of_a_trainer_keep_no_password(tmp_path: Path) -> None:
+def test_settings_of_a_trainer_keep_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
-    from spo_ext.trainer import SPOConfig
+    from spo_ext.trainer import SPOConfig, SPOTrainer
 
     where = f"postgresql://me:{SECRET}@host/db?sslpassword={SECRET}"
     config = SPOConfig(
@@ -122,6 +124,13 @@ def test_settings_of_a_trainer_keep_no_password(tmp_path: Path) -> None:
     assert "hun" not in str(shown)
     assert config.to_dict()["store"] == "postgresql://me:***@host/db?sslpassword=***"
     assert pickle.loads(pickle.dumps(config)).store == where  # for the processes of a run
+    trainer = SPOTrainer.__new__(SPOTrainer)
+    trainer.args = config
+    saved: list[str | None] = []
+    keep = lambda self, *_: saved.append(self.args.store)  # noqa: E731
+    monkeypatch.setattr("transformers.Trainer._save", keep)
+    trainer._save(str(tmp_path))  # which writes training_args.bin
+    assert saved == [config.to_dict()["store"]] and config.store == where
 
 
 STEERING = "a\x1b[31mb\x07\x9bc\u202ed\u2066e\u200ff\u2028g\x00\ud800\r"

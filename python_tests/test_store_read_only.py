@@ -63,6 +63,22 @@ def test_without_a_write_ahead_log_the_old_journal_is_used(
     assert [path.name for path in tmp_path.iterdir()] == ["store.db"]
 
 
+def test_a_log_that_was_made_elsewhere_is_folded_into_the_file(tmp_path: Path) -> None:
+    file = filled(tmp_path / "data")
+    with TrajectoryStore(file) as store:
+        add_prompts(store, 2)
+        (tmp_path / "moved").mkdir()
+        for end in ("", "-wal"):
+            shutil.copyfile(f"{file}{end}", f"{tmp_path}/moved/store.db{end}")
+    with TrajectoryStore(without_wal(tmp_path / "moved"), timeout_s=2) as store:
+        assert journal_mode(store) == ("delete", 3)
+        add_prompts(store, 7, "dev")
+        with TrajectoryStore(without_wal(tmp_path / "moved"), timeout_s=2) as other:
+            assert other.counters()["prompts"] == 12
+    with TrajectoryStore(tmp_path / "moved" / "store.db") as store:
+        assert journal_mode(store) == ("wal", 2) and store.counters()["prompts"] == 12
+
+
 def test_a_folder_is_tried_for_a_write_ahead_log_and_left_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,16 +11,17 @@ from urllib.parse import unquote
 
 from spo_ext.shown import hide_passwords, say, visible
 
-if TYPE_CHECKING:
-    # Private in argparse, but the only name of what add_subparsers returns.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
 
 class Parser(argparse.ArgumentParser):
     """Its errors repeat what was given, which may be the URL of a database."""
 
     def error(self, message: str) -> NoReturn:
         super().error(visible(hide_passwords(message)))
+
+
+if TYPE_CHECKING:
+    # Private in argparse, but the only name of what add_subparsers returns.
+    Subparsers = argparse._SubParsersAction[Parser]
 
 
 def fail(error: object, status: int = 1) -> int:

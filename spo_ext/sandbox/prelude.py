@@ -32,7 +32,7 @@ def make_prelude() -> dict[str, Any]:
 
 
 def add_prelude() -> None:
-    """Put the names among the builtins, and `exit` and `quit`, which Python started with -S lacks."""
+    """Put them among the builtins, and `exit` and `quit`, which Python started with -S lacks."""
     from _sitebuiltins import Quitter
 
     builtins.__dict__.update(make_prelude())

@@ -276,7 +276,8 @@ def emptied(folder: str, new: os.stat_result) -> bool:
 
 def removed(folder: str) -> bool:
     """Remove all that is in a folder, unless it is more than making a worker anew is worth."""
-    left, inner, waiting = MOST_FILES, [], [folder]
+    left, waiting = MOST_FILES, [folder]
+    inner: list[str] = []
     try:
         while waiting:
             path = waiting.pop()

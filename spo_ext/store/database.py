@@ -95,7 +95,7 @@ class Database:
         # Of a file with a write-ahead log, SQLite says so with the first change only.
         asked = self.url.query.get("mode") == "ro" or "immutable" in self.url.query
         reason = "its URL says so" if asked else "no access to write to the file"
-        if not os.path.isfile(file) or (os.access(file, os.W_OK) and not asked):
+        if not os.path.isfile(file) or (_may_write(file) and not asked):
             try:
                 self.writing(migrate)
                 return
@@ -229,6 +229,23 @@ class Database:
         writers wait for one another.
         """
         deadline = time.monotonic() + self._timeout_s
+        try:
+            connection.execute("PRAGMA journal_mode").fetchone()
+        except sqlite3.OperationalError as error:
+            file = _file_of(self.url)
+            unread = error.sqlite_errorcode & 0xFF in (
+                sqlite3.SQLITE_CANTOPEN,
+                sqlite3.SQLITE_IOERR,
+            )
+            if not unread or not all(map(_may_write, (file, os.path.dirname(file)))):
+                raise
+            # A file that got its log elsewhere. Alone, which SQLite makes sure of, a process needs
+            # no shared memory to fold the log into the file.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("PRAGMA locking_mode = NORMAL")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # Lets go of it.
+            self._wal = False
         while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             if self._wal is None:
                 self._wal = _has_shared_memory(connection)
@@ -265,22 +282,23 @@ class _Reader:
 
     def choose(self) -> None:
         """Raises PermissionError if the file cannot be read either."""
-        self._seen = self._state()
+        self._seen: tuple[int, ...] | None = None
+        state = self._state()
         self._options: dict[str, Any] = {**self._given, "mode": "ro"}
         try:
             self._try()
-            self._seen = None
             return
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF not in _NO_ACCESS:
                 raise
-        if self._seen[-1]:
+        if state[-1]:
             raise PermissionError(
                 f"TrajectoryStore: {self._shown!r} has a write-ahead log ({self._file}-wal) that "
                 "cannot be read here: copy both files to a folder that can be written"
             )
         self._options["immutable"] = "1"
         self._try()
+        self._seen = state
 
     def _try(self) -> None:
         with closing(self.connect()) as connection:
@@ -299,6 +317,10 @@ class _Reader:
         with suppress(FileNotFoundError):
             log = os.stat(f"{self._file}-wal").st_size
         return about.st_ino, about.st_mtime_ns, about.st_size, log
+
+
+def _may_write(path: str) -> bool:
+    return os.access(path, os.W_OK)
 
 
 def _file_of(url: URL) -> str:
