@@ -32,8 +32,8 @@ from spo_ext.sandbox.exam import read_seconds, run_exam
 from spo_ext.sandbox.police import Usage, kill_all
 from spo_ext.sandbox.prelude import add_prelude
 
-# From look to look at a program: at first, later on, and while it sleeps.
-FIRST_TICK, TICK_SECONDS, ASLEEP_TICK = 0.01, 0.02, 0.06
+# From look to look at a program, and while it sleeps.
+TICK_SECONDS, ASLEEP_TICK = 0.02, 0.06
 # Beyond the prelude, what programs import most, loaded once instead of once per program.
 PRELOADED = ("dataclasses", "decimal", "threading")
 # The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
@@ -388,15 +388,14 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
     """
     usage = Usage(examiner)
     starved = time.monotonic() + limits["starved_seconds"]
-    began = time.monotonic()
-    next_tick = began + FIRST_TICK
+    next_tick = time.monotonic() + TICK_SECONDS
     pidfd = os.pidfd_open(examiner or child)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end, busy, told, tick = "", False, False, FIRST_TICK
+    end, busy, told, tick = "", False, False, TICK_SECONDS
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
@@ -417,10 +416,8 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
                 told = True
                 write_all(frame({"asleep": True}))
             end = end or ("starved" if time.monotonic() > starved else "")
-            now = time.monotonic()
-            asleep = usage.idle > ASLEEP_SECONDS and usage.still
-            tick = ASLEEP_TICK if asleep else TICK_SECONDS if now > began + 0.05 else FIRST_TICK
-            next_tick, busy = now + tick, False
+            tick = ASLEEP_TICK if told and usage.still else TICK_SECONDS
+            next_tick, busy = time.monotonic() + tick, False
     os.close(pidfd)
     return end
 
