@@ -80,6 +80,7 @@ def test_a_torn_file_continues_and_ends_the_same(
         (["--prompts", "3"], "prompts"),
         (["--reward", "other"], "reward"),
         (["--test-seconds", "2"], "test_seconds"),
+        (["--sandbox-packages", "numpy"], "sandbox_packages"),
     ],
 )
 def test_other_settings_are_refused(

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from spo_ext.commands import fail
+from spo_ext.commands import Parser, fail
 from spo_ext.data.commands import add_export, add_import
 from spo_ext.evaluation.commands import add_eval, add_report
 from spo_ext.quickstart.config import Objective, QuickstartConfig
 from spo_ext.rollout.commands import add_rollout
+from spo_ext.shown import say
 from spo_ext.trainer.commands import add_score, add_train, train
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
         return train(words[1:])  # a flag for each of some two hundred settings
-    parser = argparse.ArgumentParser(
-        prog="spo", description="Soft Policy Optimization for language models."
-    )
+    parser = Parser(prog="spo", description="Soft Policy Optimization for language models.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:
         add_command(subparsers)
@@ -108,7 +107,7 @@ def _run_quickstart(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
     if not options.quiet:
-        print(f"\nreport: {options.out / 'report.html'}")
+        say(f"\nreport: {options.out / 'report.html'}")
     return 0
 
 

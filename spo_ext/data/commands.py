@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo_ext.commands import fail
+from spo_ext.commands import fail, require_store
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -109,6 +110,7 @@ def _import(options: argparse.Namespace) -> int:
     status = 0
     try:
         with TrajectoryStore(options.store) as store:
+            store.require_writable("import")
             notes = _Notes()
             importer = Importer(store, settings, notes.report)
             for path in options.files:
@@ -120,7 +122,7 @@ def _import(options: argparse.Namespace) -> int:
                 except (OSError, ValueError, ImportError) as error:
                     status = fail(error)
             notes.count()
-            print(importer.summary)
+            say(importer.summary)
             return 1 if importer.summary.refused else status
     except KeyboardInterrupt:
         return fail("interrupted; what was stored stays, and may be imported again", status=130)
@@ -141,14 +143,14 @@ class _Notes:
             self._rows[kind] += 1
             if self._first.setdefault(kind, problem) is not problem:
                 return
-        print(problem, file=sys.stderr)
+        say(problem, sys.stderr, line=True)
 
     def count(self) -> None:
         for kind, first in self._first.items():
             more = self._rows[kind] - 1
             if more:
                 words = f"{first.file}: note: {more} more rows like row {first.row}"
-                print(f"{words}: {first.reason}", file=sys.stderr)
+                say(f"{words}: {first.reason}", sys.stderr, line=True)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -189,8 +191,7 @@ def _export(options: argparse.Namespace) -> int:
         from spo_ext.data.tokens import Tokenizer
         from spo_ext.store import TrajectoryStore
 
-        if "://" not in options.store and not Path(options.store).is_file():
-            raise FileNotFoundError(f"there is no store {options.store}")
+        require_store(options.store)
         tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
         with TrajectoryStore(options.store) as store:
             count = export_rows(
@@ -207,7 +208,7 @@ def _export(options: argparse.Namespace) -> int:
         return fail("interrupted", status=130)
     except _failures() as error:
         return fail(error)
-    print(f"{count} rows in {options.out}")
+    say(f"{count} rows in {options.out}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
 from spo_ext.rollout.commands import DIALECTS, add_reward_names, json_object
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -101,8 +102,8 @@ def _eval(options: argparse.Namespace) -> int:
             return fail("interrupted; the same command continues", status=130)
         except failures() as error:
             return fail(error)
-    print(table(result))
-    print(f"\nresults: {options.out / 'evaluation.json'}")
+    say(table(result))
+    say(f"\nresults: {options.out / 'evaluation.json'}")
     return 0
 
 
@@ -130,10 +131,14 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _described_reward(options: argparse.Namespace) -> dict[str, Any]:
-    """One by its name alone, as evaluations of before have it."""
+    """What the plan says of the rewards; what is left out is as in evaluations of before."""
     names = options.reward or ["tests"]
-    found = {"reward": names if len(names) > 1 else names[0], "test_seconds": options.test_seconds}
-    return found | ({"reward_weights": options.reward_weights} if options.reward_weights else {})
+    return {
+        "reward": names if len(names) > 1 else names[0],
+        "test_seconds": options.test_seconds,
+        "reward_weights": options.reward_weights or None,
+        "sandbox_packages": sorted(set(options.sandbox_packages)) or None,
+    }
 
 
 def _closed_by(stack: ExitStack, thing: _T) -> _T:
@@ -177,7 +182,7 @@ def _report(options: argparse.Namespace) -> int:
         curves = write_report(run, out, stored)
     except failures() as error:
         return fail(error)
-    print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
+    say(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
     return 0
 
 

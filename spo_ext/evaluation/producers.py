@@ -10,8 +10,8 @@ from typing import Any
 
 from spo_ext.commands import import_from_here
 from spo_ext.data.tokens import Tokenizer
-from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.rollout.generation import Generator, Reward
+from spo_ext.shown import hide_passwords
 
 
 def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from spo_ext.evaluation import html
 from spo_ext.evaluation.files import read_json_lines
 from spo_ext.evaluation.runs import Saved
 
@@ -85,15 +85,15 @@ def _completion(
     else:
         colour = "" if success is None else "good" if reward >= success else "bad"
         verdict = f'<b class="{colour}">reward {reward:g}</b>'
-    why = f" ({escape(_short(reason))})" if reason else ""
+    why = f" ({html.text(_short(reason))})" if reason else ""
     return (
-        f"<div><small>{escape(title)}: {verdict}{why}</small>"
-        f'<pre class="wrap">{escape(_short(text)) or "(empty)"}</pre></div>'
+        f"<div><small>{html.text(title)}: {verdict}{why}</small>"
+        f'<pre class="wrap">{html.text(_short(text)) or "(empty)"}</pre></div>'
     )
 
 
 def _article(prompt: str, cells: Iterable[str]) -> str:
-    words = f'<pre class="prompt">{escape(_short(prompt))}</pre>'
+    words = f'<pre class="prompt">{html.text(_short(prompt))}</pre>'
     return f'<article>{words}<div class="pair">{"".join(cells)}</div></article>'
 
 

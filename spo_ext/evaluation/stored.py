@@ -108,6 +108,8 @@ def evaluate_stored(
     Raises ValueError if the split is empty or `out` holds another evaluation, OSError if it cannot
     be written, and whatever generator and reward raise.
     """
+    if plan.run is not None:
+        store.require_writable("eval --run")
     stored = list(islice(judged_by(reward, store.prompts(plan.split)), plan.limit))
     if not stored:
         which = named_split(plan.split, reward)

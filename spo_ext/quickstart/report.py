@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 
 from spo_ext.evaluation import html
@@ -36,7 +35,7 @@ def write_report(config: QuickstartConfig, sandbox: str, log: RunLog, out: Path)
         _time_table(log),
         "<h2>Settings</h2>",
         html.settings(asdict(config)),
-        f"<footer>Rewards come from programs run in isolation: {escape(sandbox)} "
+        f"<footer>Rewards come from programs run in isolation: {html.text(sandbox)} "
         "All numbers are in metrics.jsonl, all sampled programs in samples.jsonl.</footer>",
     ]
     (out / "report.html").write_text(html.page("SPO quickstart", body), encoding="utf-8")
@@ -99,7 +98,7 @@ def _programs(config: QuickstartConfig, log: RunLog, first: int, last: int) -> I
             for title, step in (("reference", first), ("after SPO", last))
         ]
         yield (
-            f"<article><code>{escape(str(prompt))}</code>"
+            f"<article><code>{html.text(prompt)}</code>"
             f'<div class="pair">{"".join(cells)}</div></article>'
         )
 
@@ -110,7 +109,7 @@ def _program(title: str, sample: dict[str, Value], samples: int) -> str:
     return (
         f'<div><small>{title}: <b class="{verdict}">{passed} of {total} tests</b>, '
         f"drawn {sample['count']} times in {samples}</small>"
-        f"<pre>{escape(str(sample['program']) or '(no program)')}</pre></div>"
+        f"<pre>{html.text(sample['program'] or '(no program)')}</pre></div>"
     )
 
 
@@ -120,7 +119,7 @@ def _time_table(log: RunLog) -> str:
     stages.append(("everything else", rest))
     longest = max(seconds for _, seconds in stages) or 1.0
     rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{seconds:.1f} s</td>'
+        f'<tr><td>{html.text(name)}</td><td class="number">{seconds:.1f} s</td>'
         f'<td style="width:50%"><div class="bar" style="width:{100 * seconds / longest:.1f}%">'
         "</div></td></tr>"
         for name, seconds in stages

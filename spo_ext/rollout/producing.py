@@ -23,6 +23,7 @@ from spo_ext.rollout.served import ServedPolicy
 from spo_ext.rollout.server import ServerError, ServerGenerator
 from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
+from spo_ext.shown import say
 from spo_ext.store import StoredPrompt, TrajectoryStore
 
 
@@ -42,6 +43,7 @@ def produce(options: argparse.Namespace) -> int:
                 TrajectoryStore(options.store, retry_s=options.store_retry) as store,
                 Stopping() as stopping,
             ):
+                store.require_writable("rollout")
                 producer = _Producer(store, reward, sampling, options, stopping.requested)
                 if options.follow is not None:
                     producer.follow()
@@ -190,7 +192,7 @@ class _Producer:
             stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
         done = f"; {left_out} prompts had enough" if left_out else ""
         done += f"; {refused} left out, which the server refused" if refused else ""
-        print(f"version {version}: {stats}{done}", flush=True)
+        say(f"version {version}: {stats}{done}")
 
     def _estimate(self, ids: Sequence[int]) -> None:
         options, sampling = self._options, self._sampling
@@ -207,7 +209,7 @@ class _Producer:
             reference=options.q0_reference,
             policy_version=options.policy_version,
         )
-        print(f"Q_0 of {count} prompts for beta {options.q0_beta:g}", flush=True)
+        say(f"Q_0 of {count} prompts for beta {options.q0_beta:g}")
 
     def _tokenizer_of(self, folder: Path | None) -> Tokenizer:
         """The one given; else that of the first policy, which later ones share."""

@@ -90,6 +90,16 @@ def migrate(connection: sa.Connection) -> None:
         connection.execute(sa.update(schema.schema_version).values(version=CURRENT))
 
 
+def require_current(connection: sa.Connection) -> None:
+    """Raises SchemaError unless the tables are as this code has them; writes nothing."""
+    version = stored_version(connection)
+    if version != CURRENT:
+        raise SchemaError(
+            f"TrajectoryStore: the database can only be read and must have schema version "
+            f"{CURRENT}, got {version}; open it once where it can be written"
+        )
+
+
 def stored_version(connection: sa.Connection) -> int | None:
     """None for an empty database."""
     tables = sa.inspect(connection).get_table_names()

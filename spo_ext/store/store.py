@@ -30,7 +30,8 @@ class TrajectoryStore:
 
     Args:
         target: a file (SQLite, made if missing; on a local disk, for processes of one machine), or
-            postgresql://user@host/database for several machines.
+            postgresql://user@host/database for several machines. A file that cannot be written,
+            or lies where nothing can be, is opened for reading.
         timeout_s: how long a writer waits for the others before it raises.
         retry_s: how long a database that went away (a restart, a broken network) is asked again
             before a method raises. Nothing is lost or done twice then. One that was never reached
@@ -42,6 +43,7 @@ class TrajectoryStore:
 
     Raises:
         ValueError: for an argument outside what is said, before anything is written.
+        PermissionError: by what writes, if the store was opened for reading.
         SchemaError: if the database was written by a newer spo_ext.
         sqlalchemy.exc.OperationalError: if the database cannot be reached or is locked for longer.
     """
@@ -56,15 +58,19 @@ class TrajectoryStore:
         self._timeout_s, self._retry_s = timeout_s, retry_s
         self._name = uuid4().hex
         self.database = Database(target, timeout_s, retry_s)
-        self.database.writing(migrations.migrate)
+        self.database.open(migrations.migrate, migrations.require_current)
 
     def __repr__(self) -> str:
-        return f"TrajectoryStore({self.database.url.render_as_string(hide_password=True)!r})"
+        return f"TrajectoryStore({self.database.shown!r})"
 
     def __reduce__(self) -> tuple[Callable[..., TrajectoryStore], tuple[object, ...]]:
         # For workers of a DataLoader: they open connections of their own.
         target = self.database.url.render_as_string(hide_password=False)
         return _reopen, (target, self._timeout_s, self._retry_s)
+
+    def require_writable(self, who: str) -> None:
+        """Raises PermissionError, in the name of `who`, if the store was opened for reading."""
+        self.database.require_writable(who)
 
     def close(self) -> None:
         self.database.close()

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.losses import Objective
+from spo_ext.shown import hide_passwords
 from spo_ext.store import SamplerConfig, Stratum
 from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store.records import Split
@@ -234,6 +234,11 @@ class SPOConfig(TrainingArguments):
         """For logs and trackers: without the password of a database."""
         found: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return found | {"store": hide_passwords(str(self.store))}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__
 
     @property
     def needs_q0(self) -> bool:

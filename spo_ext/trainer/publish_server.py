@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spo_ext.rollout.follow import latest_policy, version_name, version_of
+from spo_ext.shown import hide_passwords, visible
 from spo_ext.trainer.policy_weights import is_peft
 from spo_ext.trainer.publish import DirectoryPublisher
 
@@ -43,7 +44,7 @@ class PublishError(RuntimeError):
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(visible(hide_passwords(message)))
         self.status = status
 
 
@@ -143,7 +144,7 @@ class ServerPublisher(DirectoryPublisher):
             if newest is None or held is None or version_of(str(held)) == newest[0]:
                 return
             words = "%s says that its weights are %r: it gets version %d again"
-            logger.warning(words, self._url, held, newest[0])
+            logger.warning(words, hide_passwords(self._url), held, newest[0])
             self._serve(newest[0])
         except PublishError as error:
             if error.status not in (None, 404, 405):
@@ -166,7 +167,7 @@ class ServerPublisher(DirectoryPublisher):
         self.announce(version)
         if self._pause:
             self._post("/resume", hint=_DEVELOPMENT)
-        logger.info("%s serves version %d", self._url, version)
+        logger.info("%s serves version %d", hide_passwords(self._url), version)
 
     def _tell_version(self, version: int) -> None:
         # The mark tells this publication from one before a restart.
@@ -179,7 +180,7 @@ class ServerPublisher(DirectoryPublisher):
             logger.warning(
                 "%s has no /update_weight_version, as vLLM before 0.32: a restart of the server "
                 "goes unnoticed",
-                self._url,
+                hide_passwords(self._url),
             )
 
     def _seen(self, path: Path) -> str:

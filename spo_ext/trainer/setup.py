@@ -46,6 +46,7 @@ class Parts:
         assert model is not None
         self._config, self._trainer = config, trainer
         self.store = TrajectoryStore(str(config.store), retry_s=config.store_retry_seconds)
+        self.store.require_writable("train")  # which keeps what was drawn
         settings = HeadSettings(
             config.temperature,
             config.max_dropped_mass,

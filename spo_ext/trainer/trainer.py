@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
 from spo_ext.integrations.huggingface import router_coefficient
+from spo_ext.shown import hide_passwords
 from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
@@ -229,6 +230,14 @@ class SPOTrainer(Trainer):
         """There are no labels and no logits to predict: `evaluate`, `spo eval` and `spo rollout`
         are what there is."""
         raise NotImplementedError("SPOTrainer: predict has no meaning here: use evaluate()")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """training_args.bin, too, is without the password of the database."""
+        where, self.args.store = self.args.store, hide_passwords(str(self.args.store))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.store = where
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Marks the checkpoint when all of it is on the disk, and only then drops older ones."""

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from spo_ext.commands import Parser
 from spo_ext.trainer.yaml_values import convert, is_boolean, is_list, load_yaml, type_name
 
 
@@ -71,7 +72,7 @@ def parse(
     return tuple(parser.build(kind, values) for kind in types)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Flags for the fields of dataclasses, those of a class before those of its bases."""
 
     def __init__(self, types: Sequence[type[Any]], prog: str, description: str | None) -> None:
