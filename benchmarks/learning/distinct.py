@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.cache import roomy_cache
-from spo_ext.quickstart.policy import Samples, pad_prompts, read, up_to_end
-from spo_ext.quickstart.vocabulary import EOS, PAD
+from spo_ext.contests.vocabulary import EOS, PAD
+from spo_ext.rollout.decoding import roomy_cache
+
+from .policy import Samples, pad_prompts, read, up_to_end
 
 
 @dataclass

@@ -24,21 +24,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from spo_ext.quickstart.config import QuickstartConfig
-from spo_ext.quickstart.judging import Grader
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.vocabulary import TOKEN_IDS, encode_prompt
+from spo_ext.contests.problems import Problem
+from spo_ext.contests.vocabulary import TOKEN_IDS, encode_prompt
 from spo_ext.rollout import Judgement
 from spo_ext.sandbox import Sandbox
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
 
 from .evaluation import evaluate
+from .judging import Grader
 from .offline import write_solutions
 from .references import load_reference
-from .settings import Setting, setting_named
+from .settings import Config, Setting, setting_named
 
-_BETA, _TEMPERATURE = 0.1, 0.8
+_BETA, _TEMPERATURE, _RATE = 0.1, 0.8, 3e-4
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -72,7 +71,7 @@ def fill(store: TrajectoryStore, setting: Setting, problems: Sequence[Problem]) 
         store.append([Trajectory(prompt, ids, 0.0, Origin("human"), "eos") for ids in programs])
 
 
-def settings(folder: Path, config: QuickstartConfig, steps: int, seed: int) -> SPOConfig:
+def settings(folder: Path, config: Config, steps: int, seed: int) -> SPOConfig:
     """Those of the harness's run, in the trainer's words."""
     rows = config.prompts_per_batch * config.programs_per_prompt
     return SPOConfig(
@@ -91,9 +90,9 @@ def settings(folder: Path, config: QuickstartConfig, steps: int, seed: int) -> S
         reward_range=[-1.0, 0.0],
         max_steps=steps,
         seed=seed,
-        learning_rate=config.learning_rate,
+        learning_rate=_RATE,
         lr_scheduler_type="polynomial",
-        lr_scheduler_kwargs={"lr_end": config.learning_rate / 10, "power": 1.0},
+        lr_scheduler_kwargs={"lr_end": _RATE / 10, "power": 1.0},
         warmup_steps=config.warmup_steps,
         adam_beta2=0.98,
         # The harness divides the loss by 2 beta, and clips after that.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.config import QuickstartConfig
 from spo_ext.trainer.model import completion_logprobs
 
 from . import baselines
@@ -17,6 +16,7 @@ from .baselines import padded
 from .feed import Rows
 from .method import Method
 from .objectives import SpoObjective, sums
+from .settings import Config
 
 _FINAL_RATE = 0.1  # share of the learning rate left at the end of the linear decay
 _BETAS = (0.9, 0.98)
@@ -58,7 +58,7 @@ class Updater:
         self,
         method: Method,
         policy: Qwen2ForCausalLM,
-        config: QuickstartConfig,
+        config: Config,
         steps: int,
         reference_rewards: Tensor | None,
     ) -> None:

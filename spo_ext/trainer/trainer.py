@@ -43,7 +43,7 @@ from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, rou
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
-from spo_ext.trainer.runlog import RunLog
+from spo_ext.trainer.runlog import RunLog, show_progress
 from spo_ext.trainer.together import SharedRollouts
 from spo_ext.trainer.values import PromptValues
 from spo_ext.trainer.weights import online_baseline, sequence_weights
@@ -121,6 +121,7 @@ class SPOTrainer(Trainer):
         self._output = Path(str(args.output_dir))
         self.store = TrajectoryStore(str(args.store), retry_s=args.store_retry_seconds)
         self._reward = None if reward is None else as_reward(reward)
+        self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
         self.reference = self._prepare(model, ref_model)
         completions = args.rollout_batch_size * args.samples_per_prompt
         self.generator: Generator = generator or ModelGenerator(
@@ -142,12 +143,12 @@ class SPOTrainer(Trainer):
             self._waiting,
             rope_limit(base_model(model).config),
         )
-        self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
         head = base_model(model).get_output_embeddings()
         trains = any(parameter.requires_grad for parameter in head.parameters())
         # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
         self._log_entropy = trains if args.log_entropy is None else args.log_entropy
         self.add_callback(RunLog(args))
+        show_progress(self)
 
     def train(
         self,
@@ -353,7 +354,10 @@ class SPOTrainer(Trainer):
             scorer.to(args.device)
             round_like_sharded(scorer, self.accelerator)
         with autocast(model, precision):
-            self.layout = choose_layout(args.packing, model, training=args.disable_dropout)
+            # The loss of a router is a mean over the tokens that are computed.
+            self.layout = choose_layout(
+                args.packing, model, training=args.disable_dropout, sharing=not self._router
+            )
         how: Any = {"layout": self.layout, "precision": precision}
         if scorer is None:
             return Reference.cached(self.store, args.reference_fingerprint, **how)

@@ -11,11 +11,12 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from .config import Split
-
+Split = Literal["train", "development", "test"]
 Step = tuple[str, int]  # operation name, constant (0 where the operation has none)
 Output = list[int] | int
+Cases = Sequence[tuple[list[int], Output]]  # inputs and what they should give
 
 LARGEST_INPUT = 9
 EXAMPLE_LENGTH = 4
@@ -246,7 +247,7 @@ def _draw_cases(
     return tuple(cases)
 
 
-def _shows_well(examples: Sequence[tuple[list[int], Output]]) -> bool:
+def _shows_well(examples: Cases) -> bool:
     """Whether each example says something, in numbers that have a token."""
     for _, output in examples:
         shown = output if isinstance(output, list) else [output]
@@ -255,6 +256,6 @@ def _shows_well(examples: Sequence[tuple[list[int], Output]]) -> bool:
     return True
 
 
-def _tells_programs_apart(tests: Sequence[tuple[list[int], Output]]) -> bool:
+def _tells_programs_apart(tests: Cases) -> bool:
     """A constant function must not pass by luck."""
     return not tests or len({repr(output) for _, output in tests}) >= min(3, len(tests))
