@@ -134,7 +134,7 @@ def micro_batch(online: torch.Tensor) -> tuple[torch.Tensor, MicroBatch]:
     logprobs, ref = -torch.rand(11), -torch.rand(11)
     split = torch.tensor([0, *SIZES]).cumsum(0)
     tokens = TokenBatch({}, torch.arange(11), torch.zeros(11, dtype=torch.int64), split)
-    unknown = torch.full((6,), torch.nan)
+    unknown = torch.full((11,), torch.nan)
     cut = torch.zeros(6, dtype=torch.bool)
     batch = MicroBatch(tokens, ref, REWARDS, GROUPS, None, unknown, online, cut, 0.0, 1.0)
     return logprobs, batch
