@@ -1,6 +1,5 @@
 """How the harness samples, against the policy's own logits."""
 
-import random
 import sys
 from pathlib import Path
 
@@ -13,14 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from learning.policy import IGNORED, make_batch, sample, score  # noqa: E402
 
-from spo_ext.contests.problems import draw_problems  # noqa: E402
 from spo_ext.contests.recipe import Contest  # noqa: E402
 from spo_ext.contests.supervised import make_policy  # noqa: E402
 from spo_ext.contests.vocabulary import EOS, PAD, encode_prompt  # noqa: E402
 
 
 def problems_of(split: str, count: int) -> list:
-    return draw_problems(random.Random(0), split, count, vague_probability=0.5, hidden_tests=10)
+    return Contest().draw(split, count)
 
 
 @pytest.fixture(scope="module")

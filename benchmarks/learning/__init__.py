@@ -2,6 +2,6 @@
 
     PYTHONPATH=benchmarks python -m learning --budget 30 --seeds 0 1 --split test
 
-The problems, the policy and the judge are those of `spo quickstart`; the trajectories go through a
+The problems, the policy and the judge are those of `spo_ext.contests`; the trajectories go through a
 `TrajectoryStore`, the losses through `spo_ext.loss`.
 """

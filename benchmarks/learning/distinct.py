@@ -41,7 +41,7 @@ def sample_distinct(
     max_tokens: int,
     temperature: float = 1.0,
 ) -> Samples:
-    """As `spo_ext.quickstart.policy.sample`, but the programs of a prompt are drawn without
+    """As `learning.policy.sample`, but the programs of a prompt are drawn without
     replacement, from torch's current random state. The first is one draw from the policy."""
     ids, mask = pad_prompts(prompts)
     cache = roomy_cache(policy.config, max_tokens)

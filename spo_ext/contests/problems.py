@@ -193,29 +193,6 @@ def draw_problem(
             return Problem(specification, words, examples, tests)
 
 
-def draw_problems(
-    rng: random.Random,
-    split: Split,
-    count: int,
-    *,
-    vague_probability: float,
-    hidden_tests: int,
-    operations: tuple[int, int] = (1, 3),
-) -> list[Problem]:
-    """`count` problems with different prompts."""
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        problem = draw_problem(
-            rng,
-            split,
-            vague_probability=vague_probability,
-            hidden_tests=hidden_tests,
-            operations=operations,
-        )
-        problems.setdefault(problem.description, problem)
-    return list(problems.values())
-
-
 def _describe(
     rng: random.Random, specification: Specification, vague_probability: float
 ) -> tuple[str, ...]:

@@ -10,15 +10,13 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spo_ext.commands import fail, failures
 from spo_ext.contests.recipe import Contest, spo_settings
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
-
-Command = Callable[[Sequence[str]], int]
 
 _NUMBERS = {
     "seed": "varies problems, supervised training and SPO alike",
@@ -27,15 +25,9 @@ _NUMBERS = {
     "evaluation_problems": "problems evaluated on",
 }
 _BEFORE, _AFTER = "evaluation-0-before", "evaluation-1-after"
-_ROWS = {
-    "pass@1": ("pass@1", 3),
-    "pass@10": ("pass@10", 3),
-    "distinct_correct": ("distinct correct programs per solved problem", 2),
-    "num_tokens": ("program length, tokens", 1),
-}
 
 
-def add_quickstart(subparsers: Subparsers, command: Command) -> None:
+def add_quickstart(subparsers: Subparsers, command: Callable[[Sequence[str]], int]) -> None:
     """command: runs `spo` with these words, and returns its exit status."""
     parser = subparsers.add_parser(
         "quickstart",
@@ -58,7 +50,7 @@ def add_quickstart(subparsers: Subparsers, command: Command) -> None:
     parser.set_defaults(run=lambda options: _run(options, command), error=parser.error)
 
 
-def _run(options: argparse.Namespace, command: Command) -> int:
+def _run(options: argparse.Namespace, command: Callable[[Sequence[str]], int]) -> int:
     try:
         contest = Contest(**{name: getattr(options, name) for name in _NUMBERS})
         for name in ("steps", "evaluation_samples", "threads"):
@@ -144,22 +136,14 @@ def _prepare(contest: Contest, options: argparse.Namespace) -> None:
 
 def summary(out: Path) -> str:
     """Before and after as aligned text, and where to look."""
-    before, after = (_values(out / name) for name in (_BEFORE, _AFTER))
-    rows = [("held-out problems", "reference", "after SPO", "change")]
-    for name, (label, digits) in _ROWS.items():
-        if name in before and name in after:
-            old, new = before[name], after[name]
-            cells = (f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}")
-            rows.append((label, *cells))
-    width = max(len(label) for label, *_ in rows)
-    lines = [
-        label.ljust(width) + "".join(cell.rjust(11) for cell in cells) for label, *cells in rows
-    ]
-    return "\n".join(
-        (lines[0], "-" * len(lines[0]), *lines[1:], "", f"report: {out / 'report.html'}")
+    from spo_ext.evaluation.summary import label
+
+    before, after = (
+        json.loads((out / name / "evaluation.json").read_text(encoding="utf-8"))["values"]
+        for name in (_BEFORE, _AFTER)
     )
-
-
-def _values(folder: Path) -> dict[str, float]:
-    found: Any = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["values"]
-    return {name: value["mean"] for name, value in found.items() if value is not None}
+    lines = [f"{'held-out problems':<46}{'reference':>9}{'after SPO':>11}{'change':>11}", "-" * 77]
+    for name in [name for name in after if name in before]:
+        old, new = before[name]["mean"], after[name]["mean"]
+        lines.append(f"{label(name):<46}{old:>9.3f}{new:>11.3f}{new - old:>+11.3f}")
+    return "\n".join((*lines, "", f"report: {out / 'report.html'}"))

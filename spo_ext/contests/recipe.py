@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo_ext.contests.problems import Problem, Split, draw_problems
+from spo_ext.contests.problems import Problem, Split, draw_problem
 
 PROMPTS_PER_BATCH, NUM_GENERATIONS = 16, 8
 
@@ -67,14 +67,20 @@ class Contest:
             )
 
     def draw(self, split: Split, count: int, seed: int | None = None) -> list[Problem]:
-        """`count` problems of a split, those of the contest's seed unless another is given."""
-        return draw_problems(
-            random.Random(f"{self.seed if seed is None else seed} {split}"),
-            split,
-            count,
-            vague_probability=self.vague_probability,
-            hidden_tests=self.hidden_tests,
-            operations=(self.least_operations, self.most_operations),
+        """Problems of a split with different prompts, of the contest's seed unless one is given."""
+        rng = random.Random(f"{self.seed if seed is None else seed} {split}")
+        problems: dict[str, Problem] = {}
+        while len(problems) < count:
+            problem = self.draw_one(rng, split, self.hidden_tests)
+            problems.setdefault(problem.description, problem)
+        return list(problems.values())
+
+    def draw_one(self, rng: random.Random, split: Split, hidden_tests: int) -> Problem:
+        """A problem of a split."""
+        operations = (self.least_operations, self.most_operations)
+        vague = self.vague_probability
+        return draw_problem(
+            rng, split, vague_probability=vague, hidden_tests=hidden_tests, operations=operations
         )
 
 

@@ -14,7 +14,7 @@ import ast
 import functools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from spo_ext.contests.problems import Cases
 from spo_ext.contests.vocabulary import decode_program
@@ -80,7 +80,6 @@ class Judge:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._passed: dict[tuple[str, str], int] = {}
-        self.executed = 0
 
     def __call__(self, pairs: Sequence[tuple[Cases, str]]) -> list[int]:
         """How many of its tests each source passes. Raises SandboxError if the sandbox failed."""
@@ -90,7 +89,6 @@ class Judge:
         self._passed.update(dict.fromkeys(new, 0))
         found = count_passed(self._sandbox, list(runnable.values()))
         self._passed.update(zip(runnable, found, strict=True))
-        self.executed += len(runnable)
         return [self._passed[key] for key in keys]
 
 
@@ -139,14 +137,15 @@ def _count(program: tuple[Cases, str], answers: Sequence[Sequence[object]]) -> i
     return sum(agree(answer, [expected]) for answer, (_, expected) in pairs)
 
 
-def _alone(sandbox: Sandbox, programs: Sequence[tuple[Cases, str]]) -> Iterator[int]:
-    verdicts = judge(sandbox, [_submission(*program) for program in programs])
-    for verdict in verdicts:
-        # A program that passed every call and then misbehaved is not correct.
-        failed_otherwise = verdict.passed == verdict.total and not verdict.ok
-        yield 0 if failed_otherwise else verdict.passed
-
-
-def _submission(cases: Cases, source: str) -> Submission:
-    calls = tuple((list(inputs),) for inputs, _ in cases)
-    return Submission(Program(source, "f", calls), tuple(output for _, output in cases))
+def _alone(sandbox: Sandbox, programs: Sequence[tuple[Cases, str]]) -> list[int]:
+    submissions = [
+        Submission(
+            Program(source, "f", tuple((list(x),) for x, _ in cases)), tuple(y for _, y in cases)
+        )
+        for cases, source in programs
+    ]
+    # A program that passed every call and then misbehaved is not correct.
+    return [
+        0 if verdict.passed == verdict.total and not verdict.ok else verdict.passed
+        for verdict in judge(sandbox, submissions)
+    ]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
-from spo_ext.contests.problems import draw_problem
 from spo_ext.contests.programs import demonstrate
 from spo_ext.contests.recipe import Contest
 from spo_ext.contests.vocabulary import EOS, GO, PAD, TOKENS, encode_prompt
@@ -50,6 +48,8 @@ def train_reference(contest: Contest, folder: Path, *, quiet: bool = False) -> Q
         torch.manual_seed(contest.seed)
         policy = make_policy(contest)
     steps = contest.sft_steps
+    if not steps:
+        return policy
 
     def schedule(step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -59,24 +59,6 @@ def train_reference(contest: Contest, folder: Path, *, quiet: bool = False) -> Q
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=contest.sft_learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    supervise(policy, _demonstrations(contest), steps, optimizer, schedule, folder, quiet=quiet)
-    return policy
-
-
-def supervise(
-    policy: Qwen2ForCausalLM,
-    batches: Iterator[Sequence[Example]],
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], float],
-    folder: Path,
-    *,
-    quiet: bool = False,
-) -> None:
-    """Trains in place by the likelihood of programs; schedule is the factor of the learning rate
-    after so many steps."""
-    if not steps:
-        return
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -88,26 +70,45 @@ def supervise(
         remove_unused_columns=False,
         use_cpu=True,
     )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     trainer = Trainer(
         policy,
         settings,
         data_collator=_collate,
-        train_dataset=_Batches(batches),
-        optimizers=(optimizer, rates),
+        train_dataset=_Demonstrations(contest),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
     )
     show_progress(trainer)
     trainer.train()
+    return policy
 
 
-class _Batches(IterableDataset[Any]):
-    """Hands out whole batches, so that their rows stay together."""
+class _Demonstrations(IterableDataset[list[Example]]):
+    """Batches of rows of similar length: a third less padding to compute."""
 
-    def __init__(self, batches: Iterator[Sequence[Example]]) -> None:
-        self._batches = batches
+    def __init__(self, contest: Contest) -> None:
+        self._contest = contest
 
-    def __iter__(self) -> Iterator[Sequence[Example]]:
-        return self._batches
+    def __iter__(self) -> Iterator[list[Example]]:
+        contest, size = self._contest, self._contest.sft_batch
+        rng = random.Random(f"{contest.seed} demonstrations")
+        while True:
+            examples = [_demonstration(contest, rng) for _ in range(_BATCHES_PER_SORT * size)]
+            examples.sort(key=lambda example: sum(map(len, example)))
+            batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+            rng.shuffle(batches)
+            yield from reversed(batches)
+
+
+def _demonstration(contest: Contest, rng: random.Random) -> Example:
+    problem = contest.draw_one(rng, "train", hidden_tests=0)
+    program = demonstrate(
+        rng,
+        problem.specification,
+        corruption=contest.corruption,
+        token_noise=contest.token_noise,
+        max_tokens=contest.max_program_tokens,
+    )
+    return encode_prompt(problem), program
 
 
 def _collate(batches: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
@@ -120,33 +121,3 @@ def _collate(batches: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
         ids[row, :end] = torch.tensor([*prompt, *program])
         labels[row, len(prompt) : end] = torch.tensor(program)
     return {"input_ids": ids, "labels": labels}
-
-
-def _demonstrations(contest: Contest) -> Iterator[list[Example]]:
-    """Batches of rows of similar length: a third less padding to compute."""
-    rng = random.Random(f"{contest.seed} demonstrations")
-    size = contest.sft_batch
-    while True:
-        examples = [_demonstration(contest, rng) for _ in range(_BATCHES_PER_SORT * size)]
-        examples.sort(key=lambda example: sum(map(len, example)))
-        batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-        rng.shuffle(batches)
-        yield from reversed(batches)
-
-
-def _demonstration(contest: Contest, rng: random.Random) -> Example:
-    problem = draw_problem(
-        rng,
-        "train",
-        vague_probability=contest.vague_probability,
-        hidden_tests=0,
-        operations=(contest.least_operations, contest.most_operations),
-    )
-    program = demonstrate(
-        rng,
-        problem.specification,
-        corruption=contest.corruption,
-        token_noise=contest.token_noise,
-        max_tokens=contest.max_program_tokens,
-    )
-    return encode_prompt(problem), program

@@ -69,20 +69,9 @@ def decode_program(ids: Sequence[int]) -> str | None:
     tokens = [TOKENS[index] for index in ids[:-1]]
     if any(token not in _PROGRAM_TEXT for token in tokens):
         return None
-    *statements, result = _split(tokens)
-    lines = ["".join(_PROGRAM_TEXT[token] for token in statement) for statement in statements]
-    lines.append("return " + "".join(_PROGRAM_TEXT[token] for token in result).strip())
+    *lines, result = "".join(_PROGRAM_TEXT[token] for token in tokens).split("\n")
+    lines.append(f"return {result.strip()}")
     return "def f(x):\n" + "".join(f"    {line.strip()}\n" for line in lines)
-
-
-def _split(tokens: Sequence[str]) -> list[list[str]]:
-    statements: list[list[str]] = [[]]
-    for token in tokens:
-        if token == ";":
-            statements.append([])
-        else:
-            statements[-1].append(token)
-    return statements
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
