@@ -28,13 +28,13 @@ NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
 # which it can be built there.
 CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 
-.PHONY: quickstart test lint format bench reproduce build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
+.PHONY: quickstart test lint docs format bench reproduce build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
 	clean
 
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
 
-test: build sandbox postgres lint
+test: build sandbox postgres lint docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-skip
 
 # torch by exact version and first: an open range may bring gigabytes of CUDA libraries.
@@ -43,7 +43,8 @@ $(VENV)/.ready: constraints.txt
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist safetensors ruff mypy \
 		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
-		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai
+		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai \
+		mkdocs-material mkdocstrings-python
 	touch $@
 
 build: $(VENV)/.ready
@@ -67,6 +68,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# build/docs/index.html, the API from the docstrings; a broken link or an argument without words is an error.
+docs: $(VENV)/.ready
+	mkdir -p build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>build/docs.log || { grep -v ^INFO build/docs.log; exit 1; }
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

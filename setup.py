@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from sysconfig import get_platform
 from typing import NoReturn
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml: what was tried
 OLDEST_SETUPTOOLS = 77
 INSTALL = "pip install --no-build-isolation ."
@@ -95,7 +96,12 @@ def extension(cuda: cuda_build.Plan | None) -> object:
 
 
 class Build(cpp_extension.BuildExtension):
-    """Says once, when it compiles, what it compiles."""
+    """Says once, when it compiles, what it compiles; an editable install compiles what changed."""
+
+    def run(self) -> None:
+        if self.editable_mode:  # setuptools would compile all anew, in a folder that goes away
+            self.build_temp = f"build/temp.{get_platform()}-{sys.implementation.cache_tag}"
+        super().run()
 
     def build_extensions(self) -> None:
         print(f"spo_ext: {plan.summary if plan else 'CPU kernels only'}", file=sys.stderr)

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import warm
 
 _LOOPBACK = {
     "MASTER_ADDR": "127.0.0.1",
@@ -48,12 +48,11 @@ def launch(
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OUT": str(folder / f"{rank}")}
                 with open(folder / f"stderr-{rank}", "wb") as stderr:
                     ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, str(script), *arguments],
+                        warm.Process(  # a group of its own, killed as one
+                            [str(script), *arguments],
                             env={**shared, **own, **(environment or {})},
                             stdout=stderr,
                             stderr=stderr,
-                            start_new_session=True,  # a group of its own, killed as one
                         )
                     )
             _wait(ranks, folder, time.monotonic() + timeout_s)
@@ -64,7 +63,7 @@ def launch(
         return [json.loads(out.read_text()) if out.exists() else None for out in outputs]
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, end: float) -> None:
+def _wait(ranks: Sequence[warm.Process], folder: Path, end: float) -> None:
     while True:
         statuses = [process.poll() for process in ranks]
         failed = [rank for rank, status in enumerate(statuses) if status]
@@ -79,7 +78,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, end: float) ->
         time.sleep(0.05)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: warm.Process) -> None:
     """The rank and whatever it started, even where the rank itself has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -6,17 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import data_cases
+import warm
 import yaml
 from data_cases import write_rows
 from rollout_cases import save_policy
-from store_cases import ROOT
 
 # A verdict that follows from the tokens. With HOLD_AFTER it waits, after so many calls, to be
 # killed: a test then knows how far the process has come.
@@ -57,7 +56,7 @@ class Workplace:
         self.policy = save_policy(folder / "policy", end_weight=1.0)
         (folder / "rewards.py").write_text(REWARD)
         self.reward = f"{folder / 'rewards.py'}:odd"
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, warm.Process] = {}
 
     def data_files(self) -> list[Path]:
         """One of each schema, and sums of all three splits, some with completions to learn from."""
@@ -92,31 +91,30 @@ class Workplace:
         path.write_text(yaml.safe_dump(settings))
         return path
 
-    def start(self, name: str, *arguments: object, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *arguments: object, **environment: str) -> warm.Process:
         """`spo ARGUMENTS` in a process of its own; what it says goes to the file NAME.log."""
         with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "spo_ext.cli", *map(str, arguments)],
+            process = warm.Process(
+                ["spo", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, **environment},
             )
         self._processes[name] = process
         return process
 
-    def start_trainer(self, name: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start_trainer(self, name: str, *more: str, **environment: str) -> warm.Process:
         config = self.folder / "train.yaml"
         return self.start(name, "train", "--config", config, *more, **environment)
 
-    def start_producer(self, name: str, *more: object) -> subprocess.Popen[bytes]:
+    def start_producer(self, name: str, *more: object) -> warm.Process:
         """Eight prompts of each version, two of them stored at a time."""
         where = ("--store", self.store, "--follow", self.policies, "--run", "learner")
         how = ("--n", 2, "--max-new-tokens", 5, "--prompts-per-version", 8, "--batch-size", 2)
         return self.start(name, "rollout", *where, *how, "--reward", self.reward, "--quiet", *more)
 
-    def start_evaluation(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start_evaluation(self, name: str, **environment: str) -> warm.Process:
         """Four completions of each test prompt, one prompt at a time."""
         where = ("--store", self.store, "--split", "test", "--out", self.run / "evaluation")
         how = ("--n", 4, "--k", "1,4", "--max-new-tokens", 5, "--batch-size", 4)
@@ -163,7 +161,7 @@ def workplace(folder: Path, store: str) -> Iterator[Workplace]:
         place.print_logs()
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: warm.Process) -> None:
     process.kill()
     assert process.wait(120) == -signal.SIGKILL, "it had ended before it was killed"
 

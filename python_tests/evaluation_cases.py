@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -68,15 +67,6 @@ def fill(store: TrajectoryStore, count: int, split: str = "test") -> list[int]:
 
 def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-def environment() -> dict[str, str]:
-    here = Path(__file__).parent
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 class Workplace:

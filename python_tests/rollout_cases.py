@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,8 +13,8 @@ from typing import Any
 from urllib.request import urlopen
 
 import torch
+import warm
 from data_cases import save_tokenizer
-from store_cases import ROOT
 
 from spo_ext.cli import main
 from spo_ext.rollout import Generation, Judgement, Sampling
@@ -87,15 +86,13 @@ def decode(ids: Sequence[int]) -> str:
     return bytes(token for token in ids if token < END).decode(errors="replace")
 
 
-def start_rollout(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+def start_rollout(*arguments: object, cwd: Path | None = None) -> warm.Process:
     """`spo rollout` as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "spo_ext.cli", "rollout", "--quiet", *map(str, arguments)],
+    return warm.Process(
+        ["spo", "rollout", "--quiet", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+import warm
 
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 
@@ -30,14 +30,11 @@ def trajectory(prompt_id: int, number: int, origin: Origin, reward: float = 0.0)
     return Trajectory(prompt_id, tokens, reward, origin, "eos")
 
 
-def start_process(body: str, *arguments: str) -> subprocess.Popen[str]:
+def start_process(body: str, *arguments: str) -> warm.Process:
     """Runs Python code, with `argv` its arguments and everything of this module at hand."""
     head = "import sys\nfrom store_cases import *\nargv = sys.argv[1:]\n"
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", head + textwrap.dedent(body), *arguments],
+    return warm.Process(
+        ["-c", head + textwrap.dedent(body), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )

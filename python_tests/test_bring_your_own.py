@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
 
+import warm
 from sandbox_cases import WHY_NOT
 from store_cases import ROOT
 
@@ -28,7 +29,7 @@ from spo_ext.store import TrajectoryStore
 
 PAGE = (ROOT / "docs" / "bring_your_own.md").read_text()
 NOT_RUN = "# not run here: "
-SECONDS = 900  # a dozen processes, each of which imports torch and transformers
+SECONDS = 900
 
 
 def blocks(language: str) -> list[str]:
@@ -42,7 +43,8 @@ def clone(tmp_path: Path) -> Path:
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     fake = f"'{Path(__file__).parent / 'fake_vllm.py'}' "
-    for name, words in {"python": "", "spo": "-m spo_ext.cli ", "vllm": fake}.items():
+    forked = f"-S -E '{Path(warm.__file__)}' "
+    for name, words in {"python": forked, "spo": forked + "spo ", "vllm": fake}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
@@ -51,6 +53,7 @@ def clone(tmp_path: Path) -> Path:
 
 def follow(clone: Path, script: str) -> str:
     """What the commands say; the first that fails ends them, and none outlives the test."""
+    warm.address()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script],

@@ -150,7 +150,13 @@ def test_the_version_of_torch_is_that_of_the_build():
 
 def test_refusing_cuda_builds_for_cpu():
     result = run_setup(SPO_CUDA="0")
-    assert result.returncode == 0 and result.stdout.strip().splitlines()[-1] == "0.1.0"
+    assert result.returncode == 0 and result.stdout.strip().splitlines()[-1] == "0.2.0"
+
+
+def test_pre_commit_has_the_pinned_versions():
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    hooks = re.findall(r'dependencies: \["(.+)"\]', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3 and set(hooks) <= set(pinned)
 
 
 def test_every_source_is_listed_once():

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("transformers")
 
-import evaluation_cases as cases  # noqa: E402
+import warm  # noqa: E402
 from data_cases import contents  # noqa: E402
 from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, fill, judge, lines  # noqa: E402
 
@@ -146,11 +145,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def start(seconds: float, arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _PROCESS, str(seconds), *arguments]
-    return subprocess.Popen(
-        command, env=cases.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(seconds: float, arguments: list[str]) -> warm.Process:
+    command = ["-c", _PROCESS, str(seconds), *arguments]
+    return warm.Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_killed_evaluation_continues(place: Workplace, generator: Scripted, capsys: Any) -> None:

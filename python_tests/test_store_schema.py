@@ -204,9 +204,9 @@ with contextlib.redirect_stderr(sys.stdout):
     assert run_python(command).count("pip install 'spo_ext[store]'") == 2
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (HERE.parent / "README.md").read_text()
-    [example] = [part for part in readme.split("```") if "TrajectoryStore(" in part]
+def test_the_example_of_docs_store_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (HERE.parent / "docs/store.md").read_text()
+    [example] = [part for part in page.split("```") if "TrajectoryStore(" in part]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example.removeprefix("python\n"), names)

@@ -101,8 +101,11 @@ def token_logprobs(
         weight: [V, d], any of these types (float64 exactly when hidden is).
         targets: [..], int64 or int32, in [0, V) or `ignore_index`, whose rows are skipped.
         bias: [V].
-        temperature, softcap: > 0; `softcap` c is c tanh(z / c), before the temperature. These and
-            logit_scale are numbers, or CPU tensors without dimensions that require no grad.
+        temperature: > 0, divides the logits. It, logit_scale and softcap are numbers, or CPU
+            tensors without dimensions that require no grad.
+        logit_scale: multiplies the logits, before the softcap.
+        softcap: c > 0 makes c tanh(z / c) of the logits, before the temperature.
+        ignore_index: the target of tokens to be skipped.
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         return_dropped_mass: also return the probability left out of each token's gradient.
         max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass

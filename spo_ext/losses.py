@@ -40,7 +40,8 @@ def soft_q(
     token.
 
     Args:
-        logprobs, ref_logprobs: [N] with `cu_seqlens`, or [B, T]; nats.
+        logprobs: [N] with `cu_seqlens`, or [B, T]; nats.
+        ref_logprobs: like logprobs.
         q0: [S] or a number, the prompt value, in reward units; finite.
         beta: softness, a finite number > 0.
         mask: bool like logprobs; a masked position adds nothing and repeats the value before it.
@@ -216,18 +217,19 @@ def loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The SPO loss of completions, from the log-probabilities of their tokens.
 
-    With A_t = beta (logprobs_t - ref_logprobs_t) and Q_t = Q_0 + sum_{i<=t} A_i, per sequence of T
-    tokens:
+    With A_t = beta (logprobs_t - ref_logprobs_t) and Q_t = Q_0 + sum_{i<=t} A_i, the loss of a
+    sequence of T tokens is, by `objective`:
 
-    squared: (Q_T - r)^2
-    cross_entropy: -y u - (1 - y) log(1 - exp u) with u = Q_T / beta, y = exp(r / beta). r <= 0 is a
-        log-optimality. The first term stops at u = 0; the second goes on along its tangent from
-        u = -delta.
-    group: (Q_T - r)^2, where Q_0 is the mean of r - beta sum_t (log-ratio) over the group, detached
-    advantage: sum_t (A_t - target_t)^2, where target is `advantages`, or (r - Q_0) / T
-    linear: -weight sum_t (log-ratio)
-    squared or cross_entropy with `q_targets`: sum_t q_weights_t phi(Q_t, q_targets_t), where phi is
-        the loss above of Q_T and r
+    - squared: (Q_T - r)^2.
+    - cross_entropy: -y u - (1 - y) log(1 - exp u) with u = Q_T / beta and y = exp(r / beta). r <= 0
+      is a log-optimality. The first term stops at u = 0; the second goes on along its tangent from
+      u = -delta.
+    - group: (Q_T - r)^2, where Q_0 is the mean of r - beta sum_t (log-ratio) over the group,
+      detached.
+    - advantage: sum_t (A_t - target_t)^2, where target is `advantages`, or (r - Q_0) / T.
+    - linear: -weight sum_t (log-ratio).
+    - squared or cross_entropy with `q_targets`: sum_t q_weights_t phi(Q_t, q_targets_t), where phi
+      is the loss above of Q_T and r.
 
     Args:
         logprobs: policy, nats, [B, T], or [N] with `cu_seqlens`. Differentiable.
@@ -244,7 +246,8 @@ def loss(
             exactly no gradient.
         leave_one_out: take a group's Q_0 over the other sequences in it.
         advantages: per sequence or per token, in the shapes of ref_logprobs.
-        q_targets, q_weights: per token; the general cumulative loss. Targets are what rewards are.
+        q_targets: per token, what rewards are: the general cumulative loss.
+        q_weights: per token, 1 if left out; they multiply the losses of the `q_targets`.
         token_rewards: per token (process rewards): Q_t loses the rewards before t, Q_T must equal
             r plus the last one. Like rewards, but finite before the last token.
         weights: [S], multiplies each sequence's loss.
@@ -406,10 +409,27 @@ def linear_loss(
     `ignore_index` and tokens outside `mask` are skipped by the head and by the loss.
 
     Args:
-        hidden, weight, targets, bias, temperature, logit_scale, softcap, max_dropped_mass,
-            strategy, workspace_mib, process_group: see `token_logprobs`. targets is [B, T], or [N]
-            with `cu_seqlens`.
-        ref_logprobs, rewards, q0, beta, objective: see `loss`, as for every other argument.
+        hidden: [B, T, d], or [N, d] with `cu_seqlens`.
+        weight: [V, d].
+        targets: [B, T], or [N] with `cu_seqlens`.
+        ref_logprobs: as in `loss`, and so is every argument that is not named here.
+        rewards: as in `loss`.
+        q0: as in `loss`.
+        beta: as in `loss`.
+        objective: as in `loss`.
+        bias: as in `token_logprobs`.
+        temperature: as in `token_logprobs`.
+        logit_scale: as in `token_logprobs`.
+        softcap: as in `token_logprobs`.
+        ignore_index: as in `token_logprobs`.
+        max_dropped_mass: as in `token_logprobs`.
+        strategy: as in `token_logprobs`.
+        workspace_mib: as in `token_logprobs`.
+        process_group: as in `token_logprobs`.
+        mask: bool like targets, False for tokens that do not count.
+
+    Returns:
+        What `loss` returns.
     """
     counted = targets != ignore_index
     if mask is not None:
@@ -457,8 +477,9 @@ def taper_weights(
     behaviour policy mu lags.
 
     Args:
-        logprob_sums, behaviour_logprob_sums: [S], log-probability of each completion under the
-            policy (-inf is allowed) and under the policy that sampled it, nats.
+        logprob_sums: [S], log-probability of each completion under the policy, nats; -inf is
+            allowed.
+        behaviour_logprob_sums: [S], the same under the policy that sampled it, finite.
         rewards: [S].
         threshold: a number; a reward below it is a failure.
 

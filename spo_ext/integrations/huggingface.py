@@ -60,7 +60,8 @@ def add_token_logprobs(
     Args:
         model: a causal language model of Transformers, or a PEFT model around one.
         temperature: > 0, that of the sampler; divides the logits.
-        max_dropped_mass, workspace_mib: see `spo_ext.token_logprobs`.
+        max_dropped_mass: as in `spo_ext.token_logprobs`.
+        workspace_mib: as in `spo_ext.token_logprobs`.
 
     Raises:
         TypeError: if the LM head is nothing that `spo_ext.integrations.adapters` can serve.

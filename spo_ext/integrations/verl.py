@@ -72,7 +72,10 @@ def spo_policy_loss(
     """Mean of d^2 over the responses of the global batch; see the module.
 
     Args:
-        old_log_prob, log_prob, advantages, response_mask: [B, T]; advantages from `spo_advantages`.
+        old_log_prob: [B, T], nats; read by other losses of verl alone.
+        log_prob: [B, T], nats, of the policy, differentiable.
+        advantages: [B, T], from `spo_advantages`.
+        response_mask: [B, T], True or 1 where the policy wrote the token.
         loss_agg_mode: "seq-mean-token-sum", the one of verl's that is a mean over sequences of sums
             over tokens.
         config: `actor` of verl's configuration. beta is its policy_loss.dro_beta, or else the

@@ -25,17 +25,21 @@ def estimate_q0(
     reference: str = "",
     policy_version: int | None = None,
 ) -> int:
-    """Stores an estimate of Q_0 for each prompt that the reference has samples of; their number.
+    """Stores an estimate of Q_0 for each prompt that the reference has samples of, and returns how
+    many there are.
 
     Args:
-        run, policy_version: whose trajectories are the reference's; None: all versions of the run.
+        prompts: out of the store.
+        run: whose trajectories are the reference's.
+        policy_version: of the run; None takes all of them.
         beta: softness > 0, in units of reward.
-        temperature, top_p: of the samples; others are not looked at.
-        smoothing, reward_range: of `spo_ext.prompt_value`; default range: the extremes over all
-            these samples.
+        temperature: of the samples; others are not looked at.
+        top_p: of the samples, likewise.
+        smoothing: as in `spo_ext.prompt_value`.
+        reward_range: as in `spo_ext.prompt_value`; None takes the extremes over all these samples.
         reference: fingerprint to store with the estimate, "" if there is only one.
 
-    A completion that was drawn several times counts as often, though it is stored once.
+    A completion that was drawn several times counts as often.
 
     Raises ValueError, besides for bad arguments, if smoothing needs a range of rewards and all
     samples have the same, and for -inf without smoothing; nothing is stored then.

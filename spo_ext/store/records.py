@@ -100,7 +100,8 @@ class Trajectory:
         reward: finite or -inf; reason says why (a failed test, a judge's words).
         finish: "eos", or "truncated" at a limit of length.
         behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32.
-        temperature, top_p: of the sampling; None if unknown, as for a human's.
+        temperature: of the sampling; None if unknown, as for a human's.
+        top_p: of the sampling; None if unknown.
         draw: tells equal completions of one origin apart, which would be one row otherwise.
     """
 

@@ -150,10 +150,11 @@ class TrajectoryStore:
         run: str | None = None,
         without_reference: str | None = None,
     ) -> Iterator[StoredTrajectory]:
-        """Those stored when the iteration starts, by id, a page in memory at a time.
+        """Iterates over those stored when it starts, by id, with a page in memory at a time.
 
         Args:
-            prompt_id, run: only of this prompt, only of this run.
+            prompt_id: only of this prompt.
+            run: only of this run.
             without_reference: only those without log-probabilities of the reference with this
                 fingerprint, which remain to be scored.
         """
