@@ -193,7 +193,7 @@ class Feed:
     def _collate(self, rows: Sequence[StoredTrajectory]) -> TokenBatch:
         texts = (self._texts[self._index[row.prompt_id]] for row in rows)
         pairs = zip(texts, rows, strict=True)
-        return collate([Tokens(text, row.token_ids) for text, row in pairs])
+        return collate([Tokens(text, row.token_ids) for text, row in pairs], "shared")
 
     def _trajectory(self, row: Sampled, run: str) -> Trajectory:
         return Trajectory(
