@@ -122,7 +122,7 @@ def check_update(updater, rows, offline_tokens=0):
         want = want - MIXED.offline_weight * logprobs[-offline_tokens:].mean()
     assert found["loss"] == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
     compare(model.parameters(), want, list(before.parameters()))
-    states = body(**rows.tokens.model_inputs, use_cache=False).last_hidden_state
+    states = body(**rows.tokens.inputs_on(torch.device("cpu")), use_cache=False).last_hidden_state
     flat = head(states.flatten(0, 1)[rows.tokens.index]).squeeze(-1)
     values = baselines.padded(flat, rows.tokens.cu_seqlens)[0][rows.online]
     wanted = baselines.value_loss(values, returns, mask)

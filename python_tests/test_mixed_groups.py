@@ -181,7 +181,9 @@ class Watched(SPOTrainer):
         loss = super().compute_loss(model, inputs, *rest, **options)
         batch = inputs["micro_batch"]
         with torch.no_grad():
-            logits = model(**batch.tokens.model_inputs).logits.double().flatten(0, 1)
+            logits = (
+                model(**batch.tokens.inputs_on(torch.device("cpu"))).logits.double().flatten(0, 1)
+            )
         logprobs = logits[batch.tokens.index].log_softmax(-1)
         taken = logprobs.gather(1, batch.tokens.targets[:, None])[:, 0]
         self.seen.append((batch, taken, float(loss.detach())))

@@ -104,7 +104,8 @@ class Critic:
             # Adam would take a hundred steps to get there, on which advantages are all of one sign
             nn.init.constant_(self._head.bias, float(rows.rewards[rows.online].mean()))
             self._started = True
-        states = self._body(**rows.tokens.model_inputs, use_cache=False).last_hidden_state
+        inputs = rows.tokens.inputs_on(self._head.weight.device)
+        states = self._body(**inputs, use_cache=False).last_hidden_state
         found: Tensor = self._head(states.flatten(0, 1)[rows.tokens.index]).squeeze(-1)
         return found
 

@@ -47,13 +47,14 @@ class Tokens:
 class TokenBatch:
     """What the model reads, and where the completions lie in it.
 
-    model_inputs: input_ids and position_ids [B, L]; attention_mask [B, L] for "padded", and for
-        "shared" bool [B, 1, L, L], what each token sees.
+    model_inputs: input_ids and position_ids [B, L], and for "padded" attention_mask [B, L].
     index: int64 [N], the states that predict the tokens of completions, in the flattened batch.
     targets: int64 [N], those tokens.
     cu_seqlens: int64 [S + 1], where each completion starts in index and targets.
     sequences, layout: what `collate` was given, from which smaller batches can be made.
     calls: how often the model is called at least, because other ranks do.
+    parts: int64 [2, B, L] for "shared", the prompt or completion that each column belongs to, and
+        the prompt that it sees besides.
     """
 
     model_inputs: dict[str, Tensor]
@@ -63,12 +64,21 @@ class TokenBatch:
     sequences: tuple[Tokens, ...] = ()
     layout: Layout = "padded"
     calls: int = 1
+    parts: Tensor | None = None
+
+    def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of any model. The mask of "shared", bool [B, 1, L, L], is made there."""
+        inputs = {name: tensor.to(device) for name, tensor in self.model_inputs.items()}
+        if self.parts is not None:
+            own, besides = self.parts.to(device)[..., None]
+            of_key = own.transpose(1, 2)
+            inputs["attention_mask"] = ((own == of_key) | (besides == of_key)).tril()[:, None]
+        return inputs
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """Arguments of a model that answers log-probabilities."""
-        inputs = {name: tensor.to(device) for name, tensor in self.model_inputs.items()}
         where = {"logprob_index": self.index, "logprob_targets": self.targets}
-        return inputs | {name: tensor.to(device) for name, tensor in where.items()}
+        return self.inputs_on(device) | {name: tensor.to(device) for name, tensor in where.items()}
 
 
 def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> TokenBatch:
@@ -144,8 +154,7 @@ def collate_shared(
     places = _places(lengths, width)
     shape = (1 + max(row for row, _ in places), width)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
-    # Of each column the part that it belongs to, and the prompt that it sees besides.
-    part, prompt_part = torch.full(shape, -1), torch.full(shape, -1)
+    of_column = torch.full((2, *shape), -1)
     index = [torch.empty(0)] * len(sequences)
     parts = 0
     for group, length, (row, start) in zip(groups, lengths, places, strict=True):
@@ -153,8 +162,8 @@ def collate_shared(
         end = start + len(prompt)
         ids[row, start:end] = torch.tensor(prompt)
         positions[row, start:end] = torch.arange(len(prompt))
-        part[row, start:end] = own = parts
-        prompt_part[row, start : start + length] = own
+        of_column[0, row, start:end] = parts
+        of_column[1, row, start : start + length] = parts
         last_of_prompt = torch.tensor([row * width + end - 1])
         for i in group:
             read = torch.tensor(sequences[i].completion)[:-1]
@@ -162,16 +171,15 @@ def collate_shared(
             columns = slice(end, end + len(read))
             ids[row, columns] = read
             positions[row, columns] = len(prompt) + torch.arange(len(read))
-            part[row, columns] = parts
+            of_column[0, row, columns] = parts
             index[i] = torch.cat([last_of_prompt, row * width + torch.arange(end, end + len(read))])
             end += len(read)
         parts += 1
-    sees = (part[:, :, None] == part[:, None, :]) | (prompt_part[:, :, None] == part[:, None, :])
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": sees.tril()[:, None]}
+    inputs = {"input_ids": ids, "position_ids": positions}
     targets = torch.cat([torch.tensor(tokens.completion) for tokens in sequences])
     sizes = torch.tensor([0, *(len(tokens.completion) for tokens in sequences)])
     where = (torch.cat(index), targets, sizes.cumsum(0))
-    return TokenBatch(inputs, *where, tuple(sequences), "shared")
+    return TokenBatch(inputs, *where, tuple(sequences), "shared", parts=of_column)
 
 
 def _lengths(sequences: Sequence[Tokens], groups: Sequence[Sequence[int]]) -> list[int]:
