@@ -14,12 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from learning.distinct import perturb, sample_distinct  # noqa: E402
 from learning.methods import METHODS  # noqa: E402
+from learning.policy import (
+    sample,  # noqa: E402
+    score,  # noqa: E402
+)
 from learning.settings import SETTINGS  # noqa: E402
 from test_learning_methods import ROWS, learn  # noqa: E402
 
-from spo_ext.quickstart.policy import make_policy, sample  # noqa: E402
-from spo_ext.quickstart.rollouts import score  # noqa: E402
-from spo_ext.quickstart.vocabulary import EOS, encode_prompt  # noqa: E402
+from spo_ext.contests.supervised import make_policy
+from spo_ext.contests.vocabulary import EOS, encode_prompt  # noqa: E402
 
 TINY = SETTINGS["tiny"]
 PROMPTS = [encode_prompt(problem) for problem in TINY.problems("train", 0)[:5]]

@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from learning.clock import Clock  # noqa: E402
 from learning.feed import Feed, Rows  # noqa: E402
+from learning.judging import Grade  # noqa: E402
 from learning.learner import Learner, Task  # noqa: E402
 from learning.method import Method  # noqa: E402
 from learning.methods import METHODS  # noqa: E402
 from learning.objectives import pass_rates, sums  # noqa: E402
 from learning.outcomes import Outcomes  # noqa: E402
+from learning.policy import Samples  # noqa: E402
 from learning.sampling import Sampled  # noqa: E402
 from learning.settings import SETTINGS  # noqa: E402
 
-from spo_ext.quickstart.judging import Grade  # noqa: E402
-from spo_ext.quickstart.policy import Samples, make_policy  # noqa: E402
-from spo_ext.quickstart.vocabulary import encode_prompt  # noqa: E402
+from spo_ext.contests.supervised import make_policy
+from spo_ext.contests.vocabulary import encode_prompt  # noqa: E402
 
 TINY = SETTINGS["tiny"]
 PROBLEMS = TINY.problems("train", 0)

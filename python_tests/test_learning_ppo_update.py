@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from learning import baselines  # noqa: E402
 from learning.feed import Rows  # noqa: E402
 from learning.methods import METHODS  # noqa: E402
+from learning.settings import Config  # noqa: E402
 from learning.updates import Updater  # noqa: E402
 
-from spo_ext.quickstart.config import QuickstartConfig  # noqa: E402
 from spo_ext.trainer.batches import Tokens, collate  # noqa: E402
 from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs  # noqa: E402
 
 PPO = replace(METHODS["ppo"], gae_lambda=0.9, learning_rate=1e-2, value_learning_rate=1e-2)
 MIXED = replace(PPO, offline="near", offline_share=0.5, offline_weight=0.3)
-CONFIG = QuickstartConfig(max_grad_norm=1e9, warmup_steps=1)  # gradients are left as they are
+CONFIG = Config(max_grad_norm=1e9, warmup_steps=1)  # gradients are left as they are
 SIZES = [3, 5, 2, 4, 1, 6]
 OFFLINE_SIZE = 4
 REWARDS = [0.0, -1.0, -1.0, 0.0, -1.0, -1.0]
@@ -122,7 +122,7 @@ def check_update(updater, rows, offline_tokens=0):
         want = want - MIXED.offline_weight * logprobs[-offline_tokens:].mean()
     assert found["loss"] == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
     compare(model.parameters(), want, list(before.parameters()))
-    states = body(**rows.tokens.model_inputs, use_cache=False).last_hidden_state
+    states = body(**rows.tokens.inputs_on(torch.device("cpu")), use_cache=False).last_hidden_state
     flat = head(states.flatten(0, 1)[rows.tokens.index]).squeeze(-1)
     values = baselines.padded(flat, rows.tokens.cu_seqlens)[0][rows.online]
     wanted = baselines.value_loss(values, returns, mask)

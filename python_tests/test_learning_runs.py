@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from learning import runs as runs_module  # noqa: E402
 from learning import sweep as sweep_module  # noqa: E402
 from learning.evaluation import evaluate  # noqa: E402
+from learning.judging import Grade  # noqa: E402
 from learning.methods import method_named  # noqa: E402
 from learning.references import make_reference, write_whole  # noqa: E402
 from learning.runs import Run, perform, restore  # noqa: E402
@@ -23,8 +24,7 @@ from learning.settings import SETTINGS  # noqa: E402
 from learning.sweep import plan, sweep  # noqa: E402
 from sandbox_cases import WHY_NOT  # noqa: E402
 
-from spo_ext.quickstart.judging import Grade  # noqa: E402
-from spo_ext.quickstart.policy import make_policy  # noqa: E402
+from spo_ext.contests.supervised import make_policy  # noqa: E402
 
 TINY = SETTINGS["tiny"]
 needs_sandbox = pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from learning import baselines  # noqa: E402
 from learning.feed import Rows  # noqa: E402
 from learning.methods import METHODS  # noqa: E402
+from learning.settings import Config  # noqa: E402
 from learning.updates import Updater  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from spo_ext.quickstart.config import QuickstartConfig  # noqa: E402
 from spo_ext.trainer.batches import TokenBatch, Tokens, collate  # noqa: E402
 from spo_ext.trainer.model import HeadSettings, answer_logprobs  # noqa: E402
 
@@ -105,7 +105,7 @@ def harness_step(weights, rows):
     policy = example("tiny").tiny_model()
     policy.load_state_dict(weights)
     answer_logprobs(policy, HeadSettings())
-    config = QuickstartConfig(max_grad_norm=1e9)  # so that the gradients are left as they are
+    config = Config(max_grad_norm=1e9)  # so that the gradients are left as they are
     found = Updater(GRPO, policy, config, steps=1, reference_rewards=None).update(rows, 1)
     return found, [parameter.grad for parameter in policy.parameters()]
 
@@ -174,7 +174,7 @@ def losses(folder, monkeypatch, **options):
     found = (new, torch.zeros_like(new), None)
     monkeypatch.setattr(made, "_get_per_token_logps_and_entropies", lambda *_, **__: found)
     theirs = GRPOTrainer._compute_loss(made, made.model, inputs)
-    updater = Updater(GRPO, example("tiny").tiny_model(), QuickstartConfig(), 1, None)
+    updater = Updater(GRPO, example("tiny").tiny_model(), Config(), 1, None)
     ours, _ = updater._grpo_loss(new[inputs["completion_mask"].bool()], rows)
     pairs = [(loss, torch.autograd.grad(loss, new)[0]) for loss in (theirs, ours)]
     return pairs, new, inputs

@@ -134,7 +134,7 @@ def micro_batch(online: torch.Tensor) -> tuple[torch.Tensor, MicroBatch]:
     logprobs, ref = -torch.rand(11), -torch.rand(11)
     split = torch.tensor([0, *SIZES]).cumsum(0)
     tokens = TokenBatch({}, torch.arange(11), torch.zeros(11, dtype=torch.int64), split)
-    unknown = torch.full((6,), torch.nan)
+    unknown = torch.full((11,), torch.nan)
     cut = torch.zeros(6, dtype=torch.bool)
     batch = MicroBatch(tokens, ref, REWARDS, GROUPS, None, unknown, online, cut, 0.0, 1.0)
     return logprobs, batch
@@ -181,7 +181,9 @@ class Watched(SPOTrainer):
         loss = super().compute_loss(model, inputs, *rest, **options)
         batch = inputs["micro_batch"]
         with torch.no_grad():
-            logits = model(**batch.tokens.model_inputs).logits.double().flatten(0, 1)
+            logits = (
+                model(**batch.tokens.inputs_on(torch.device("cpu"))).logits.double().flatten(0, 1)
+            )
         logprobs = logits[batch.tokens.index].log_softmax(-1)
         taken = logprobs.gather(1, batch.tokens.targets[:, None])[:, 0]
         self.seen.append((batch, taken, float(loss.detach())))

@@ -29,12 +29,12 @@ from spo_ext.trainer.model import (  # noqa: E402
 
 # How sequences are laid out, which prompts share a batch of rollouts, and what is special.
 FAMILIES = {
-    "llama": ("rows", "any"),
-    "gemma2": ("rows", "any"),  # a softcap
-    "cohere": ("rows", "any"),  # a scale
-    "qwen3_moe": ("rows", "any"),
-    "gpt2": ("rows", "any"),  # learned positions
-    "opt": ("padded", "any"),  # positions from the mask
+    "llama": ("shared", "any"),
+    "gemma2": ("rows", "any"),  # a softcap; a window of 4096
+    "cohere": ("shared", "any"),  # a scale
+    "qwen3_moe": ("shared", "any"),
+    "gpt2": ("shared", "any"),  # learned positions
+    "opt": ("shared", "any"),  # positions from a mask of two dimensions
     "bloom": ("padded", "any"),  # ALiBi, from the mask
     "mpt": ("padded", "any"),
     "mamba": ("padded", "any"),
@@ -44,15 +44,15 @@ FAMILIES = {
     "recurrent_gemma": ("padded", "equal"),  # another name of the softcap
     "xlstm": ("padded", "equal"),
     "falcon_h1": ("padded", "any"),
-    "bert": ("padded", "any"),  # a transform before the head
+    "bert": ("shared", "any"),  # a transform before the head
     "roberta": ("padded", None),  # generate counts its positions from another number
     "inkling_text": ("padded", "any"),  # states are scaled before the head
     "llama4_text": ("rows", "any"),  # base_model_prefix names no attribute
-    "mllama": ("rows", "any"),
+    "mllama": ("shared", "any"),
     "deepseek_v4": ("equal", None),  # packed rows leak into compressed attention, and the choice of
     # blocks among equal ones depends on how many there are
-    "phi3": ("rows", "any"),
-    "moshi": ("rows", None),  # fewer logits than embeddings; its cache is wrong behind a window
+    "phi3": ("shared", "any"),
+    "moshi": ("shared", None),  # fewer logits than embeddings; its cache is wrong behind a window
     "doge": ("equal", "any"),
 }
 SIZES = ((7, 33), (3, 12), (20, 25), (1, 4), (5, 1))
@@ -127,7 +127,7 @@ def test_rounding_is_no_reason_to_refuse(mean: int) -> None:
         model.model.embed_tokens.weight[:, 0] = 8
         model.lm_head.weight[:, 0] += mean / 4.8
     answer_logprobs(model.bfloat16(), HeadSettings())
-    assert choose_layout("auto", model) == "rows"
+    assert choose_layout("auto", model) == "shared"
     model.config.logits_scaling = 2.0  # which this model ignores
     answer_logprobs(model, HeadSettings())
     plain = model.lm_head.forward
@@ -152,7 +152,7 @@ def with_rope(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ROPES)
-@pytest.mark.parametrize("layout", ["rows", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "rows", "padded"])
 def test_company_beyond_a_rope_limit_changes_nothing(kind: str, layout: Any) -> None:
     model = with_rope(kind)
     sequences = draw((3, 9), (7, 33), (2, 15), (7, 33), (4, 12))
@@ -183,7 +183,7 @@ def test_nothing_is_left_behind() -> None:
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
     state, hooks = torch.random.get_rng_state(), len(model.transformer.wte._forward_hooks)
-    check_agreement(model, ("rows",), training=False)
+    check_agreement(model, ("shared", "rows"), training=False)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -201,7 +201,7 @@ def test_dropout_is_off_in_training() -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
         noisy = copy.deepcopy(model)
         answer_logprobs(model, HeadSettings())
-        assert choose_layout("auto", model, training=True) in ("rows", "padded")
+        assert choose_layout("auto", model, training=True) in ("shared", "padded")
         answer_logprobs(noisy, HeadSettings(disable_dropout=False))
         with pytest.raises(ValueError, match="same log-probabilities in training mode"):
             choose_layout("auto", noisy, training=True)

@@ -78,6 +78,27 @@ def test_every_end_token_ends_and_belongs_to_the_completion() -> None:
         assert model.generation_config.eos_token_id == ends
 
 
+def test_completions_share_their_prompts_cache_and_leave_when_they_end() -> None:
+    model = tiny_model(end_weight=1.0)
+    generator = ModelGenerator(model)
+    prompts = [Prompt(str(i), token_ids=range(1, 3 + 4 * i)) for i in range(3)]
+    generator.generate(prompts[:1], Sampling(max_new_tokens=1))  # the trial
+    shapes: list[tuple[int, ...]] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _module, _args, inputs: shapes.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    shared = generator.generate(prompts, SAMPLING)
+    hook.remove()
+    assert shapes[:2] == [(3, 10), (9, 1)] or shapes[1][0] < 9
+    rows = [count for count, _ in shapes[1:]]
+    assert rows == sorted(rows, reverse=True) and rows[-1] < 9
+    assert sum(rows) == sum(len(each.token_ids) - 1 for each in flat(shared))
+    generator._sharing_cache = False  # by model.generate
+    again = generator.generate(prompts, SAMPLING)
+    assert [each.token_ids for each in flat(again)] == [each.token_ids for each in flat(shared)]
+
+
 def test_padding_that_is_the_end_token_changes_nothing() -> None:
     model = tiny_model(end_weight=1.0)
     before = ModelGenerator(model).generate(words(6), SAMPLING)

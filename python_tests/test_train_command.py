@@ -144,21 +144,21 @@ def test_an_adapter_in_a_reference_counts(folder: Path) -> None:
     for kind in ("model", "adapter"):
         config = SPOConfig(**settings(folder, **OFFLINE, run=kind, reference=kind))
         trainer = SPOTrainer(with_adapters(make_model()), config, make_tokenizer())
-        fingerprints[kind] = trainer._parts.reference.fingerprint
-        rows = list(trainer._parts.store.trajectories())[:4]
-        prompts = {p.id: p.token_ids for p in trainer._parts.store.prompts("train")}
+        fingerprints[kind] = trainer.reference.fingerprint
+        rows = list(trainer.store.trajectories())[:4]
+        prompts = {p.id: p.token_ids for p in trainer.store.prompts("train")}
         for row in rows:
             model = with_adapters(make_model())
             if kind == "adapter":
                 model = model.unload()
             ids = [*prompts[row.prompt_id], *row.token_ids]
             expected = _by_logits(model, ids)[-len(row.token_ids) :]
-            found = trainer._parts.reference.logprobs([row], prompts)[0]
+            found = trainer.reference.logprobs([row], prompts)[0]
             assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert len(set(fingerprints.values())) == 2
     base = SPOConfig(**settings(folder, **OFFLINE, run="base"))
     plain = SPOTrainer(make_model(), base, make_tokenizer())
-    assert plain._parts.reference.fingerprint == fingerprints["adapter"]
+    assert plain.reference.fingerprint == fingerprints["adapter"]
 
 
 def _by_logits(model: Any, ids: list[int]) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from test_trainer_model import LAYOUTS, answer, by_logits, sequences
+from test_trainer_model import LAYOUTS, answer, by_logits, make_sequences
 from trainer_cases import VOCABULARY, fill, make_model, make_tokenizer, with_adapters
 from trainer_process import settings
 
@@ -170,7 +170,7 @@ def test_attention_implementations_agree(attention: str, layout: Any) -> None:
         if not torch.cuda.is_available():
             pytest.skip("flex attention has no backward pass on the CPU, and compiles for long")
         device = "cuda"
-    expected = torch.cat([by_logits(make_model(), tokens, 1.0) for tokens in sequences()])
+    expected = torch.cat([by_logits(make_model(), tokens, 1.0) for tokens in make_sequences()])
     model = make_model()
     model.set_attn_implementation(attention)
     model.to(device)

@@ -53,6 +53,13 @@ def test_what_has_no_meaning_is_refused(folder: Path) -> None:
         trainer.evaluate(["1+1="])
 
 
+def test_the_bar_shows_two_numbers_of_forty(folder: Path, capsys: Any) -> None:
+    trainer = make(folder, {"disable_tqdm": False, "max_steps": 1})
+    trainer.train()
+    shown = capsys.readouterr()
+    assert "loss=" in shown.err and "spo/residual" not in shown.out + shown.err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

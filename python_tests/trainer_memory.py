@@ -57,7 +57,7 @@ def peak_bytes() -> int:
 
 def from_logits(model: Any, batch: Any, **_: bool) -> Scores:
     """What `completion_scores` gives, by way of [N, V]."""
-    logits = model(**batch.model_inputs).logits.flatten(0, 1)[batch.index]
+    logits = model(**batch.inputs_on(torch.device("cpu"))).logits.flatten(0, 1)[batch.index]
     logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
     return Scores(logprobs, None, None)
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from spo_ext.quickstart.config import Split
+from spo_ext.contests.problems import Split
 
 from .methods import METHODS
 from .report import read_records, save_records, write_report

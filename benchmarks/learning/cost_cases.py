@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spo_ext.quickstart.vocabulary import TOKENS
+from spo_ext.contests.vocabulary import TOKENS
 from spo_ext.trainer.batches import Tokens, collate
 from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.cache import roomy_cache
-from spo_ext.quickstart.policy import Samples, pad_prompts, read, up_to_end
-from spo_ext.quickstart.vocabulary import EOS, PAD
+from spo_ext.contests.vocabulary import EOS, PAD
+from spo_ext.rollout.decoding import roomy_cache
+
+from .policy import Samples, pad_prompts, read, up_to_end
 
 
 @dataclass
@@ -40,7 +41,7 @@ def sample_distinct(
     max_tokens: int,
     temperature: float = 1.0,
 ) -> Samples:
-    """As `spo_ext.quickstart.policy.sample`, but the programs of a prompt are drawn without
+    """As `learning.policy.sample`, but the programs of a prompt are drawn without
     replacement, from torch's current random state. The first is one draw from the policy."""
     ids, mask = pad_prompts(prompts)
     cache = roomy_cache(policy.config, max_tokens)

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 import spo_ext
+from spo_ext.contests.problems import Problem
+from spo_ext.contests.vocabulary import encode_prompt
 from spo_ext.metrics import distinct_correct, mean_pass_at_k
-from spo_ext.quickstart.config import QuickstartConfig
-from spo_ext.quickstart.judging import Grade, Grader
-from spo_ext.quickstart.policy import sample
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.rollouts import score
-from spo_ext.quickstart.vocabulary import encode_prompt
+
+from .judging import Grade, Grader
+from .policy import sample, score
+from .settings import Config
 
 _PROMPTS_PER_PASS = 40
 _BINS = 5
@@ -29,7 +29,7 @@ def evaluate(
     reference: Qwen2ForCausalLM,
     problems: Sequence[Problem],
     grader: Grader,
-    config: QuickstartConfig,
+    config: Config,
     seed: int,
     beta: float | None,
 ) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def calibrate(log_ratios: Tensor, rewards: Tensor, beta: float) -> dict[str, Any
 
 
 def _draw(
-    policy: Qwen2ForCausalLM, problems: Sequence[Problem], config: QuickstartConfig
+    policy: Qwen2ForCausalLM, problems: Sequence[Problem], config: Config
 ) -> tuple[list[list[int]], Tensor]:
     programs: list[list[int]] = []
     sums = []

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.vocabulary import encode_prompt
+from spo_ext.contests.problems import Problem
+from spo_ext.contests.vocabulary import encode_prompt
 from spo_ext.store import (
     Origin,
     Prompt,
@@ -21,14 +21,13 @@ from spo_ext.store import (
     Trajectory,
     TrajectoryStore,
 )
-from spo_ext.trainer.batches import TokenBatch, Tokens
+from spo_ext.trainer.batches import TokenBatch, Tokens, collate
 from spo_ext.trainer.model import completion_logprobs
 
 from .clock import Clock
 from .method import Method
 from .outcomes import Outcomes
 from .sampling import Sampled
-from .shared_prompts import collate_shared
 
 _RUN, _EARLIER, _REFERENCE = "learner", "earlier", "reference"
 _ROWS_PER_PASS = 128
@@ -194,7 +193,7 @@ class Feed:
     def _collate(self, rows: Sequence[StoredTrajectory]) -> TokenBatch:
         texts = (self._texts[self._index[row.prompt_id]] for row in rows)
         pairs = zip(texts, rows, strict=True)
-        return collate_shared([Tokens(text, row.token_ids) for text, row in pairs])
+        return collate([Tokens(text, row.token_ids) for text, row in pairs], "shared")
 
     def _trajectory(self, row: Sampled, run: str) -> Trajectory:
         return Trajectory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.judging import Grader
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.train import shuffled_forever
+from spo_ext.contests.problems import Problem
 from spo_ext.store import TrajectoryStore
 from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
 from .clock import Clock
 from .feed import Feed
+from .judging import Grader
 from .method import Method
 from .offline import write_solutions
 from .sampling import Sampled, Writer, sample_rewards
@@ -175,3 +174,9 @@ class Learner:
     @staticmethod
     def _open(folder: str) -> TrajectoryStore:
         return TrajectoryStore(Path(folder) / "trajectories.db")
+
+
+def shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
+    """Every index once in random order, then all again."""
+    while True:
+        yield from rng.sample(range(count), count)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.programs import STYLE_WEIGHTS, STYLES, write_program
-from spo_ext.quickstart.vocabulary import encode_program
+from spo_ext.contests.problems import Problem
+from spo_ext.contests.programs import STYLE_WEIGHTS, STYLES, write_program
+from spo_ext.contests.vocabulary import encode_program
 
 _TRIES = 40  # draws per solution that is wanted: some problems have few different ones
 

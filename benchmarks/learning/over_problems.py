@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from spo_ext.contests.problems import Split
 from spo_ext.evaluation.estimates import RESAMPLES, Estimate, bounds
 from spo_ext.metrics import pass_at_k
-from spo_ext.quickstart.config import Split
 
 from .settings import setting_named
 from .tables import Record, Series, last

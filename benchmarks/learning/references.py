@@ -6,8 +6,8 @@ import ast
 import hashlib
 import json
 import os
-import random
 import tempfile
+import time
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,23 +16,20 @@ from typing import Any
 import torch
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.judging import Grader
-from spo_ext.quickstart.policy import make_policy
-from spo_ext.quickstart.runlog import RunLog
-from spo_ext.quickstart.session import Session
-from spo_ext.quickstart.supervised import train_reference
+from spo_ext.contests.supervised import make_policy, train_reference
 from spo_ext.sandbox import Sandbox
 
 from .evaluation import evaluate
+from .judging import Grader
 from .settings import Setting
 
 # Of the settings, only these have a part in the weights.
 _FIELDS = (
     "vague_probability", "least_operations", "most_operations", "max_program_tokens",
-    "hidden_size", "intermediate_size", "layers", "heads", "max_grad_norm",
+    "hidden_size", "intermediate_size", "layers", "heads",
     "sft_steps", "sft_batch", "sft_learning_rate", "corruption", "token_noise",
 )  # fmt: skip
-_SOURCES = ("problems", "programs", "vocabulary", "policy", "supervised")
+_SOURCES = ("problems", "programs", "vocabulary", "supervised")
 
 
 def reference_key(setting: Setting, seed: int) -> str:
@@ -41,7 +38,7 @@ def reference_key(setting: Setting, seed: int) -> str:
     parts = {name: config[name] for name in _FIELDS}
     parts |= {"seed": seed, "torch": torch.__version__}
     for name in _SOURCES:
-        file = import_module(f"spo_ext.quickstart.{name}").__file__
+        file = import_module(f"spo_ext.contests.{name}").__file__
         parts[name] = code_only(Path(str(file)).read_text(encoding="utf-8"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -73,20 +70,18 @@ def make_reference(setting: Setting, seed: int, cache: Path, quiet: bool = True)
     facts = path.with_suffix(".json")
     if not facts.exists():
         config = replace(setting.config, seed=seed)
+        started = time.perf_counter()
         with (
             torch.random.fork_rng(devices=[]),
             tempfile.TemporaryDirectory() as folder,
             Sandbox(workers=config.sandbox_workers) as sandbox,
-            RunLog(Path(folder)) as log,
         ):
-            torch.manual_seed(seed)
-            session = Session(config, Grader(sandbox), log, quiet)
-            policy = train_reference(session, random.Random(f"{seed} demonstrations"))
-            policy.requires_grad_(False)
+            policy = train_reference(config, Path(folder), quiet=quiet).requires_grad_(False)
             problems = setting.problems("development", seed)
-            found = evaluate(policy, policy, policy, problems, session.grader, config, 0, None)
+            grader = Grader(sandbox)
+            found = evaluate(policy, policy, policy, problems, grader, config, 0, None)
         write_whole(path, lambda file: torch.save(policy.state_dict(), file))
-        write_text(facts, json.dumps({**found, "seconds": log.seconds}))
+        write_text(facts, json.dumps({**found, "seconds": time.perf_counter() - started}))
     answer: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
     return answer
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 
-from spo_ext.quickstart.config import Split
-from spo_ext.quickstart.judging import Grader
+from spo_ext.contests.problems import Split
 from spo_ext.sandbox import Sandbox
 
 from .clock import Clock
 from .evaluation import evaluate
+from .judging import Grader
 from .learner import Learner, Task
 from .method import Method
 from .methods import METHODS, method_named

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2ForCausalLM
 
-from spo_ext.quickstart.config import QuickstartConfig
-from spo_ext.quickstart.judging import Grader
-from spo_ext.quickstart.policy import Samples, sample
-from spo_ext.quickstart.problems import Problem
-from spo_ext.quickstart.vocabulary import EOS, encode_prompt
+from spo_ext.contests.problems import Problem
+from spo_ext.contests.vocabulary import EOS, encode_prompt
 
 from .clock import Clock
 from .distinct import sample_distinct
+from .judging import Grader
+from .policy import Samples, sample
+from .settings import Config
 
 _PROMPTS_PER_PASS = 80
 
@@ -51,7 +51,7 @@ class Writer:
     problems: Sequence[Problem]
     solutions: Sequence[Sequence[Sequence[int]]]
     grader: Grader
-    config: QuickstartConfig
+    config: Config
     clock: Clock
     rng: random.Random
     temperature: float = 1.0

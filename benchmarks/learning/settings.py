@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 
-from spo_ext.quickstart.config import QuickstartConfig, Split
-from spo_ext.quickstart.problems import Problem, draw_problems
+from spo_ext.contests.problems import Problem, Split
+from spo_ext.contests.recipe import Contest
+
+
+@dataclass(frozen=True)
+class Config(Contest):
+    """A contest, and the sizes of batches and evaluations."""
+
+    prompts_per_batch: int = 16
+    programs_per_prompt: int = 8
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    reference_samples: int = 16  # per problem, for q0
+    evaluation_samples: int = 20
+    evaluation_k: int = 10
+    kl_problems: int = 40  # KL needs a reference pass, so only these problems pay for it
+    threads: int = 1
+    sandbox_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class Setting:
 
     name: str
     about: str
-    config: QuickstartConfig
+    config: Config
     offline_solutions: int = 8
     offline_problems: int | None = None
     sync_every: int | None = None
@@ -39,18 +54,11 @@ class Setting:
         of_seed = reference_seed if split == "train" else 0
         skipped = 0 if split == "train" else self.skipped_problems
         count = config.train_problems if split == "train" else config.evaluation_problems
-        drawn = draw_problems(
-            random.Random(f"{of_seed} {split}"),
-            split,
-            skipped + count,
-            vague_probability=config.vague_probability,
-            hidden_tests=config.hidden_tests,
-            operations=(config.least_operations, config.most_operations),
-        )
+        drawn = config.draw(split, skipped + count, of_seed)
         return drawn[skipped:]
 
 
-_STANDARD = QuickstartConfig(threads=1, sandbox_workers=1, sync_every=1)
+_STANDARD = Config()
 _SPARSE = replace(_STANDARD, least_operations=4, most_operations=5, max_program_tokens=56)
 # For tests: seconds, and nothing that it says about learning is worth reading.
 _TINY = replace(

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spo_ext.quickstart.config import Split
+from spo_ext.contests.problems import Split
 
 from .methods import method_named
 from .references import make_reference, reference_key

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from spo_ext.integrations.heads import inside, longest, ordinary_tokens
 from spo_ext.modes import evaluating
-from spo_ext.trainer.batches import TokenBatch, Tokens, collate
+from spo_ext.trainer.batches import TokenBatch, Tokens, collate, collate_shared
 
-Way = Literal["row", "rows", "padded", "left", "equal"]
+Way = Literal["shared", "row", "rows", "padded", "left", "equal"]
 
 # Prompt and completion: lengths that leave room in rows, fill them, and differ.
 _SIZES = ((6, 18), (3, 14), (2, 7), (4, 2), (1, 1))
@@ -26,6 +26,7 @@ _LONGEST_REACH = 128
 _FLOOR = 1e-5  # nats
 _REACHES = ("window", "compress", "chunk", "block_size")
 _WORDS = {
+    "shared": "behind a prompt that it shares with another",
     "row": "with sequences packed in one row",
     "rows": "with sequences packed in rows",
     "padded": "beside longer ones, padded on the right",
@@ -40,7 +41,7 @@ def check_agreement(
     """The first of the ways in which every sequence gets what it would get alone.
 
     Ways to call the model, of which the caller names those that it can use, the best first:
-        "row", "rows", "padded": as `spo_ext.trainer.batches.collate` lays sequences out.
+        "shared", "row", "rows", "padded": as `spo_ext.trainer.batches.collate` lays sequences out.
         "left": padding on the left, input_ids and attention_mask alone, as TRL calls a model. Where
             it is not right "padded" may be: move the padding to the right.
         "equal": only sequences of one length in a batch, input_ids alone.
@@ -61,7 +62,7 @@ def check_agreement(
         ValueError: if none of the ways is right, or the model looks ahead; says what was seen.
     """
     name = type(inside(model)).__name__
-    sequences = _probes(model)
+    sequences, reach = _probes(model), window(model)
     with undisturbed(model):
         try:
             alone = _alone(model, sequences)
@@ -91,6 +92,9 @@ def check_agreement(
         for way in ways:
             if way != "equal" and not cut <= allowed:
                 seen.append(f"{_WORDS[way]}: a difference of {cut:.3g} by the length alone")
+                continue
+            if way == "shared" and _reach(inside(model).config.to_dict(), most=None) > reach:
+                seen.append(f"{_WORDS[way]}: its mask would take the place of a far window's")
                 continue
             try:
                 together = _together(model, sequences, way)
@@ -166,6 +170,13 @@ def _alone(model: Any, sequences: list[Tokens], changed_end: bool = False) -> li
 
 
 def _together(model: Any, sequences: list[Tokens], way: Way) -> list[Tensor]:
+    if way == "shared":
+        beside = [
+            Tokens(one.prompt, after.completion)
+            for one, after in zip(sequences, sequences[1:] + sequences[:1], strict=True)
+        ]
+        pairs = [one for pair in zip(beside, sequences, strict=True) for one in pair]
+        return _call(model, collate_shared(pairs, always=True))[1::2]
     if way == "equal":
         return [_call(model, collate([one, _other(one)], way))[0] for one in sequences]
     return _call(model, _left(sequences) if way == "left" else collate(sequences, way))
@@ -231,12 +242,12 @@ def window(model: Any) -> int:
     return _reach(inside(model).config.to_dict())
 
 
-def _reach(config: Any, name: str = "") -> int:
+def _reach(config: Any, name: str = "", most: int | None = _LONGEST_REACH) -> int:
     if isinstance(config, dict):
-        return max((_reach(value, key) for key, value in config.items()), default=0)
+        return max((_reach(value, key, most) for key, value in config.items()), default=0)
     if isinstance(config, list):
-        return max((_reach(value, name) for value in config), default=0)
-    near = isinstance(config, int) and config <= _LONGEST_REACH
+        return max((_reach(value, name, most) for value in config), default=0)
+    near = isinstance(config, int) and (most is None or config <= most)
     return config if near and any(word in name for word in _REACHES) else 0
 
 

@@ -35,14 +35,15 @@ def completion_seeds(seed: int, prompts: Sequence[Sequence[int]], n: int) -> lis
 
 
 class Draw:
-    """Draws tokens inside `model.generate`, as a logits processor of greedy decoding.
+    """Draws tokens, and keeps their log-probabilities.
 
     Args:
         seeds: [B], one for each row.
         temperature, top_p, length: of the sampling; length is the largest number of tokens.
 
-    It returns scores that leave one token possible, the drawn one, and keeps its log-probability.
-    Memory is O(B V) for a step and O(B) for what it keeps of it.
+    `take` is for a loop of one's own. Inside `model.generate` it is a logits processor of greedy
+    decoding, which leaves one token possible, the drawn one. Memory is O(B V) for a step and O(B)
+    for what it keeps of it.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float, length: int) -> None:
@@ -57,13 +58,19 @@ class Draw:
 
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores: [B, V] logits."""
+        tokens = self.take(scores, torch.arange(len(scores), device=scores.device))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def take(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """int64 [n]: the next token of each of these rows, from its logits, [n, V]."""
         # On a GPU generate looks for the end late, and may ask for a step too many.
         step = min(len(self._logprobs), len(self._uniforms) - 1)
         logprobs = (scores.float() / self._temperature).log_softmax(-1)
         uniforms = self._uniforms[step].to(scores.device)
-        tokens = pick(nucleus(logprobs.exp(), self._top_p), uniforms)[:, None]
-        self._logprobs.append(logprobs.gather(1, tokens).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+        tokens = pick(nucleus(logprobs.exp(), self._top_p), uniforms[rows])
+        taken = logprobs.gather(1, tokens[:, None]).squeeze(1)
+        self._logprobs.append(taken.new_zeros(len(uniforms)).index_copy_(0, rows, taken))
+        return tokens
 
     def logprobs(self) -> Tensor:
         """float32 [B, T] on the CPU: of each token at the temperature, before top-p."""

@@ -43,9 +43,11 @@ class ModelGenerator:
     of PyTorch is read or moved.
 
     The first call draws a few tokens for prompts of different lengths, and compares with the
-    model's own logits. Where padding on the left changes what is drawn, only prompts of one length
-    share a batch, as do prompts that reach the length beyond which rotary frequencies follow from
-    the longest (`rope_limit`); where a batch changes it, completions are drawn one at a time.
+    model's own logits. Where its cache allows it, completions of one prompt share the prompt's and
+    leave the batch when they end (`decode`); else they are those of `model.generate`. Where padding
+    on the left changes what is drawn, only prompts of one length share a batch, as do prompts that
+    reach the length beyond which rotary frequencies follow from the longest (`rope_limit`); where a
+    batch changes it, completions are drawn one at a time.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, batch_size: int = 64) -> None:
@@ -56,6 +58,7 @@ class ModelGenerator:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._shared: Shared | None = None
+        self._sharing_cache = False
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         """n completions of each prompt, with log-probabilities.
@@ -102,13 +105,18 @@ class ModelGenerator:
         most = longest(self._model) - _DRAWN
         sizes = [min(size, most) for size in (_PROBES[0] + window(self._model), *_PROBES[1:])]
         prompts = [tuple(words[i % len(words)] for i in range(3, 3 + size)) for size in sizes]
-        attempts: dict[Shared, list[list[tuple[int, ...]]]] = {
-            "any": [prompts],
-            "equal": [[ids, ids] for ids in prompts],
-            "none": [[ids] for ids in prompts],
-        }
+        attempts: list[tuple[Shared, bool, list[list[tuple[int, ...]]]]] = [
+            ("any", True, [[ids for ids in prompts for _ in range(2)]]),
+            ("any", False, [prompts]),
+            ("equal", True, [[ids, ids] for ids in prompts]),
+            ("equal", False, [[ids, ids] for ids in prompts]),
+            ("none", False, [[ids] for ids in prompts]),
+        ]
+        if any(hasattr(weight, "to_local") for weight in self._model.parameters()):
+            # Weights in parts take all ranks in every call, which generate sees to.
+            attempts = [attempt for attempt in attempts if not attempt[1]]
         got = ""
-        for shared, batches in attempts.items():
+        for shared, self._sharing_cache, batches in attempts:
             try:
                 found = [self._compare(batch) for batch in batches]
             except Exception as error:  # whatever the code of a model may raise
@@ -129,18 +137,25 @@ class ModelGenerator:
         root mean squares over a completion."""
         device = self._model.get_input_embeddings().weight.device
         draw = Draw(range(len(prompts)), 1.0, 1.0, _DRAWN)
+        # Some rows end, and leave the others' cache.
+        ends = ordinary_tokens(self._model)[::3].tolist() if self._sharing_cache else []
         with undisturbed(self._model):
-            tokens = self._complete(prompts, draw, _DRAWN, [], device).tolist()
-            rows = [torch.tensor([*ids, *new]) for ids, new in zip(prompts, tokens, strict=True)]
-            own, sizes = zip(*(self._own(row.to(device)) for row in rows), strict=True)
+            tokens = self._complete(prompts, draw, _DRAWN, ends, device)
+            drawn = _cut(tokens, draw.logprobs(), ends)
+            rows = [
+                (torch.tensor([*ids, *new.token_ids], device=device), len(new.token_ids))
+                for ids, new in zip(prompts, drawn, strict=True)
+            ]
+            own, sizes = zip(*(self._own(*row) for row in rows), strict=True)
             with rounded(self._model):
-                noise = distance([self._own(row.to(device))[0] for row in rows], own)
-        return distance(list(draw.logprobs()), own), 3 * noise + 1e-5 + max(sizes)
+                noise = distance([self._own(*row)[0] for row in rows], own)
+        logprobs = [torch.tensor(new.logprobs) for new in drawn]
+        return distance(logprobs, own), 3 * noise + 1e-5 + max(sizes)
 
-    def _own(self, row: Tensor) -> tuple[Tensor, float]:
+    def _own(self, row: Tensor, count: int) -> tuple[Tensor, float]:
         """Log-probabilities of the last tokens, and what rounding their logits may change."""
-        logits = self._model(input_ids=row[None], use_cache=False).logits[0, -_DRAWN - 1 : -1]
-        logprobs = logits.float().log_softmax(-1).gather(-1, row[-_DRAWN:, None])
+        logits = self._model(input_ids=row[None], use_cache=False).logits[0, -count - 1 : -1]
+        logprobs = logits.float().log_softmax(-1).gather(-1, row[-count:, None])
         step = torch.finfo(logits.dtype).eps * float(logits.abs().max())
         return logprobs.squeeze(-1).cpu(), step
 
@@ -163,6 +178,10 @@ class ModelGenerator:
         device: torch.device,
     ) -> Tensor:
         """New tokens [B, T] on the CPU, T <= length, what follows an end token included."""
+        if self._sharing_cache:
+            from spo_ext.rollout.decoding import decode  # which needs transformers
+
+            return decode(self._model, ids, draw, length, ends, device)
         pad = ends[0] if ends else 0  # masked before a prompt, cut off behind an end
         longest = max(map(len, ids))
         tokens = torch.full((len(ids), longest), pad)
@@ -209,18 +228,17 @@ def prompt_ids(owner: str, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
 
 def _cut(tokens: Tensor, logprobs: Tensor, ends: list[int]) -> list[Generation]:
     """tokens [B, T], logprobs [B, >= T]."""
-    found = []
     is_end = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype))
-    for row in range(len(tokens)):
-        at = is_end[row].nonzero()
-        size = int(at[0]) + 1 if len(at) else tokens.shape[1]
-        kept = logprobs[row, :size]
-        if not bool(torch.isfinite(kept).all()):
-            raise ValueError(_NAN)
-        finish = "eos" if len(at) else "truncated"
-        ids = tuple(tokens[row, :size].tolist())
-        found.append(Generation(ids, finish, tuple(kept.tolist())))  # type: ignore[arg-type]
-    return found
+    ended = is_end.any(1).tolist()
+    sizes = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+    inside = torch.arange(logprobs.shape[1]) < sizes[:, None]
+    if not bool(torch.isfinite(logprobs[inside]).all()):
+        raise ValueError(_NAN)
+    rows = zip(tokens.tolist(), logprobs.tolist(), sizes.tolist(), ended, strict=True)
+    return [
+        Generation(tuple(ids[:size]), "eos" if end else "truncated", tuple(known[:size]))
+        for ids, known, size, end in rows
+    ]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

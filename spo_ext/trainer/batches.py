@@ -11,7 +11,11 @@ from torch import Tensor
 
 from spo_ext.store.checks import refuse
 
-Layout = Literal["row", "rows", "padded", "equal"]
+Layout = Literal["shared", "row", "rows", "padded", "equal"]
+
+# Computing a token costs as much as looking at so many others: six times a hidden size of 128. With
+# a larger one sharing is worth more.
+_TOKEN_COST = 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class TokenBatch:
     cu_seqlens: int64 [S + 1], where each completion starts in index and targets.
     sequences, layout: what `collate` was given, from which smaller batches can be made.
     calls: how often the model is called at least, because other ranks do.
+    parts: int64 [2, B, L] for "shared", the prompt or completion that each column belongs to, and
+        the prompt that it sees besides.
     """
 
     model_inputs: dict[str, Tensor]
@@ -58,18 +64,29 @@ class TokenBatch:
     sequences: tuple[Tokens, ...] = ()
     layout: Layout = "padded"
     calls: int = 1
+    parts: Tensor | None = None
+
+    def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of any model. The mask of "shared", bool [B, 1, L, L], is made there."""
+        inputs = {name: tensor.to(device) for name, tensor in self.model_inputs.items()}
+        if self.parts is not None:
+            own, besides = self.parts.to(device)[..., None]
+            of_key = own.transpose(1, 2)
+            inputs["attention_mask"] = ((own == of_key) | (besides == of_key)).tril()[:, None]
+        return inputs
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """Arguments of a model that answers log-probabilities."""
-        inputs = {name: tensor.to(device) for name, tensor in self.model_inputs.items()}
         where = {"logprob_index": self.index, "logprob_targets": self.targets}
-        return inputs | {name: tensor.to(device) for name, tensor in where.items()}
+        return self.inputs_on(device) | {name: tensor.to(device) for name, tensor in where.items()}
 
 
 def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> TokenBatch:
     """Tensors on the CPU, with completions in the order of the sequences.
 
     Layouts:
+        "shared": completions of one prompt behind one copy of it, each seeing it and itself, where
+            that is less to compute; else a copy for each. Packed as "rows" are, with a mask.
         "row": all sequences in one row one after the other, for attention that takes lengths.
         "rows": as many in a row as fit beside the longest, so that a mask of each row costs no
             more than padding would; told apart by position_ids that start again at 0.
@@ -77,6 +94,8 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
         "equal": one a row, all of one length, so that nothing is left to say with a mask. The last
             token is read too, since there are models to which the length itself matters.
     """
+    if layout == "shared":
+        return collate_shared(sequences, pad_id)
     rows = [tokens.all if layout == "equal" else tokens.read for tokens in sequences]
     lengths = list(map(len, rows))
     width = sum(lengths) if layout == "row" else max(lengths)
@@ -118,6 +137,61 @@ def company(tokens: Tokens, layout: Layout, limit: int | None) -> int:
     those of one length may. limit: see `rope_limit`."""
     size = len(tokens.prompt) + len(tokens.completion)
     return size if layout == "equal" or (limit is not None and size > limit) else 0
+
+
+def collate_shared(
+    sequences: Sequence[Tokens], pad_id: int = 0, *, always: bool = False
+) -> TokenBatch:
+    """The layout "shared" of `collate`; always: whatever it costs."""
+    by_prompt: dict[Sequence[int], list[int]] = {}
+    for i, tokens in enumerate(sequences):
+        by_prompt.setdefault(tuple(tokens.prompt), []).append(i)
+    together, apart = list(by_prompt.values()), [[i] for i in range(len(sequences))]
+    choices = [together] if always else [together, apart]
+    groups = min(choices, key=lambda groups: _cost(_lengths(sequences, groups)))
+    lengths = _lengths(sequences, groups)
+    width = max(lengths)
+    places = _places(lengths, width)
+    shape = (1 + max(row for row, _ in places), width)
+    ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
+    of_column = torch.full((2, *shape), -1)
+    index = [torch.empty(0)] * len(sequences)
+    parts = 0
+    for group, length, (row, start) in zip(groups, lengths, places, strict=True):
+        prompt = sequences[group[0]].prompt
+        end = start + len(prompt)
+        ids[row, start:end] = torch.tensor(prompt)
+        positions[row, start:end] = torch.arange(len(prompt))
+        of_column[0, row, start:end] = parts
+        of_column[1, row, start : start + length] = parts
+        last_of_prompt = torch.tensor([row * width + end - 1])
+        for i in group:
+            read = torch.tensor(sequences[i].completion)[:-1]
+            parts += 1
+            columns = slice(end, end + len(read))
+            ids[row, columns] = read
+            positions[row, columns] = len(prompt) + torch.arange(len(read))
+            of_column[0, row, columns] = parts
+            index[i] = torch.cat([last_of_prompt, row * width + torch.arange(end, end + len(read))])
+            end += len(read)
+        parts += 1
+    inputs = {"input_ids": ids, "position_ids": positions}
+    targets = torch.cat([torch.tensor(tokens.completion) for tokens in sequences])
+    sizes = torch.tensor([0, *(len(tokens.completion) for tokens in sequences)])
+    where = (torch.cat(index), targets, sizes.cumsum(0))
+    return TokenBatch(inputs, *where, tuple(sequences), "shared", parts=of_column)
+
+
+def _lengths(sequences: Sequence[Tokens], groups: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens of each group, its prompt once."""
+    return [
+        len(sequences[group[0]].prompt) + sum(len(sequences[i].completion) - 1 for i in group)
+        for group in groups
+    ]
+
+
+def _cost(lengths: Sequence[int]) -> int:
+    return sum(lengths) * (_TOKEN_COST + max(lengths))
 
 
 def _places(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

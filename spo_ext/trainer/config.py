@@ -130,7 +130,11 @@ class SPOConfig(TrainingArguments):
         "weight of the load-balancing loss of a mixture of experts (default: that of the model's "
         "config; 0: without)",
     )
-    packing: str = _field("auto", "packed, padded, or auto: packed where the model allows it")
+    packing: str = _field(
+        "auto",
+        "padded, packed, shared (packed, and completions of one prompt behind one copy of it), or "
+        "auto: the last of these that the model allows",
+    )
     disable_dropout: bool = _field(
         True,
         "train without dropout, also that of LoRA: the reference has none, so it would count as "
@@ -172,7 +176,7 @@ class SPOConfig(TrainingArguments):
         check_one_of(owner, "objective", self.objective, _OBJECTIVES)
         check_one_of(owner, "rollouts", self.rollouts, ("embedded", "external", "none"))
         check_one_of(owner, "reference", self.reference, ("auto", "model", "adapter", "cached"))
-        check_one_of(owner, "packing", self.packing, ("auto", "packed", "padded"))
+        check_one_of(owner, "packing", self.packing, ("auto", "shared", "packed", "padded"))
         number(owner, "beta", self.beta, above=0.0)
         number(owner, "temperature", self.temperature, above=0.0)
         number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)

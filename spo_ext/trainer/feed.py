@@ -28,9 +28,9 @@ _POLL_SECONDS = 1.0
 class MicroBatch:
     """S of a step's trajectories; tensors on the CPU, per token [N] or per sequence [S].
 
-    behaviour_sums: of the policy that wrote each, nan where it is not known. online: bool, written
-    by the policy of this run; truncated: bool, cut at a limit of length. floor: the lowest reward
-    of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
+    behaviour_logprobs: of the policy that wrote it, nan where they are not known. online: bool,
+    written by the policy of this run; truncated: bool, cut at a limit of length. floor: the lowest
+    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
     place of a micro-batch without a sequence, which a rank must compute all the same, because the
     others wait for its part of their collectives.
     """
@@ -40,11 +40,17 @@ class MicroBatch:
     rewards: Tensor
     groups: Tensor
     q0: Tensor | None
-    behaviour_sums: Tensor
+    behaviour_logprobs: Tensor
     online: Tensor
     truncated: Tensor
     floor: float
     share: float
+
+    @property
+    def behaviour_sums(self) -> Tensor:
+        """float32 [S], nan where it is not known."""
+        parts = torch.split(self.behaviour_logprobs, self.tokens.cu_seqlens.diff().tolist())
+        return torch.stack([part.double().sum() for part in parts]).float()
 
 
 class Feed:
@@ -207,7 +213,7 @@ class Feed:
             rewards=rewards[places],
             groups=batch.groups[places],
             q0=None if self._values is None else self._values.of(rows),
-            behaviour_sums=torch.tensor([_behaviour_sum(row) for row in rows]),
+            behaviour_logprobs=torch.cat([_behaviour(row) for row in rows]),
             online=batch.online[places],
             truncated=torch.tensor([row.finish == "truncated" for row in rows]),
             floor=float(rewards[list(kept)].min()),
@@ -227,6 +233,6 @@ def prompt_tokens(store: TrajectoryStore, ids: set[int]) -> dict[int, Sequence[i
     return found
 
 
-def _behaviour_sum(row: StoredTrajectory) -> float:
+def _behaviour(row: StoredTrajectory) -> Tensor:
     known = row.behaviour_logprobs
-    return float("nan") if known is None else float(torch.as_tensor(known).double().sum())
+    return torch.full((len(row.token_ids),), torch.nan) if known is None else torch.as_tensor(known)

@@ -92,8 +92,9 @@ def add_online(meter: Meter, batch: MicroBatch) -> None:
     meter.add("store/online_length", lengths, where=online)
     meter.add("store/online_truncated", batch.truncated, where=online)
     meter.add("store/online_reward", batch.rewards, where=online & batch.rewards.isfinite())
-    known = online & batch.behaviour_sums.isfinite()
-    meter.add("_surprise", -batch.behaviour_sums, where=known)
+    sums = batch.behaviour_sums
+    known = online & sums.isfinite()
+    meter.add("_surprise", -sums, where=known)
     meter.add("_surprise_tokens", lengths, where=known)
 
 

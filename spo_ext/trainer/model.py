@@ -163,29 +163,37 @@ def supports_packing(model: nn.Module) -> bool:
 
 
 def choose_layout(
-    packing: str, model: nn.Module, *, training: bool = False, owner: str = "SPO"
+    packing: str,
+    model: nn.Module,
+    *,
+    training: bool = False,
+    sharing: bool = True,
+    owner: str = "SPO",
 ) -> Layout:
     """How sequences lie in a batch; flash attention takes one row, the others a mask of each row.
 
-    packing: padded, packed, or auto for packed where the model allows it.
+    packing: padded, packed, shared, or auto for the last of these that the model allows.
     training: see `check_agreement`, which looks at what the model does.
+    sharing: auto may mean shared.
 
     Raises ValueError if packing is asked for and the model mixes up what is packed, or if there is
     no layout in which every sequence gets the log-probabilities that it gets alone.
     """
     attention = getattr(base_model(model).config, "_attn_implementation", "")
     packed: Way = "row" if attention in _FLASH else "rows"
+    shared: tuple[Way, ...] = () if attention in _FLASH else ("shared",)
     ways: dict[str, tuple[Way, ...]] = {
+        "shared": shared,
         "packed": (packed,),
         "padded": ("padded", "equal"),
-        "auto": (packed, "padded", "equal"),
+        "auto": (*(shared if sharing else ()), packed, "padded", "equal"),
     }
     try:
         found = check_agreement(model, ways[packing], training=training, owner=owner)
         return cast(Layout, found)
     except ValueError as error:
-        if packing != "packed":
+        if packing not in ("packed", "shared"):
             raise
         raise ValueError(
-            f"{owner}: packing must be auto or padded for this model, got 'packed': {error}"
+            f"{owner}: packing must be auto or padded for this model, got {packing!r}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run leaves in its output_dir for `spo report`: settings, and every line of the log."""
+"""What a run leaves for `spo report`, its settings and every line of the log; and what it shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from spo_ext.durable import write_text
 from spo_ext.evaluation.files import cut_unfinished_line
@@ -48,3 +48,20 @@ class RunLog(TrainerCallback):
     def _settings(self) -> dict[str, Any]:
         found: dict[str, Any] = self._config.to_dict()
         return found
+
+
+class _Progress(ProgressCallback):
+    """Shows loss and reward in the bar, not all of the forty numbers of metrics.jsonl above it."""
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if self.training_bar is not None:
+            names = ("loss", "reward", "store/online_reward", "eval_pass@1")
+            self.training_bar.set_postfix({n: f"{logs[n]:.3g}" for n in names if n in logs})
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Replaces the bar of transformers, if there is one."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,17 +16,38 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
+from spo_ext.data.tokens import decoded
+from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.integrations.adapters import check_tasks
+from spo_ext.integrations.agreement import rope_limit
 from spo_ext.integrations.huggingface import router_coefficient
+from spo_ext.rollout import Generator, Reward, Sampling
+from spo_ext.rollout.embedded import ModelGenerator
+from spo_ext.rollout.rewards import as_reward, judged_by
+from spo_ext.rollout.rollouts import Rollouts
+from spo_ext.rollout.values import estimate_q0
 from spo_ext.shown import hide_passwords
+from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.feed import MicroBatch
+from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.health import Health
 from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
-from spo_ext.trainer.model import base_model, completion_scores
-from spo_ext.trainer.runlog import RunLog
-from spo_ext.trainer.setup import Parts
+from spo_ext.trainer.model import (
+    HeadSettings,
+    answer_logprobs,
+    base_model,
+    choose_layout,
+    completion_scores,
+)
+from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
+from spo_ext.trainer.producer import Producer
+from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
+from spo_ext.trainer.reference import Reference, reference_model
+from spo_ext.trainer.runlog import RunLog, show_progress
+from spo_ext.trainer.together import SharedRollouts
+from spo_ext.trainer.values import PromptValues
 from spo_ext.trainer.weights import online_baseline, sequence_weights
 
 logger = logging.getLogger(__name__)
@@ -54,6 +76,9 @@ class SPOTrainer(Trainer):
             whose sum by args.reward_weights it is; by default args.reward. Functions get columns of
             the prompts by name.
         reward_funcs: TRL's name for reward.
+        generator: writes the completions of embedded rollouts and evaluations: a
+            `spo_ext.rollout.Generator`, which has to write as the policy now is; by default the
+            policy in memory writes them itself.
         **options: of transformers.Trainer: callbacks, optimizers, ...; not those about data, which
             come from the store.
 
@@ -80,11 +105,16 @@ class SPOTrainer(Trainer):
         ref_model: nn.Module | None = None,
         reward: Any = None,
         reward_funcs: Any = None,
+        generator: Generator | None = None,
         **options: Any,
     ) -> None:
         if reward is not None and reward_funcs is not None:
             refuse("SPOTrainer", "reward_funcs", "left out with reward, which it is", reward_funcs)
         reward = reward if reward_funcs is None else reward_funcs
+        if generator is not None and not callable(getattr(generator, "generate", None)):
+            refuse(
+                "SPOTrainer", "generator", "an object with generate(prompts, sampling)", generator
+            )
         for name in _OF_DATA & {name for name, given in options.items() if given is not None}:
             refuse("SPOTrainer", name, "left out: data and loss are those of the store", name)
         super().__init__(
@@ -97,13 +127,37 @@ class SPOTrainer(Trainer):
         self.meter = Meter()
         self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
-        self._parts = Parts(self, ref_model, reward)
+        self.store = TrajectoryStore(str(args.store), retry_s=args.store_retry_seconds)
+        self.store.require_writable("train")  # which keeps what was drawn
+        self._reward = None if reward is None else as_reward(reward, args.reward_weights)
         self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
+        self.reference = self._prepare(model, ref_model)
+        completions = args.rollout_batch_size * args.samples_per_prompt
+        self.generator: Generator = generator or ModelGenerator(
+            model, processing_class, batch_size=completions
+        )
+        if args.eval_strategy != "no":
+            self._eval_prompts()  # now, not after the first steps
+        self._producer = self._make_producer() if args.rollouts == "embedded" else None
+        self._publisher = make_publisher(
+            args.publish_url, args.publish_to, args.publish_keep, str(args.run)
+        )
+        self._feed = Feed(
+            args,
+            self.store,
+            self.reference,
+            self._prompt_values() if args.needs_q0 else None,
+            self.layout,
+            None if self._producer is None else self._producer.more,
+            self._waiting,
+            rope_limit(base_model(model).config),
+        )
         head = base_model(model).get_output_embeddings()
         trains = any(parameter.requires_grad for parameter in head.parameters())
         # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
         self._log_entropy = trains if args.log_entropy is None else args.log_entropy
         self.add_callback(RunLog(args))
+        show_progress(self)
 
     def train(
         self,
@@ -126,9 +180,11 @@ class SPOTrainer(Trainer):
                     refuse("SPOConfig", name, expected, getattr(self.args, name))
             if "health" in state:
                 self._health.load_state_dict(state["health"])
-        self._parts.start(step, resume)
+        self._feed.start(step, resume)
+        self.accelerator.wait_for_everyone()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self._parts.finish()
+        if self._publisher is not None and self.accelerator.is_main_process:
+            self._publisher.finish()
         return result
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -145,8 +201,10 @@ class SPOTrainer(Trainer):
             next(epoch_iterator)
         started = time.perf_counter()
         step = self.state.global_step
-        self.meter.put(self._parts.before_step(step, self.model_wrapped))
-        metrics, micro_batches = self._parts.next_step(step)
+        version, lag = divmod(step, self.args.sync_every)
+        if lag == 0:
+            self._begin_version(version)
+        metrics, micro_batches = self._feed.next_step(version)
         self.meter.put(metrics)
         self.meter.put({"time/batch": time.perf_counter() - started})
         # input_ids are there for the Trainer, which counts them.
@@ -218,8 +276,17 @@ class SPOTrainer(Trainer):
         if eval_dataset is not None:
             expected = "None: prompts are those of eval_split"
             refuse("SPOTrainer", "eval_dataset", expected, eval_dataset)
-        values = self._parts.evaluate()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        found = evaluate(
+            self._eval_prompts(),
+            self.generator,
+            self.reward,
+            sampling=self._sampling(self.args.eval_samples),
+            ks=self.args.eval_k,
+            decode=self.decode,
+            success=self.args.eval_success,
+        )
+        values = found.values().items()
+        metrics = {f"{metric_key_prefix}_{name}": estimate.mean for name, estimate in values}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -263,3 +330,145 @@ class SPOTrainer(Trainer):
             checkpoints.remove_torn(self._output)
         self.accelerator.wait_for_everyone()
         return checkpoints.last_complete(self._output)
+
+    @property
+    def reward(self) -> Reward:
+        """Made when it is first needed: a learner without rollouts needs no sandbox."""
+        if self._reward is None:
+            self._reward = as_reward(self.args.rewards, self.args.reward_weights)
+        return self._reward
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A completion as text, without special tokens."""
+        tokenizer: Any = self.processing_class
+        if tokenizer is None:
+            refuse("SPO", "processing_class", "a tokenizer, for rollouts and evaluation", None)
+        return decoded(tokenizer, token_ids)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a forward pass of the policy takes all ranks."""
+        return bool(self.is_fsdp_enabled)
+
+    def _sampling(self, n: int) -> Sampling:
+        args = self.args
+        return Sampling(n, args.temperature, args.top_p, args.max_new_tokens, args.seed)
+
+    def _prepare(self, model: nn.Module, ref_model: nn.Module | None) -> Reference:
+        """Lets policy and reference answer log-probabilities, and finds out how to call them."""
+        args = self.args
+        settings = HeadSettings(
+            args.temperature, args.max_dropped_mass, args.workspace_mib, args.disable_dropout
+        )
+        check_tasks("SPOTrainer", model)
+        precision = precision_of(self.accelerator)
+        scorer = reference_model(args, model, ref_model, share=not self._sharded)
+        answer_logprobs(model, settings)
+        keep_logprobs(self.accelerator)
+        if scorer is not None and scorer is not model:
+            answer_logprobs(scorer, settings)
+            scorer.to(args.device)
+            round_like_sharded(scorer, self.accelerator)
+        with autocast(model, precision):
+            # The loss of a router is a mean over the tokens that are computed.
+            self.layout = choose_layout(
+                args.packing, model, training=args.disable_dropout, sharing=not self._router
+            )
+        how: Any = {"layout": self.layout, "precision": precision}
+        if scorer is None:
+            return Reference.cached(self.store, args.reference_fingerprint, **how)
+        if ref_model is not None:  # a copy of the policy is called as the policy is
+            with autocast(scorer, precision):
+                how["layout"] = choose_layout(args.packing, scorer)
+        base_only = scorer is model
+        return Reference.of_model(
+            self.store,
+            scorer,
+            self.processing_class,
+            args.temperature,
+            base_only=base_only,
+            accelerator=self.accelerator if base_only and self._sharded else None,
+            **how,
+        )
+
+    def _make_producer(self) -> Producer:
+        return Producer(
+            self.args,
+            self.store,
+            self.generator,
+            self.reward,
+            self.decode,
+            self.accelerator,
+            replicated=self._sharded,
+        )
+
+    def _begin_version(self, version: int) -> None:
+        """Publishes the policy as it is, and rolls it out."""
+        started = time.perf_counter()
+        if self._publisher is not None:
+            model, accelerator = self.model_wrapped, self.accelerator
+            weights = accelerator.get_state_dict(model) if self._sharded else None
+            if accelerator.is_main_process:
+                unwrapped = accelerator.unwrap_model(model)
+                self._publisher.publish(unwrapped, self.processing_class, version, weights)
+            accelerator.wait_for_everyone()
+        published = time.perf_counter()
+        if self._producer is not None:
+            self.meter.put(self._producer.round(version))
+        times = {"time/publish": published - started}
+        self.meter.put(times | {"time/rollout": time.perf_counter() - published})
+
+    def _waiting(self) -> None:
+        """While the main process waits for trajectories of others."""
+        if isinstance(self._publisher, ServerPublisher):
+            self._publisher.restore()
+
+    def _eval_prompts(self) -> list[StoredPrompt]:
+        split = self.args.eval_split
+        known = judged_by(self.reward, self.store.prompts(split))
+        prompts = list(itertools.islice(known, self.args.eval_prompts))
+        if not prompts:
+            expected = "a split with prompts in the store that the reward can judge"
+            refuse("SPO", "eval_split", expected, split)
+        return prompts
+
+    def _prompt_values(self) -> PromptValues:
+        args = self.args
+        can_sample = args.q0_samples > 0 and self.reference.model is not None
+        return PromptValues(
+            self.store,
+            beta=args.beta,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            reference=self.reference.fingerprint,
+            estimate=self._sample_reference if can_sample else None,
+        )
+
+    def _sample_reference(self, prompts: Sequence[StoredPrompt]) -> None:
+        """Values of prompts that have none, from completions that the reference writes for them."""
+        args, model = self.args, self.reference.model
+        assert model is not None
+        run = f"reference-{self.reference.fingerprint[:16]}"
+        sampling = self._sampling(args.q0_samples)
+        generator = ModelGenerator(model, self.processing_class)
+        rollouts = Rollouts(
+            self.store, generator, self.reward, run=run, sampling=sampling, decode=self.decode
+        )
+        replicated = self._sharded and model is self.model
+        shared = SharedRollouts(
+            rollouts, generator, sampling.n, self.accelerator, replicated=replicated
+        )
+        with self.reference.speaking():
+            shared.collect(prompts, 0)
+        if self.accelerator.is_main_process:
+            estimate_q0(
+                self.store,
+                prompts,
+                run=run,
+                beta=args.beta,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                reward_range=(args.reward_range[0], args.reward_range[1]),
+                reference=self.reference.fingerprint,
+            )
+        self.accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache, Qwen2Config  # noqa: E402
 
-from spo_ext.quickstart.cache import roomy_cache  # noqa: E402
+from spo_ext.rollout.decoding import roomy_cache  # noqa: E402
 
 CONFIG = Qwen2Config(num_hidden_layers=2)
 

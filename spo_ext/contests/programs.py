@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .problems import OPERATIONS, REDUCTIONS, Operation, Specification, draw_step
-from .vocabulary import PROGRAM_TOKENS, encode_program
+from spo_ext.contests.problems import OPERATIONS, REDUCTIONS, Operation, Specification, draw_step
+from spo_ext.contests.vocabulary import PROGRAM_TOKENS, encode_program
 
 MAX_PROGRAM_TOKENS = 36  # with the end token
 STYLES = ("comprehension", "functional", "statements")

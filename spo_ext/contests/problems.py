@@ -11,11 +11,12 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from .config import Split
-
+Split = Literal["train", "development", "test"]
 Step = tuple[str, int]  # operation name, constant (0 where the operation has none)
 Output = list[int] | int
+Cases = Sequence[tuple[list[int], Output]]  # inputs and what they should give
 
 LARGEST_INPUT = 9
 EXAMPLE_LENGTH = 4
@@ -192,29 +193,6 @@ def draw_problem(
             return Problem(specification, words, examples, tests)
 
 
-def draw_problems(
-    rng: random.Random,
-    split: Split,
-    count: int,
-    *,
-    vague_probability: float,
-    hidden_tests: int,
-    operations: tuple[int, int] = (1, 3),
-) -> list[Problem]:
-    """`count` problems with different prompts."""
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        problem = draw_problem(
-            rng,
-            split,
-            vague_probability=vague_probability,
-            hidden_tests=hidden_tests,
-            operations=operations,
-        )
-        problems.setdefault(problem.description, problem)
-    return list(problems.values())
-
-
 def _describe(
     rng: random.Random, specification: Specification, vague_probability: float
 ) -> tuple[str, ...]:
@@ -246,7 +224,7 @@ def _draw_cases(
     return tuple(cases)
 
 
-def _shows_well(examples: Sequence[tuple[list[int], Output]]) -> bool:
+def _shows_well(examples: Cases) -> bool:
     """Whether each example says something, in numbers that have a token."""
     for _, output in examples:
         shown = output if isinstance(output, list) else [output]
@@ -255,6 +233,6 @@ def _shows_well(examples: Sequence[tuple[list[int], Output]]) -> bool:
     return True
 
 
-def _tells_programs_apart(tests: Sequence[tuple[list[int], Output]]) -> bool:
+def _tells_programs_apart(tests: Cases) -> bool:
     """A constant function must not pass by luck."""
     return not tests or len({repr(output) for _, output in tests}) >= min(3, len(tests))

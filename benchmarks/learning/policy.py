@@ -1,4 +1,4 @@
-"""The policy: a small causal transformer, how it samples and how its batches look.
+"""How the policy samples in the harness, and how its batches look.
 
 Training rows are [prompt | program | padding], which a causal model reads without a mask; sampling
 needs every prompt to end at the same column, so there the padding stands on the left.
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2ForCausalLM
 
-from .cache import roomy_cache
-from .config import QuickstartConfig
-from .programs import MAX_PROGRAM_TOKENS
-from .vocabulary import EOS, GO, PAD, TOKENS
+import spo_ext
+from spo_ext.contests.programs import MAX_PROGRAM_TOKENS
+from spo_ext.contests.vocabulary import EOS, PAD
+from spo_ext.rollout.decoding import roomy_cache
 
 IGNORED = -100
-_MAX_PROMPT_TOKENS = 32
+_ROWS_PER_PASS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +44,6 @@ class Samples:
     @property
     def logprob_sums(self) -> Tensor:
         return self.logprobs.double().sum(dim=1).float()
-
-
-def make_policy(config: QuickstartConfig) -> Qwen2ForCausalLM:
-    """A policy with random weights from torch's current random state."""
-    shape = Qwen2Config(
-        vocab_size=len(TOKENS),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        max_position_embeddings=_MAX_PROMPT_TOKENS + config.max_program_tokens,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=GO,
-    )
-    return Qwen2ForCausalLM(shape)
 
 
 def make_batch(prompts: Sequence[Sequence[int]], programs: Sequence[Sequence[int]]) -> Batch:
@@ -142,3 +124,20 @@ def read(policy: Qwen2ForCausalLM, ids: Tensor, mask: Tensor, cache: DynamicCach
     )
     hidden: Tensor = output.last_hidden_state
     return hidden[:, -1]
+
+
+@torch.no_grad()
+def score(
+    policy: Qwen2ForCausalLM, prompts: Sequence[list[int]], programs: Sequence[list[int]]
+) -> Tensor:
+    """Log-probability of each program, summed over its tokens: float32 [S], nats."""
+    # Rows of similar length share a pass, which halves the padding.
+    order = sorted(range(len(programs)), key=lambda i: len(prompts[i]) + len(programs[i]))
+    sums = torch.empty(len(programs))
+    for start in range(0, len(order), _ROWS_PER_PASS):
+        rows = order[start : start + _ROWS_PER_PASS]
+        batch = make_batch([prompts[i] for i in rows], [programs[i] for i in rows])
+        hidden = hidden_states(policy, batch)
+        logprobs = spo_ext.token_logprobs(hidden, policy.lm_head.weight, batch.targets)
+        sums[rows] = logprobs.sum(dim=1)
+    return sums
