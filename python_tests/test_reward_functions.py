@@ -13,13 +13,13 @@ from rollout_cases import Scripted, decode, words
 
 from spo_ext.data.tests import stdin_tests
 from spo_ext.evaluation.evaluate import evaluate
-from spo_ext.evaluation.journal import _line, _sample
+from spo_ext.evaluation.stored import _line, _sample
 from spo_ext.rollout import Judgement, Reward, Rollouts, Sampling
 from spo_ext.rollout.answers import AnswerReward
-from spo_ext.rollout.counts import ids_of_split
 from spo_ext.rollout.programs import TestsReward
 from spo_ext.rollout.rewards import SumOfRewards, as_reward, judged_by, needs_of
 from spo_ext.store import Prompt, StoredPrompt, TrajectoryStore
+from spo_ext.store.counts import ids_of_split
 
 A = Prompt("a", answer="1", columns={"level": 3, "tags": ["x", "y"]})
 B = Prompt("b", columns={"level": 5})

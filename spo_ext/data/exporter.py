@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from spo_ext.checks import number
 from spo_ext.data.readers import need_pyarrow
 from spo_ext.data.records import Content
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.data.trl import json_line, trl_row
 from spo_ext.store import TrajectoryStore
-from spo_ext.store.checks import number
 from spo_ext.store.records import Split, StoredPrompt
 
 _ROWS = 256  # in memory, and in a row group of Parquet

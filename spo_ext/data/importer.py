@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+from spo_ext.checks import check_one_of, number
 from spo_ext.data.contamination import NGRAM, Contamination
 from spo_ext.data.formats import PARSERS, parse_row
-from spo_ext.data.loading import Loaded, Ready, load, other_columns
 from spo_ext.data.readers import read_rows
 from spo_ext.data.records import Completion, Defaults, Record, RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
-from spo_ext.store.checks import check_one_of, number
+from spo_ext.store.loading import Loaded, Ready, load, other_columns
 from spo_ext.store.records import Split
 
 _BATCH_ROWS = 256

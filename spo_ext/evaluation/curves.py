@@ -11,10 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from spo_ext.evaluation.estimates import pass_estimate
-from spo_ext.evaluation.panels import Line, Panel, lines_of
-from spo_ext.evaluation.plot import PALETTE, new_figure, plain, png_bytes, smoothed
+from spo_ext.evaluation.panels import (
+    PALETTE,
+    Line,
+    Panel,
+    lines_of,
+    new_figure,
+    plain,
+    png_bytes,
+    smoothed,
+)
 from spo_ext.evaluation.runs import Saved, Series
+from spo_ext.evaluation.summary import pass_estimate
 from spo_ext.shown import visible
 
 _MARKED = 12  # as many points, or fewer, are marked one by one

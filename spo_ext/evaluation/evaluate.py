@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from spo_ext.checks import check_integer, refuse
 from spo_ext.evaluation.records import Evaluation, Sample
 from spo_ext.rollout.generation import Generation, Generator, Reward, Sampling, check_judgements
 from spo_ext.rollout.rewards import look_at
-from spo_ext.store.checks import check_integer, refuse
 from spo_ext.store.records import Prompt
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spo_ext.evaluation.estimates import Estimate, estimate, pass_estimate
+from spo_ext.evaluation.summary import Estimate, estimate, pass_estimate
 from spo_ext.metrics import distinct_correct
 from spo_ext.rollout.generation import Generation, Judgement
 

@@ -39,15 +39,7 @@ def stored_samples(
 
     Without `decode` the completions are token ids.
     """
-    import sqlalchemy as sa
-
-    from spo_ext.store import schema
-
-    table = schema.trajectories.c
-    newest = sa.select(table.id).where(table.run == run).order_by(table.id.desc())
-    newest = newest.limit(_PROMPTS)
-    ids = store.database.reading(lambda connection: list(connection.execute(newest).scalars()))
-    rows = store.get(ids)
+    rows = store.newest(run, _PROMPTS)
     prompts = store.get_prompts([row.prompt_id for row in rows])
     articles = []
     for row, prompt in zip(rows, prompts, strict=True):

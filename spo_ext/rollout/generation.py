@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from spo_ext.store.checks import check_integer, number, refuse
+from spo_ext.checks import check_integer, number, refuse
 from spo_ext.store.records import Finish, Prompt
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from spo_ext.rollout.counts import draws
+from spo_ext.checks import check_integer, check_name, refuse
 from spo_ext.rollout.draws import derived_seed
 from spo_ext.rollout.generation import (
     Generation,
@@ -22,7 +22,7 @@ from spo_ext.rollout.generation import (
 from spo_ext.rollout.rewards import look_at
 from spo_ext.rollout.stats import RolloutStats, Tally
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
-from spo_ext.store.checks import check_integer, check_name, refuse
+from spo_ext.store.counts import draws
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -21,8 +21,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 
+from spo_ext.checks import number
 from spo_ext.shown import SECRET_NAME, hide_passwords, visible
-from spo_ext.store.checks import number
 
 logger = logging.getLogger(__name__)
 

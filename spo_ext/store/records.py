@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from spo_ext.store.checks import (
+from spo_ext.checks import (
     check_integer,
     check_name,
     check_one_of,

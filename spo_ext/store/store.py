@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import get_ident
@@ -11,8 +12,8 @@ from uuid import uuid4
 import sqlalchemy as sa
 from torch import Tensor
 
+from spo_ext.checks import check_name, check_one_of, refuse
 from spo_ext.store import migrations, queries, rows, schema, scores
-from spo_ext.store.checks import check_name, check_one_of, refuse
 from spo_ext.store.database import Database
 from spo_ext.store.records import (
     Appended,
@@ -148,6 +149,20 @@ class TrajectoryStore:
             check_one_of("prompts", "split", split, get_args(Split))
             where.append(schema.prompts.c.split == split)
         return map(rows.stored_prompt, queries.stream(self.database, schema.prompts, where))
+
+    def contents(self, split: Split | None = None) -> Iterator[Prompt]:
+        """Iterates over the prompts without their tests, which are far longer."""
+        table = schema.prompts.c
+        columns = sa.select(table.id, table.content, table.split).subquery()
+        where = [] if split is None else [columns.c.split == split]
+        for row in queries.stream(self.database, columns, where):
+            yield Prompt(json.loads(row.content), split=row.split)
+
+    def newest(self, run: str, count: int) -> list[StoredTrajectory]:
+        """Returns the newest trajectories of a run, from the newest on."""
+        table = schema.trajectories.c
+        query = sa.select(table.id).where(table.run == run).order_by(table.id.desc()).limit(count)
+        return self.get(self.database.reading(lambda c: list(c.execute(query).scalars())))
 
     def trajectories(
         self,

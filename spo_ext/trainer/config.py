@@ -8,12 +8,31 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from spo_ext.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.losses import Objective
 from spo_ext.shown import hide_passwords
 from spo_ext.store import SamplerConfig, Stratum
-from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store.records import Split
-from spo_ext.trainer.unused import refuse_unused
+
+# The only value that is taken, and why.
+_ONLY: dict[str, tuple[object, str]] = {
+    "auto_find_batch_size": (False, "a smaller batch would cut groups apart"),
+    "label_smoothing_factor": (0.0, "a completion has a reward, no labels"),
+    "neftune_noise_alpha": (None, "the reference has no such noise, so it would count as learned"),
+    "train_sampling_strategy": ("random", "the store draws: see mixture, strata and max_age"),
+    "use_liger_kernel": (False, "the loss is computed without logits already"),
+    "bf16_full_eval": (False, "evaluation samples in the precision of training: see bf16"),
+    "fp16_full_eval": (False, "evaluation samples in the precision of training: see fp16"),
+}
+
+
+def refuse_unused(arguments: TrainingArguments) -> None:
+    """Raises ValueError for a setting that would be ignored, or break the loss."""
+    for name, (only, why) in _ONLY.items():
+        value = getattr(arguments, name)
+        if value != only:
+            refuse("SPOConfig", name, f"{only!r} ({why})", value)
+
 
 _OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
 _NEED_Q0 = ("squared", "cross_entropy", "advantage")

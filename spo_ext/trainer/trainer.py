@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
+from spo_ext.checks import refuse
 from spo_ext.data.tokens import decoded
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.integrations.adapters import check_tasks
@@ -28,7 +29,6 @@ from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
 from spo_ext.shown import hide_passwords
 from spo_ext.store import StoredPrompt, TrajectoryStore
-from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
@@ -37,13 +37,16 @@ from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    autocast,
     base_model,
     choose_layout,
     completion_scores,
+    keep_logprobs,
+    precision_of,
+    round_like_sharded,
 )
-from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
+from spo_ext.trainer.publish import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.runlog import RunLog, show_progress
 from spo_ext.trainer.together import SharedRollouts
