@@ -14,7 +14,7 @@ from states import load_states
 from torch import Tensor
 
 import spo_ext
-from spo_ext import reference
+from spo_ext import eager as specification
 
 HERE = Path(__file__).parent
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ def errors(function: Logprobs, dtype: torch.dtype) -> dict[str, float]:
     logprobs = function(hidden, weight, targets)
     grads = torch.autograd.grad(logprobs, (hidden, weight), upstream)
     truth = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    want = reference.token_logprobs(truth[0], truth[1], targets)[0]
+    want = specification.token_logprobs(truth[0], truth[1], targets)[0]
     want_grads = torch.autograd.grad(want, truth, upstream.double())
     out = {"logprob": ((logprobs - want).abs() / want.abs().clamp(min=1)).max().item()}
     for name, got, true in zip(("grad_hidden", "grad_weight"), grads, want_grads, strict=True):
@@ -54,7 +54,7 @@ def long_sums(function: Logprobs, dtype: torch.dtype) -> float:
     worst = 0.0
     for rows in torch.arange(len(hidden)).split(1024):
         got = function(hidden[rows].to(dtype), weight.to(dtype), states.targets[rows])
-        want = reference.token_logprobs(
+        want = specification.token_logprobs(
             hidden[rows].double(), weight.double(), states.targets[rows]
         )[0]
         worst = max(worst, abs((got.double().sum() - want.sum()).item()))

@@ -96,12 +96,12 @@ def moved(value: Any, device: str | torch.device) -> Any:
     return value
 
 
-class _CpuReference:
-    """spo_ext.reference computed on the CPU, the one truth for every device. Results and gradients
+class _CpuEager:
+    """spo_ext.eager computed on the CPU, the one truth for every device. Results and gradients
     return to the device of the arguments."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(spo_ext.reference, name)
+        function = getattr(spo_ext.eager, name)
 
         def call(*args: Any, **options: Any) -> Any:
             home = next(a.device for a in args if isinstance(a, Tensor))
@@ -112,7 +112,7 @@ class _CpuReference:
         return call
 
 
-reference = _CpuReference()
+eager = _CpuEager()
 
 
 @pytest.fixture(autouse=True)

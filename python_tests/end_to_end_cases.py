@@ -73,7 +73,7 @@ class Workplace:
             "rollouts": "external",
             "publish_to": str(self.policies),
             "sync_every": 4,
-            "max_age": 1,
+            "max_offpolicy_steps": 1,
             "wait_seconds": 300,
             "max_steps": 50,
             "save_strategy": "steps",

@@ -7,7 +7,7 @@ from conftest import DTYPES, GRAD_TOLERANCE, LOGPROB_TOLERANCE, logprob_error, r
 from cuda_emulation.build import load
 from loss_cases import FORMS, packed_case, pad, padded
 
-from spo_ext import reference
+from spo_ext import eager
 
 LOSS_ARGUMENTS = (
     "rewards q0 objective beta delta groups leave_one_out advantages q_targets q_weights "
@@ -56,7 +56,7 @@ def test_soft_q(ops, team, dtype, index):
     logprobs, ref = -torch.rand(total).to(dtype), -torch.rand(2 * total).to(dtype)[::2]
     q0, mask = torch.randn(len(lengths)).to(dtype), torch.rand(total) < 0.7
     truth, start = logprobs.double().requires_grad_(), q0.double().requires_grad_()
-    want = reference.soft_q(truth, ref.double(), start, beta=0.3, cu_seqlens=offsets, mask=mask)
+    want = eager.soft_q(truth, ref.double(), start, beta=0.3, cu_seqlens=offsets, mask=mask)
     upstream = torch.randn(total, dtype=torch.float64).to(torch.float32)
     got = run_soft_q(ops, logprobs, ref, q0, upstream, offsets.to(index), mask)
     wants = (want, *torch.autograd.grad(want, (truth, start), upstream.double()))
@@ -71,7 +71,7 @@ def test_soft_q(ops, team, dtype, index):
 def test_loss(ops, form, team, layout):
     lengths = TEAMS[team]
     case = packed_case(form, lengths)
-    want = reference.loss(case[0], case[1], **case[2])
+    want = eager.loss(case[0], case[1], **case[2])
     want_grad = torch.autograd.grad(want.sum(), case[0])[0]
     if layout == "padded":  # NaN at masked positions
         case, want_grad = padded(*case, lengths), pad(want_grad, lengths, 0.0)
@@ -200,7 +200,7 @@ def test_logprobs_from_logits(ops, vocabulary, dtype):
     targets[0, 1] = -100
     got = ops.logprobs_from_logits(logits, targets, 0.8, -100, True, False)
     truth = logits.double().requires_grad_()
-    want = reference.logprobs_from_logits(truth, targets, temperature=0.8)
+    want = eager.logprobs_from_logits(truth, targets, temperature=0.8)
     for a, b in zip(got, want, strict=False):
         assert logprob_error(a, b) <= LOGPROB_TOLERANCE[dtype]
     upstream = [torch.randn(shape).to(got[0].dtype) for _ in range(2)]

@@ -120,7 +120,7 @@ def test_linear_loss_at_a_real_head():
     logprobs[kept] = float64_on_gpu(*args, upstream[kept])[0]
     leaf = logprobs.cpu().view(batch, length).requires_grad_()
     with torch.device("cpu"):
-        losses = spo_ext.reference.loss(
+        losses = spo_ext.eager.loss(
             leaf,
             ref.cpu().double(),
             rewards.cpu().double(),

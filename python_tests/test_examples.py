@@ -4,7 +4,7 @@ import pytest
 import torch
 from integration_cases import EXAMPLES, eager_logprobs, example, run_on_two_ranks
 
-from spo_ext import reference
+from spo_ext import eager
 
 HELPERS = ("tiny", "make_tiny_model")
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in HELPERS)
@@ -18,7 +18,7 @@ def squared_losses(policy, start):
         eager_logprobs(m, batch["input_ids"], batch["attention_mask"], tiny.TEMPERATURE)
         for m in (policy, start)
     )
-    return reference.loss(
+    return eager.loss(
         logprobs,
         ref,
         batch["rewards"].double(),

@@ -29,7 +29,7 @@ from spo_ext.contests.vocabulary import encode_prompt  # noqa: E402
 
 TINY = SETTINGS["tiny"]
 PROBLEMS = TINY.problems("train", 0)
-ROWS = TINY.config.prompts_per_batch * TINY.config.programs_per_prompt
+ROWS = TINY.config.prompts_per_batch * TINY.config.num_generations
 
 
 class Lottery:
@@ -138,16 +138,16 @@ def test_rare_syncing_samples_ahead_from_the_policy_as_it_was():
     stale = replace(TINY, sync_every=2)
     learner, clock, _ = learn(METHODS["group"], 3, setting=stale)
     assert clock.sampled == 3 * ROWS, "not more than the steps need"
-    versions = sorted({row.version // TINY.config.programs_per_prompt for row in learner.sampled})
+    versions = sorted({row.version // TINY.config.num_generations for row in learner.sampled})
     assert versions == [0, 1, 2]
     # The second batch of two was sampled before the first update, so by the reference.
     torch.manual_seed(0)
     writer = learner._writer(0)
-    order = [row.problem for row in learner.sampled[:: TINY.config.programs_per_prompt]]
+    order = [row.problem for row in learner.sampled[:: TINY.config.num_generations]]
     per_batch = TINY.config.prompts_per_batch
     for batch, from_reference in enumerate((True, True, False)):
         part = order[batch * per_batch : (batch + 1) * per_batch]
-        again = writer.write(learner.reference, part, TINY.config.programs_per_prompt, 0, 0)
+        again = writer.write(learner.reference, part, TINY.config.num_generations, 0, 0)
         expected = learner.sampled[batch * ROWS : (batch + 1) * ROWS]
         same = [row.logprobs for row in again] == [row.logprobs for row in expected]
         assert same == from_reference

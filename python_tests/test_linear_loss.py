@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import doubled, head_inputs, reference, relative_error
+from conftest import doubled, eager, head_inputs, relative_error
 
 import spo_ext
 
@@ -36,8 +36,8 @@ def test_matches_reference_end_to_end(objective):
     )
     truth = [doubled(hidden), doubled(weight)]
     counted = mask & (targets != -100)
-    logprobs, _ = reference.token_logprobs(*truth, targets, temperature=0.8)
-    losses = reference.loss(
+    logprobs, _ = eager.token_logprobs(*truth, targets, temperature=0.8)
+    losses = eager.loss(
         logprobs,
         ref.double(),
         rewards.double(),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import reference
+from conftest import eager
 from tolerances import LOGPROB_TOLERANCE, gpu_logprob_tolerance
 
 import spo_ext
@@ -36,7 +36,7 @@ def real_states(device):
 @pytest.mark.parametrize("states", [synthetic_states, real_states])
 def test_sum_over_a_long_completion(states, device):
     hidden, weight, targets = states(device)
-    want = reference.token_logprobs(hidden.double(), weight.double(), targets)[0]
+    want = eager.token_logprobs(hidden.double(), weight.double(), targets)[0]
     truth, bound = want.sum(), 1e-4
     if device == "cuda":  # tensor cores err toward zero, so that their errors do add up
         dtype, depth = hidden.dtype, hidden.shape[1]

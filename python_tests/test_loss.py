@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import moved, reference, relative_error
+from conftest import eager, moved, relative_error
 from loss_cases import BETA, FORMS, LENGTHS, packed_case, pad, padded
 
 import spo_ext
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 def truth_of(logprobs, ref_logprobs, arguments):
     leaf = logprobs.detach().clone().requires_grad_()
-    losses = reference.loss(leaf, ref_logprobs, **arguments)
+    losses = eager.loss(leaf, ref_logprobs, **arguments)
     return losses, torch.autograd.grad(losses.sum(), leaf)[0]
 
 
@@ -77,7 +77,7 @@ def test_summed_reference_equals_per_token_reference(form):
 def test_gradient_of_q0(form):
     """q0 may be learned."""
     logprobs, ref_logprobs, arguments = packed_case(form)
-    for function in (spo_ext.loss, reference.loss):
+    for function in (spo_ext.loss, eager.loss):
         q0 = arguments["q0"].clone().requires_grad_()
         extra = {"reduction": "none"} if function is spo_ext.loss else {}
         losses = function(logprobs, ref_logprobs, **{**arguments, "q0": q0}, **extra)
@@ -198,7 +198,7 @@ def test_stats():
     log_ratio = torch.stack(
         [
             (logprobs - ref_logprobs)[p].sum()
-            for p in reference.sequences(logprobs, arguments["cu_seqlens"])
+            for p in eager.sequences(logprobs, arguments["cu_seqlens"])
         ]
     )
     assert stats.num_tokens.tolist() == LENGTHS and not stats.terminal_q.requires_grad

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from trainer_cases import fill, make_model, make_tokenizer  # noqa: E402
 from trainer_process import settings  # noqa: E402
 
-from spo_ext.reference import loss as reference_loss  # noqa: E402
+from spo_ext.eager import loss as reference_loss  # noqa: E402
 from spo_ext.trainer import SPOConfig, SPOTrainer  # noqa: E402
 from spo_ext.trainer.batches import TokenBatch  # noqa: E402
 from spo_ext.trainer.feed import MicroBatch  # noqa: E402
@@ -192,7 +192,7 @@ class Watched(SPOTrainer):
 
 def test_the_trainer_learns_from_mixed_groups(filled: TrajectoryStore, tmp_path: Path) -> None:
     """Every loss is (Q_T - r)^2 by the reference implementation in float64."""
-    options = {"samples_per_prompt": 2, "taper": False, "beta": 0.2, "learning_rate": 3e-3}
+    options = {"num_generations": 2, "taper": False, "beta": 0.2, "learning_rate": 3e-3}
     config = SPOConfig(**settings(tmp_path, **MIXED, **options))
     trainer = Watched(make_model(), config, make_tokenizer())
     trainer.seen = []
@@ -223,7 +223,7 @@ def test_groups_of_several_sizes(filled: TrajectoryStore, tmp_path: Path, parts:
     """A micro-batch has whole groups, and the loss is the mean over all rows of the step."""
     for prompt in list(filled.prompts("train")):
         filled.add_prompt(replace(prompt, content=f"{prompt.content} "))  # nobody solved these
-    options = {"samples_per_prompt": 2, "per_device_train_batch_size": 16 // parts}
+    options = {"num_generations": 2, "per_device_train_batch_size": 16 // parts}
     config = SPOConfig(
         **settings(tmp_path, **MIXED, **options, gradient_accumulation_steps=parts, max_steps=4)
     )

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import head_inputs, reference
+from conftest import eager, head_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,19 +25,19 @@ def calls():
     return {
         "token_logprobs": (
             lambda x: spo_ext.token_logprobs(x, weight, labels).sum(),
-            lambda x: reference.token_logprobs(x, weight, labels)[0].sum(),
+            lambda x: eager.token_logprobs(x, weight, labels)[0].sum(),
         ),
         "logprobs_from_logits": (
             lambda x: spo_ext.logprobs_from_logits(x @ weight.T, labels).sum(),
-            lambda x: reference.logprobs_from_logits(x @ weight.T, labels)[0].sum(),
+            lambda x: eager.logprobs_from_logits(x @ weight.T, labels)[0].sum(),
         ),
         "soft_q": (
             lambda x: spo_ext.soft_q(x, ref, 0.5, beta=0.1).square().sum(),
-            lambda x: reference.soft_q(x, ref, zero + 0.5, beta=0.1).square().sum(),
+            lambda x: eager.soft_q(x, ref, zero + 0.5, beta=0.1).square().sum(),
         ),
         "loss": (
             lambda x: spo_ext.loss(x, ref, rewards, -0.3, reduction="sum", **terms),
-            lambda x: reference.loss(x, ref, rewards, zero - 0.3, **terms).sum(),
+            lambda x: eager.loss(x, ref, rewards, zero - 0.3, **terms).sum(),
         ),
     }
 

@@ -11,7 +11,7 @@ from store_cases import add_prompts, policy, start_process, trajectory
 
 from spo_ext.store import Batch, Origin, Prompt, Sampler, SamplerConfig, Trajectory, TrajectoryStore
 
-CONFIG = SamplerConfig(6, "half-online", "run", seed=5, max_age=3)
+CONFIG = SamplerConfig(6, "half-online", "run", seed=5, max_offpolicy_steps=3)
 
 
 def produce(store: TrajectoryStore, version: int) -> None:

@@ -119,7 +119,7 @@ def test_what_is_appended_joins_the_present_epoch(store: TrajectoryStore) -> Non
 def test_max_age_draws_from_the_last_versions(store: TrajectoryStore) -> None:
     for version in range(5):
         fill(store, policy(version), 4)
-    batch = sampler(store, 8, max_age=1).next_batch(policy_version=3)
+    batch = sampler(store, 8, max_offpolicy_steps=1).next_batch(policy_version=3)
     assert {row.origin.policy_version for row in batch.trajectories} == {2, 3}
     metrics = batch.metrics()
     assert (metrics["store/age_versions"], metrics["store/age_versions_max"]) == (0.5, 1.0)
@@ -216,7 +216,7 @@ def test_only_prompts_of_the_split_are_drawn(store: TrajectoryStore) -> None:
         ({"run": None}, "run must be given for a mixture with online, got None"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"group_size": 3}, "batch_size must be a multiple of group_size 3, got 8"),
-        ({"max_age": -1}, "max_age must be an integer >= 0, got -1"),
+        ({"max_offpolicy_steps": -1}, "max_offpolicy_steps must be an integer >= 0, got -1"),
         ({"strata": [Stratum(0.5), Stratum(0.5, low=1.0)]}, "strata must be disjoint"),
         ({"strata": [Stratum(0.5)], "group_size": 2}, "strata must be empty with group_size > 1"),
     ],

@@ -41,7 +41,7 @@ def mixed_configs(draw: Any) -> SamplerConfig:
         mixture=mixture,
         run="run",
         seed=draw(st.integers(0, 3)),
-        max_age=draw(st.none() | st.integers(0, 3)),
+        max_offpolicy_steps=draw(st.none() | st.integers(0, 3)),
         max_uses=draw(st.none() | st.integers(1, 3)),
         group_size=size,
         mixed_groups=True,
@@ -59,7 +59,7 @@ def configs(draw: Any) -> SamplerConfig:
         mixture=draw(MIXTURES),
         run="run",
         seed=draw(st.integers(0, 3)),
-        max_age=draw(st.none() | st.integers(0, 3)),
+        max_offpolicy_steps=draw(st.none() | st.integers(0, 3)),
         max_uses=draw(st.none() | st.integers(1, 3)),
         strata=draw(st.sampled_from([[], strata])) if size == 1 else [],
         group_size=size,
@@ -97,7 +97,9 @@ def check(config: SamplerConfig, index: Index, chosen: Selection) -> None:
     if "online" in pools:
         versions = columns.version[rows][pool[rows] == pools.index("online")]
         assert bool((versions <= NOW).all())
-        assert config.max_age is None or bool((versions >= NOW - config.max_age).all())
+        assert config.max_offpolicy_steps is None or bool(
+            (versions >= NOW - config.max_offpolicy_steps).all()
+        )
     if config.mixed_groups:
         check_mixed(config, index, chosen)
         return

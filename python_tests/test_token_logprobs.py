@@ -9,9 +9,9 @@ from conftest import (
     GRAD_TOLERANCE,
     LOGPROB_TOLERANCE,
     doubled,
+    eager,
     head_inputs,
     logprob_error,
-    reference,
     relative_error,
 )
 
@@ -40,7 +40,7 @@ def check_against_reference(hidden, weight, targets, grad_scale=1.0, bias=None, 
     for name in ("workspace_mib", "strategy"):
         options.pop(name, None)
     truth = [doubled(t) for t in inputs]
-    want, want_entropy = reference.token_logprobs(
+    want, want_entropy = eager.token_logprobs(
         truth[0], truth[1], targets, bias=truth[2] if bias is not None else None, **options
     )
     dtype = hidden.dtype
@@ -170,7 +170,7 @@ def test_huge_logits():
     weight = torch.tensor([[1e4], [-1e4], [0.0], [9.999e3]])
     targets = torch.tensor([0, 1, 3])
     got = spo_ext.token_logprobs(hidden, weight, targets)
-    want = reference.token_logprobs(hidden.double(), weight.double(), targets)[0]
+    want = eager.token_logprobs(hidden.double(), weight.double(), targets)[0]
     assert got.isfinite().all() and logprob_error(got, want) <= 3e-6
 
 
@@ -187,7 +187,7 @@ def test_words_ruled_out_by_bias():
     truth = [doubled(hidden), doubled(weight)]
     kept = torch.cat([torch.arange(256), torch.arange(512, 600)])
     moved = torch.tensor([0, 255, 343])
-    want, want_entropy = reference.token_logprobs(truth[0], truth[1][kept], moved)
+    want, want_entropy = eager.token_logprobs(truth[0], truth[1][kept], moved)
     assert logprob_error(logprobs, want) <= 3e-6 and logprob_error(entropy, want_entropy) <= 1e-5
     grads = torch.autograd.grad((logprobs + entropy).sum(), (hidden, weight))
     want_grads = torch.autograd.grad((want + want_entropy).sum(), truth)
@@ -249,7 +249,7 @@ def test_gradients_are_rounded_once():
     hidden, weight, targets = head_inputs(3000, 64, 16, torch.bfloat16)
     grad = torch.autograd.grad(spo_ext.token_logprobs(hidden, weight, targets).sum(), weight)[0]
     truth = [doubled(hidden), doubled(weight)]
-    want = torch.autograd.grad(reference.token_logprobs(*truth, targets)[0].sum(), truth[1])[0]
+    want = torch.autograd.grad(eager.token_logprobs(*truth, targets)[0].sum(), truth[1])[0]
     ulp = want.abs().clamp(min=1e-30).log2().floor().exp2() * 2**-7
     assert ((grad.double() - want).abs() <= 0.51 * ulp + 1e-5 * want.abs().max()).all()
 
@@ -262,7 +262,7 @@ def test_more_than_2_to_the_31_logits():
     logprobs = spo_ext.token_logprobs(hidden, weight, targets)
     rows = torch.tensor([0, tokens // 2, tokens - 1])
     truth = [doubled(hidden), doubled(weight)]
-    want = reference.token_logprobs(truth[0][rows], truth[1], targets[rows])[0]
+    want = eager.token_logprobs(truth[0][rows], truth[1], targets[rows])[0]
     assert logprob_error(logprobs[rows], want) <= 3e-6
     upstream = torch.zeros(tokens)
     upstream[rows] = 1.0  # the other rows are skipped

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spo_ext
-from spo_ext import reference
+from spo_ext import eager
 
 HIDDEN = [[2.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
 TARGETS = [0, 2, 3]
@@ -30,7 +30,7 @@ def test_trace(device):
     lse = math.log(math.exp(0) + math.exp(1) + math.exp(3) + math.exp(0))
     assert lse == pytest.approx(3.21100, abs=1e-5)
     assert logprobs[0, 1].item() == pytest.approx(3 - lse) == pytest.approx(-0.21100, abs=1e-5)
-    by_hand = reference.token_logprobs(hidden.double(), weight.double(), targets)[0]
+    by_hand = eager.token_logprobs(hidden.double(), weight.double(), targets)[0]
     torch.testing.assert_close(logprobs.double(), by_hand, rtol=1e-6, atol=1e-7)
 
     # advantage A_2 = beta (log p - log p_ref), Q_2 = Q_0 + A_1 + A_2

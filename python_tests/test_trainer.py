@@ -199,7 +199,7 @@ def test_online_policy_learns_what_is_rewarded(folder: Path) -> None:
 
         return [Judgement(float(ids[0] % 2)) for ids in token_ids]
 
-    options = settings(folder, max_steps=15, learning_rate=2e-3, samples_per_prompt=8, beta=0.1)
+    options = settings(folder, max_steps=15, learning_rate=2e-3, num_generations=8, beta=0.1)
     options |= {"group_size": 4, "per_device_train_batch_size": 16}
     trainer = SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer(), reward=reward)
     trainer.train()

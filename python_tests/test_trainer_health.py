@@ -261,7 +261,7 @@ def learn(
             return [Judgement(ids.count(7) / 8) for ids in token_ids]
         return [Judgement(float(ids[0] % 2)) for ids in token_ids]
 
-    options = settings(folder, samples_per_prompt=8, beta=0.1) | changes
+    options = settings(folder, num_generations=8, beta=0.1) | changes
     trainer = SPOTrainer(make_model(), SPOConfig(**options), make_tokenizer(), reward=reward)
     trainer.train(resume_from_checkpoint=resume)
     return [line for line in trainer.state.log_history if "loss" in line]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from integration_cases import eager_logprobs, example
 
-from spo_ext import reference
+from spo_ext import eager
 
 pytest.importorskip("trl")
 trl_parts = pytest.importorskip("spo_ext.integrations.trl_parts")
@@ -58,10 +58,10 @@ def completion_logprobs(model, inputs):
 
 
 def losses(policy, start, inputs, objective="squared"):
-    """float64 [B] by `spo_ext.reference`."""
+    """float64 [B] by `spo_ext.eager`."""
     logprobs, mask = completion_logprobs(policy, inputs)
     ref, _ = completion_logprobs(start, inputs)
-    return reference.loss(
+    return eager.loss(
         logprobs,
         ref,
         inputs["spo_rewards"].double(),

@@ -170,3 +170,18 @@ def test_help_lists_own_fields_first(capsys: pytest.CaptureFixture[str]) -> None
     assert "file or URL of the trajectories (required)" in text
     assert "softness, about 10% of the reward (default: 0.1)" in text
     assert text.index("Config:") < text.index("TrainingArguments:")
+
+
+def test_old_names_of_options_are_read_with_a_warning(tmp_path: Path) -> None:
+    from spo_ext.trainer import SPOConfig
+
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"use_cpu: true\nstore: s.db\noutput_dir: {tmp_path}/run\nmax_steps: 1\nmax_age: 3\n"
+    )
+    with pytest.warns(FutureWarning, match="max_age is called max_offpolicy_steps now"):
+        (config,) = yaml_config.parse(
+            [SPOConfig], ["--config", str(path), "--samples_per_prompt", "7"]
+        )
+    assert (config.num_generations, config.max_offpolicy_steps) == (7, 3)
+    assert config.samples_per_prompt is None and config.max_age is None

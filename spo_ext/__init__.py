@@ -5,7 +5,7 @@ import importlib
 from types import ModuleType
 
 from spo_ext import _ops as _ops  # registers the operators first
-from spo_ext import reference
+from spo_ext import eager
 from spo_ext._ops import build_info
 from spo_ext.head import explain, token_logprobs
 from spo_ext.logits import logprobs_from_logits
@@ -22,6 +22,7 @@ __all__ = [
     "LossStats",
     "OrderedHead",
     "build_info",
+    "eager",
     "explain",
     "frequency_order",
     "linear_loss",
@@ -29,7 +30,6 @@ __all__ = [
     "loss",
     "order_vocabulary",
     "prompt_value",
-    "reference",
     "soft_q",
     "taper_weights",
     "token_logprobs",

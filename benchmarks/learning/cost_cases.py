@@ -62,7 +62,7 @@ def _harness() -> Size:
         intermediate=config.intermediate_size,
         layers=config.layers,
         heads=config.heads,
-        rows=config.prompts_per_batch * config.programs_per_prompt,
+        rows=config.prompts_per_batch * config.num_generations,
         prompt_tokens=19,  # the mean over its problems
         shortest=8,
         longest=config.max_program_tokens,

@@ -100,7 +100,7 @@ class Feed:
                 mixture="online" if self.online_size else "offline",
                 run=_RUN if self.online_size else None,
                 seed=seed,
-                max_age=age if self.online_size else None,
+                max_offpolicy_steps=age if self.online_size else None,
                 group_size=size,
             ),
         )

@@ -94,7 +94,7 @@ class Learner:
                 method,
                 task.problems,
                 config.prompts_per_batch,
-                config.programs_per_prompt,
+                config.num_generations,
                 None if method.family in ("sft", "expert") else self.reference,
                 task.clock,
                 task.seed,
@@ -128,7 +128,7 @@ class Learner:
 
     def _sample(self, feed: Feed, method: Method, drawn: list[int], batch: int) -> None:
         guided = round(method.guided_share * feed.online_size)
-        version = batch * self._task.setting.config.programs_per_prompt
+        version = batch * self._task.setting.config.num_generations
         writer = replace(
             self._writer(batch), temperature=method.temperature, distinct=method.distinct
         )

@@ -113,11 +113,11 @@ def settings(
         logging_steps=10,
         disable_tqdm=True,
     )
-    group = config.programs_per_prompt
-    sizes = {"group_size": group, "samples_per_prompt": group}
+    group = config.num_generations
+    sizes = {"group_size": group, "num_generations": group}
     sizes["per_device_train_batch_size"] = config.prompts_per_batch * group
     if recipe.changes.get("mixture") == "half-online":
-        sizes["samples_per_prompt"] = group // 2
+        sizes["num_generations"] = group // 2
     return SPOConfig(**(given | sizes | recipe.changes))
 
 

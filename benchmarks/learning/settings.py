@@ -13,7 +13,7 @@ class Config(Contest):
     """A contest, and the sizes of batches and evaluations."""
 
     prompts_per_batch: int = 16
-    programs_per_prompt: int = 8
+    num_generations: int = 8
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
     reference_samples: int = 16  # per problem, for q0
@@ -77,7 +77,7 @@ _TINY = replace(
     sft_steps=8,
     sft_batch=16,
     prompts_per_batch=3,
-    programs_per_prompt=4,
+    num_generations=4,
     reference_samples=4,
     kl_problems=4,
 )

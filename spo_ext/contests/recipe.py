@@ -95,7 +95,7 @@ def spo_settings(contest: Contest, out: Path, **changes: Any) -> dict[str, Any]:
         "beta": beta,
         "sync_every": 4,  # with tapered failures as good as 1, and faster
         "group_size": NUM_GENERATIONS,
-        "samples_per_prompt": NUM_GENERATIONS,
+        "num_generations": NUM_GENERATIONS,
         "rollout_batch_size": 2 * PROMPTS_PER_BATCH,
         "max_new_tokens": contest.max_program_tokens,
         "per_device_train_batch_size": PROMPTS_PER_BATCH * NUM_GENERATIONS,

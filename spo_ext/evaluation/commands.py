@@ -41,13 +41,29 @@ def add_eval(subparsers: Subparsers) -> None:
     add("--server-extra", type=json_object, metavar="JSON", help="more fields of each request")
     add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default: 16)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="of transformers (default: --model)")
-    add("--n", type=int, default=20, help="completions of each prompt (default: 20)")
+    add(
+        "--num-generations",
+        "--n",
+        dest="n",
+        type=int,
+        default=20,
+        metavar="N",
+        help="completions of each prompt (default: 20)",
+    )
     add("--k", type=_integers, default=(1, 10), metavar="K,K", help="of pass@k (default: 1,10)")
     add("--temperature", type=float, default=1.0, help="of the sampling (default: 1)")
     add("--top-p", type=float, default=1.0, help="of the sampling (default: 1)")
     add("--max-new-tokens", type=int, default=1024, help="then truncated (default: 1024)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--batch-size", type=int, default=64, help="completions drawn at once (default: 64)")
+    add(
+        "--generate-batch",
+        "--batch-size",
+        dest="batch_size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="completions generated at once (default: 64)",
+    )
     add_reward_names(parser)
     add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
     add(

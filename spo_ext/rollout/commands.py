@@ -77,7 +77,15 @@ def _add_origin(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--n", type=int, default=8, help="completions of a prompt (default: 8)")
+    group.add_argument(
+        "--num-generations",
+        "--n",
+        dest="n",
+        type=int,
+        default=8,
+        metavar="N",
+        help="completions of each prompt (default: 8)",
+    )
     group.add_argument("--temperature", type=float, default=1.0, help="default: 1")
     group.add_argument("--top-p", type=float, default=1.0, help="default: 1")
     group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")

@@ -46,8 +46,8 @@ class SamplerConfig:
         "model:NAME" and "run:NAME".
     run: the learner's own run; needed for "online".
     seed: of the order in which trajectories are drawn.
-    max_age: draw online only from the last max_age policy versions and the present one; 0 is
-        on-policy, None any.
+    max_offpolicy_steps: draw online only from so many policy versions back and the present one; 0
+        is on-policy, None any.
     max_uses: draw a trajectory at most so often.
     strata: least fractions by reward, if there are such trajectories. They may not overlap.
     group_size: draw so many trajectories of a prompt at a time, all from one pool.
@@ -64,7 +64,7 @@ class SamplerConfig:
     mixture: str | Mapping[str, float] = "online"
     run: str | None = None
     seed: int = 0
-    max_age: int | None = None
+    max_offpolicy_steps: int | None = None
     max_uses: int | None = None
     strata: Sequence[Stratum] = ()
     group_size: int = 1
@@ -81,7 +81,7 @@ class SamplerConfig:
             refuse(
                 owner, "batch_size", f"a multiple of group_size {self.group_size}", self.batch_size
             )
-        for name, least in (("max_age", 0), ("max_uses", 1)):
+        for name, least in (("max_offpolicy_steps", 0), ("max_uses", 1)):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), least)
         check_one_of(owner, "split", self.split, get_args(Split))
@@ -126,6 +126,7 @@ class SamplerConfig:
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint and the store; infinite bounds as text."""
         fields = asdict(self)
+        fields["max_age"] = fields.pop("max_offpolicy_steps")  # its name in stores of before
         if not self.mixed_groups:
             del fields["mixed_groups"]  # as samplers were stored before there were any
         fields["strata"] = [[repr(value) for value in asdict(s).values()] for s in self.strata]

@@ -156,8 +156,8 @@ class _Draw:
             online = self.pool == pools.index("online")
             # Before a crash the run may have come further than the checkpoint that it resumes.
             late = columns.version > self.policy_version
-            if config.max_age is not None:
-                late |= columns.version < self.policy_version - config.max_age
+            if config.max_offpolicy_steps is not None:
+                late |= columns.version < self.policy_version - config.max_offpolicy_steps
             allowed &= ~(online & late)
         return allowed
 
@@ -245,8 +245,9 @@ class _Draw:
         message = (
             f"Sampler: the store must hold enough for a batch of {config.batch_size} at step "
             f"{self.step}, got too little (wanted, got): {self.shortfall}. Stored: {stored}; "
-            f"policy_version {self.policy_version}, max_age {config.max_age}, max_uses "
-            f"{config.max_uses}, group_size {config.group_size}{mixed}, split {config.split}"
+            f"policy_version {self.policy_version}, max_offpolicy_steps "
+            f"{config.max_offpolicy_steps}, max_uses {config.max_uses}, "
+            f"group_size {config.group_size}{mixed}, split {config.split}"
         )
         short = [name for name in self.names if name in self.shortfall]
         return SampleShortfall(message, short if lacking is None else lacking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _ONLY: dict[str, tuple[object, str]] = {
     "auto_find_batch_size": (False, "a smaller batch would cut groups apart"),
     "label_smoothing_factor": (0.0, "a completion has a reward, no labels"),
     "neftune_noise_alpha": (None, "the reference has no such noise, so it would count as learned"),
-    "train_sampling_strategy": ("random", "the store draws: see mixture, strata and max_age"),
+    "train_sampling_strategy": ("random", "the store draws: see mixture and strata"),
     "use_liger_kernel": (False, "the loss is computed without logits already"),
     "bf16_full_eval": (False, "evaluation samples in the precision of training: see bf16"),
     "fp16_full_eval": (False, "evaluation samples in the precision of training: see fp16"),
@@ -36,6 +37,9 @@ def refuse_unused(arguments: TrainingArguments) -> None:
 
 _OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
 _NEED_Q0 = ("squared", "cross_entropy", "advantage")
+
+
+_OLD_NAMES = {"samples_per_prompt": "num_generations", "max_age": "max_offpolicy_steps"}
 
 
 def _field(default: Any, words: str) -> Any:
@@ -89,7 +93,9 @@ class SPOConfig(TrainingArguments):
         "its baseline is that of the online ones; smaller where a prompt has fewer rows (default: "
         "each group is of one pool)",
     )
-    max_age: int | None = _field(None, "draw online only from so many policy versions back")
+    max_offpolicy_steps: int | None = _field(
+        None, "draw online only from so many policy versions back"
+    )
     max_tokens: int | None = _field(
         None, "longest prompt + completion to learn from; longer ones are drawn but left out"
     )
@@ -104,7 +110,7 @@ class SPOConfig(TrainingArguments):
         1.0,
         "embedded rollouts: steps for each batch of completions sampled, at most sync_every",
     )
-    samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
+    num_generations: int = _field(4, "embedded rollouts: completions of each prompt")
     rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
     max_new_tokens: int = _field(256, "embedded rollouts: longest completion")
     reward: str | list[str] = field(
@@ -177,17 +183,30 @@ class SPOConfig(TrainingArguments):
     eval_k: list[int] = field(default_factory=lambda: [1, 10], metadata={"help": "k of pass@k"})
     eval_success: float = _field(1.0, "a completion with this reward or more counts as passed")
 
+    samples_per_prompt: int | None = _field(None, "the old name of num_generations")
+    max_age: int | None = _field(None, "the old name of max_offpolicy_steps")
+
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # batches come from the store
         if self.store is None:
             refuse("SPOConfig", "store", "a file or a database", None)
         if self.max_steps <= 0:
             refuse("SPOConfig", "max_steps", "a number of optimiser steps > 0", self.max_steps)
+        self._take_old_names()
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.run is None:
             self.run = Path(str(self.output_dir)).name
         self._check()
         refuse_unused(self)
+
+    def _take_old_names(self) -> None:
+        for old, new in _OLD_NAMES.items():
+            value = getattr(self, old)
+            if value is not None:
+                text = f"SPOConfig: {old} is called {new} now; the old name goes with version 0.3"
+                warnings.warn(text, FutureWarning, stacklevel=4)
+                setattr(self, new, value)
+                setattr(self, old, None)
 
     def _check(self) -> None:
         owner = "SPOConfig"
@@ -199,7 +218,7 @@ class SPOConfig(TrainingArguments):
         number(owner, "beta", self.beta, above=0.0)
         number(owner, "temperature", self.temperature, above=0.0)
         number(owner, "top_p", self.top_p, above=0.0, at_most=1.0)
-        for name in ("sync_every", "samples_per_prompt", "rollout_batch_size", "max_new_tokens"):
+        for name in ("sync_every", "num_generations", "rollout_batch_size", "max_new_tokens"):
             check_integer(owner, name, getattr(self, name), 1)
         number(owner, "store_retry_seconds", self.store_retry_seconds, at_least=0.0)
         number(owner, "replay_ratio", self.replay_ratio, at_least=1.0, at_most=self.sync_every)
@@ -292,7 +311,7 @@ class SPOConfig(TrainingArguments):
             mixture=self.mixture,
             run=self.run,
             seed=self.data_seed if self.data_seed is not None else self.seed,
-            max_age=self.max_age,
+            max_offpolicy_steps=self.max_offpolicy_steps,
             max_uses=self.max_uses,
             strata=[Stratum(*numbers) for numbers in self.strata or ()],
             group_size=self.group_size,

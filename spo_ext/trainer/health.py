@@ -51,12 +51,12 @@ ADVICE = {
     ),
     "entropy": (
         "The policy hardly varies what it writes, and a group that agrees teaches nothing. Lower "
-        "learning_rate, raise beta, draw larger groups (samples_per_prompt, group_size), mix in "
+        "learning_rate, raise beta, draw larger groups (num_generations, group_size), mix in "
         "offline data (mixture), and continue from a checkpoint before the collapse."
     ),
     "residual": (
         "Lower learning_rate. Where batches hold old rows, sync more often (sync_every), leave out "
-        "the oldest (max_age) and let failures fade (taper). Look for outliers of the "
+        "the oldest (max_offpolicy_steps) and let failures fade (taper). Look for outliers of the "
         "reward; where q0 is estimated, reward_range must be that of the rewards."
     ),
     "drift": (

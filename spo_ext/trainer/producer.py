@@ -44,7 +44,7 @@ class Producer:
             which = named_split("train", reward)
             raise ValueError(f"SPO: the store must have prompts of split {which}, got none")
         sampling = Sampling(
-            n=config.samples_per_prompt,
+            n=config.num_generations,
             temperature=config.temperature,
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
@@ -64,7 +64,7 @@ class Producer:
         )
         share = config.sampler_config().fractions.get("online", 0.0)
         rows = share * config.step_batch_size * config.sync_every / config.replay_ratio
-        self._round_size = max(1, math.ceil(rows / config.samples_per_prompt))
+        self._round_size = max(1, math.ceil(rows / config.num_generations))
         self._more = (-1, 0)  # policy version, rounds beside its first
 
     def round(self, version: int) -> dict[str, float]:

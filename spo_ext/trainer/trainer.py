@@ -135,7 +135,7 @@ class SPOTrainer(Trainer):
         self._reward = None if reward is None else as_reward(reward, args.reward_weights)
         self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
         self.reference = self._prepare(model, ref_model)
-        completions = args.rollout_batch_size * args.samples_per_prompt
+        completions = args.rollout_batch_size * args.num_generations
         self.generator: Generator = generator or ModelGenerator(
             model, processing_class, batch_size=completions
         )
