@@ -25,22 +25,22 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "python_tests"))
 
-import machine  # noqa: E402
-from cuda_cases import float64_on_gpu  # noqa: E402
-from loss_cases import FORMS, packed_case  # noqa: E402
-from measure import DEVICE, ON_GPU, ROUNDS, Stopwatch, extra_mib, roof, synchronize  # noqa: E402
-from shapes import BF16, FP16, FP32, HEADS, HeadShape  # noqa: E402
-from states import synthetic_states  # noqa: E402
-from test_bench_token_logprobs import forward_call, gemm_call, total_call  # noqa: E402
-from tolerances import (  # noqa: E402
+import machine
+from cuda_cases import float64_on_gpu
+from loss_cases import FORMS, packed_case
+from measure import DEVICE, ON_GPU, ROUNDS, Stopwatch, extra_mib, roof, synchronize
+from shapes import BF16, FP16, FP32, HEADS, HeadShape
+from states import synthetic_states
+from test_bench_token_logprobs import forward_call, gemm_call, total_call
+from tolerances import (
     GRAD_TOLERANCE,
     gpu_logprob_tolerance,
     logprob_error,
     relative_error,
 )
-from truth import HeadInputs  # noqa: E402
+from truth import HeadInputs
 
-import spo_ext  # noqa: E402
+import spo_ext
 
 # (N, V, d): one with a rest everywhere, one that fills the chip
 SHAPES = {

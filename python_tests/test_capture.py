@@ -1,16 +1,10 @@
 """benchmarks/capture.py on a small model that is made here."""
 
-import sys
-from pathlib import Path
-
+import capture
+import states
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import capture
-import states
 
 
 def test_captures_what_the_head_sees(tmp_path, monkeypatch):

@@ -15,17 +15,17 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
 
-from spo_ext.cli import main  # noqa: E402
-from spo_ext.contests.problems import (  # noqa: E402
+from spo_ext.cli import main
+from spo_ext.contests.problems import (
     OPERATIONS,
     REDUCTIONS,
     Problem,
     Specification,
 )
-from spo_ext.contests.programs import STYLES, demonstrate, write_program  # noqa: E402
-from spo_ext.contests.recipe import Contest  # noqa: E402
-from spo_ext.contests.reward import Judge, count_passed, is_python, passes, source_of  # noqa: E402
-from spo_ext.contests.vocabulary import (  # noqa: E402
+from spo_ext.contests.programs import STYLES, demonstrate, write_program
+from spo_ext.contests.recipe import Contest
+from spo_ext.contests.reward import Judge, count_passed, is_python, passes, source_of
+from spo_ext.contests.vocabulary import (
     EOS,
     PAD,
     TOKEN_IDS,
@@ -33,9 +33,9 @@ from spo_ext.contests.vocabulary import (  # noqa: E402
     encode_program,
     make_tokenizer,
 )
-from spo_ext.data.tokens import Tokenizer  # noqa: E402
-from spo_ext.sandbox import Sandbox, SandboxError  # noqa: E402
-from spo_ext.store import TrajectoryStore  # noqa: E402
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.sandbox import Sandbox, SandboxError
+from spo_ext.store import TrajectoryStore
 
 SPLITS = ("train", "development", "test")
 

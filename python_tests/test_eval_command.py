@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("transformers")
 
-from data_cases import contents  # noqa: E402
-from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, judge, lines  # noqa: E402
+from data_cases import contents
+from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, judge, lines
 
-from spo_ext.cli import main  # noqa: E402
-from spo_ext.evaluation import producers  # noqa: E402
+from spo_ext.cli import main
+from spo_ext.evaluation import producers
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ import pytest
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("transformers")
 
-import warm  # noqa: E402
-from data_cases import contents  # noqa: E402
-from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, fill, judge, lines  # noqa: E402
+import warm
+from data_cases import contents
+from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, fill, judge, lines
 
-from spo_ext.cli import main  # noqa: E402
-from spo_ext.evaluation import producers  # noqa: E402
-from spo_ext.evaluation.records import Sample  # noqa: E402
-from spo_ext.evaluation.stored import Journal  # noqa: E402
-from spo_ext.rollout import Sampling  # noqa: E402
-from spo_ext.store import TrajectoryStore  # noqa: E402
+from spo_ext.cli import main
+from spo_ext.evaluation import producers
+from spo_ext.evaluation.records import Sample
+from spo_ext.evaluation.stored import Journal
+from spo_ext.rollout import Sampling
+from spo_ext.store import TrajectoryStore
 
 
 @pytest.fixture

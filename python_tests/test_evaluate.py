@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
-from evaluation_cases import BAD, GOOD, LOST, Scripted, decode, judge  # noqa: E402
+from evaluation_cases import BAD, GOOD, LOST, Scripted, decode, judge
 
-from spo_ext.evaluation.evaluate import evaluate  # noqa: E402
-from spo_ext.evaluation.records import estimate, pass_estimate  # noqa: E402
-from spo_ext.rollout import Generation, Judgement, Sampling  # noqa: E402
-from spo_ext.store import Prompt  # noqa: E402
+from spo_ext.evaluation.evaluate import evaluate
+from spo_ext.evaluation.records import estimate, pass_estimate
+from spo_ext.rollout import Generation, Judgement, Sampling
+from spo_ext.store import Prompt
 
 PROMPTS = [Prompt(f"p{i}", [i], split="test") for i in range(7)]
 

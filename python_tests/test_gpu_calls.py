@@ -18,11 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "benchmarks"
-sys.path.insert(0, str(SCRIPTS))
 
-import gpu_calls  # noqa: E402
+import gpu_calls
 
-import spo_ext  # noqa: E402
+import spo_ext
 
 STATUS = {
     "hang": "hung",

@@ -1,16 +1,13 @@
 """The controls' losses against hand computations, in float64."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import baselines  # noqa: E402
+from learning import baselines
 
 D = torch.float64
 

@@ -1,17 +1,14 @@
 """The cost of updates: what is measured is what it says, and shares are of the right numbers."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import cost  # noqa: E402
-from learning.cost_cases import (  # noqa: E402
+from learning import cost
+from learning.cost_cases import (
     CASES,
     SIZES,
     held_bytes,
@@ -20,7 +17,7 @@ from learning.cost_cases import (  # noqa: E402
     make_updater,
 )
 
-from spo_ext.trainer.model import completion_logprobs  # noqa: E402
+from spo_ext.trainer.model import completion_logprobs
 
 LEAST, SMALL = SIZES["least"], SIZES["small"]
 

@@ -1,28 +1,25 @@
 """Programs drawn without replacement: different, scored rightly, and as likely as they should."""
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning.distinct import perturb, sample_distinct  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
+from learning.distinct import perturb, sample_distinct
+from learning.methods import METHODS
 from learning.policy import (
-    sample,  # noqa: E402
-    score,  # noqa: E402
+    sample,
+    score,
 )
-from learning.settings import SETTINGS  # noqa: E402
-from test_learning_methods import ROWS, learn  # noqa: E402
+from learning.settings import SETTINGS
+from test_learning_methods import ROWS, learn
 
 from spo_ext.contests.supervised import make_policy
-from spo_ext.contests.vocabulary import EOS, encode_prompt  # noqa: E402
+from spo_ext.contests.vocabulary import EOS, encode_prompt
 
 TINY = SETTINGS["tiny"]
 PROMPTS = [encode_prompt(problem) for problem in TINY.problems("train", 0)[:5]]

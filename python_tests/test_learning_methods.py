@@ -1,31 +1,28 @@
 """Every method for two tiny steps, what it learns from and what it uses up."""
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning.clock import Clock  # noqa: E402
-from learning.feed import Feed, Rows  # noqa: E402
-from learning.judging import Grade  # noqa: E402
-from learning.learner import Learner, Task  # noqa: E402
-from learning.method import Method  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
-from learning.objectives import pass_rates, sums  # noqa: E402
-from learning.outcomes import Outcomes  # noqa: E402
-from learning.policy import Samples  # noqa: E402
-from learning.sampling import Sampled  # noqa: E402
-from learning.settings import SETTINGS  # noqa: E402
+from learning.clock import Clock
+from learning.feed import Feed, Rows
+from learning.judging import Grade
+from learning.learner import Learner, Task
+from learning.method import Method
+from learning.methods import METHODS
+from learning.objectives import pass_rates, sums
+from learning.outcomes import Outcomes
+from learning.policy import Samples
+from learning.sampling import Sampled
+from learning.settings import SETTINGS
 
 from spo_ext.contests.supervised import make_policy
-from spo_ext.contests.vocabulary import encode_prompt  # noqa: E402
+from spo_ext.contests.vocabulary import encode_prompt
 
 TINY = SETTINGS["tiny"]
 PROBLEMS = TINY.problems("train", 0)

@@ -1,22 +1,19 @@
 """The SPO loss of each baseline against its formula, in float64."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning.feed import Rows  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
-from learning.objectives import SpoObjective  # noqa: E402
+from learning.feed import Rows
+from learning.methods import METHODS
+from learning.objectives import SpoObjective
 
-from spo_ext.trainer.batches import TokenBatch  # noqa: E402
+from spo_ext.trainer.batches import TokenBatch
 
 BETA = 0.2
 SIZES = [2, 1, 3, 2, 1]

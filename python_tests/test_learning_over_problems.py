@@ -1,20 +1,16 @@
 """Intervals over seeds and problems, on made-up runs of the setting tiny."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import over_problems  # noqa: E402
-from learning.over_problems import difference_over_problems  # noqa: E402
-from learning.settings import SETTINGS  # noqa: E402
-from learning.tables import Series  # noqa: E402
+from learning import over_problems
+from learning.over_problems import difference_over_problems
+from learning.settings import SETTINGS
+from learning.tables import Series
 
-from spo_ext.metrics import mean_pass_at_k  # noqa: E402
+from spo_ext.metrics import mean_pass_at_k
 
 SAMPLES = 20
 PAIRS = 8

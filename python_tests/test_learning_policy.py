@@ -1,20 +1,16 @@
 """How the harness samples, against the policy's own logits."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from learning.policy import IGNORED, make_batch, sample, score  # noqa: E402
+from learning.policy import IGNORED, make_batch, sample, score
 
-from spo_ext.contests.recipe import Contest  # noqa: E402
-from spo_ext.contests.supervised import make_policy  # noqa: E402
-from spo_ext.contests.vocabulary import EOS, PAD, encode_prompt  # noqa: E402
+from spo_ext.contests.recipe import Contest
+from spo_ext.contests.supervised import make_policy
+from spo_ext.contests.vocabulary import EOS, PAD, encode_prompt
 
 
 def problems_of(split: str, count: int) -> list:

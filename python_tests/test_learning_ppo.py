@@ -5,16 +5,13 @@ All in float64 on ragged batches with mixed signs.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import baselines  # noqa: E402
+from learning import baselines
 
 CLIP, KL = 0.2, 0.07
 EXACT = {"rtol": 1e-11, "atol": 1e-13}

@@ -1,9 +1,7 @@
 """What an update of the PPO control hands to its parts: which values, which tokens, which order."""
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +9,15 @@ from integration_cases import example
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import baselines  # noqa: E402
-from learning.feed import Rows  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
-from learning.settings import Config  # noqa: E402
-from learning.updates import Updater  # noqa: E402
+from learning import baselines
+from learning.feed import Rows
+from learning.methods import METHODS
+from learning.settings import Config
+from learning.updates import Updater
 
-from spo_ext.trainer.batches import Tokens, collate  # noqa: E402
-from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs  # noqa: E402
+from spo_ext.trainer.batches import Tokens, collate
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
 
 PPO = replace(METHODS["ppo"], gae_lambda=0.9, learning_rate=1e-2, value_learning_rate=1e-2)
 MIXED = replace(PPO, offline="near", offline_share=0.5, offline_weight=0.3)

@@ -1,6 +1,5 @@
 """Recipes of the trainer, on problems that take seconds."""
 
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,15 +8,14 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning.baselines import padded  # noqa: E402
-from learning.controls import PPO, known  # noqa: E402
-from learning.recipes import RECIPES, perform, settings  # noqa: E402
-from learning.settings import setting_named  # noqa: E402
+from learning.baselines import padded
+from learning.controls import PPO, known
+from learning.recipes import RECIPES, perform, settings
+from learning.settings import setting_named
 
-from spo_ext.contests.recipe import Contest, spo_settings  # noqa: E402
-from spo_ext.trainer import SPOConfig  # noqa: E402
+from spo_ext.contests.recipe import Contest, spo_settings
+from spo_ext.trainer import SPOConfig
 
 TINY = setting_named("tiny")
 

@@ -2,21 +2,19 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import figures  # noqa: E402
-from learning.__main__ import main  # noqa: E402
-from learning.evaluation import calibrate  # noqa: E402
-from learning.report import read_records, save_records, write_report  # noqa: E402
-from learning.sensitivity import sensitivities  # noqa: E402
-from learning.tables import (  # noqa: E402
+from learning import figures
+from learning.__main__ import main
+from learning.evaluation import calibrate
+from learning.report import read_records, save_records, write_report
+from learning.sensitivity import sensitivities
+from learning.tables import (
     Series,
     by_method,
     columns_of,
@@ -28,7 +26,7 @@ from learning.tables import (  # noqa: E402
     shown,
 )
 
-from spo_ext.evaluation.records import Estimate  # noqa: E402
+from spo_ext.evaluation.records import Estimate
 
 
 def record(method, seed, final, **changes):

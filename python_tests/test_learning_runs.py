@@ -1,7 +1,6 @@
 """Runs as files, and sweeps that were cut short."""
 
 import json
-import sys
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
@@ -11,20 +10,19 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import runs as runs_module  # noqa: E402
-from learning import sweep as sweep_module  # noqa: E402
-from learning.evaluation import evaluate  # noqa: E402
-from learning.judging import Grade  # noqa: E402
-from learning.methods import method_named  # noqa: E402
-from learning.references import make_reference, write_whole  # noqa: E402
-from learning.runs import Run, perform, restore  # noqa: E402
-from learning.settings import SETTINGS  # noqa: E402
-from learning.sweep import plan, sweep  # noqa: E402
-from sandbox_cases import WHY_NOT  # noqa: E402
+from learning import runs as runs_module
+from learning import sweep as sweep_module
+from learning.evaluation import evaluate
+from learning.judging import Grade
+from learning.methods import method_named
+from learning.references import make_reference, write_whole
+from learning.runs import Run, perform, restore
+from learning.settings import SETTINGS
+from learning.sweep import plan, sweep
+from sandbox_cases import WHY_NOT
 
-from spo_ext.contests.supervised import make_policy  # noqa: E402
+from spo_ext.contests.supervised import make_policy
 
 TINY = SETTINGS["tiny"]
 needs_sandbox = pytest.mark.skipif(WHY_NOT["bwrap"] is not None, reason="needs bubblewrap")

@@ -1,24 +1,21 @@
 """Settings, offline data and methods by name."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning.judging import Grader  # noqa: E402
-from learning.methods import method_named  # noqa: E402
-from learning.offline import write_solutions  # noqa: E402
-from learning.references import code_only  # noqa: E402
-from learning.settings import SETTINGS, setting_named  # noqa: E402
-from sandbox_cases import WHY_NOT  # noqa: E402
+from learning.judging import Grader
+from learning.methods import method_named
+from learning.offline import write_solutions
+from learning.references import code_only
+from learning.settings import SETTINGS, setting_named
+from sandbox_cases import WHY_NOT
 
-from spo_ext.contests.vocabulary import TOKENS  # noqa: E402
-from spo_ext.sandbox import Sandbox  # noqa: E402
+from spo_ext.contests.vocabulary import TOKENS
+from spo_ext.sandbox import Sandbox
 
 TINY = SETTINGS["tiny"]
 

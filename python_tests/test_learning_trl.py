@@ -5,9 +5,6 @@ in for the control; that the control computes what it computes is shown here. La
 TRL 1.16.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from integration_cases import example
@@ -15,17 +12,16 @@ from integration_cases import example
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("sqlalchemy")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from learning import baselines  # noqa: E402
-from learning.feed import Rows  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
-from learning.settings import Config  # noqa: E402
-from learning.updates import Updater  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from learning import baselines
+from learning.feed import Rows
+from learning.methods import METHODS
+from learning.settings import Config
+from learning.updates import Updater
+from trl import GRPOConfig, GRPOTrainer
 
-from spo_ext.trainer.batches import TokenBatch, Tokens, collate  # noqa: E402
-from spo_ext.trainer.model import HeadSettings, answer_logprobs  # noqa: E402
+from spo_ext.trainer.batches import TokenBatch, Tokens, collate
+from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
 GRPO = METHODS["grpo"]
 GENERATIONS = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,15 @@ from spo_ext.store import Origin, Sampler, SamplerConfig, SampleShortfall, Traje
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from trainer_cases import fill, make_model, make_tokenizer  # noqa: E402
-from trainer_process import settings  # noqa: E402
+from trainer_cases import fill, make_model, make_tokenizer
+from trainer_process import settings
 
-from spo_ext.eager import loss as reference_loss  # noqa: E402
-from spo_ext.trainer import SPOConfig, SPOTrainer  # noqa: E402
-from spo_ext.trainer.batches import TokenBatch  # noqa: E402
-from spo_ext.trainer.feed import MicroBatch  # noqa: E402
-from spo_ext.trainer.weights import online_baseline, sequence_weights  # noqa: E402
+from spo_ext.eager import loss as reference_loss
+from spo_ext.trainer import SPOConfig, SPOTrainer
+from spo_ext.trainer.batches import TokenBatch
+from spo_ext.trainer.feed import MicroBatch
+from spo_ext.trainer.weights import online_baseline, sequence_weights
 
 HUMAN = Origin("human")
 MIXED: dict[str, Any] = {"mixture": "half-online", "mixed_groups": True, "group_size": 4}

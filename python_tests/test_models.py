@@ -11,16 +11,16 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tiny_models import randomised, tiny_config, tiny_model  # noqa: E402
+from tiny_models import randomised, tiny_config, tiny_model
 
-from spo_ext.integrations.agreement import check_agreement, rope_limit  # noqa: E402
-from spo_ext.integrations.huggingface import add_token_logprobs  # noqa: E402
-from spo_ext.rollout import Sampling  # noqa: E402
-from spo_ext.rollout.embedded import ModelGenerator  # noqa: E402
-from spo_ext.store import reference_fingerprint  # noqa: E402
-from spo_ext.store.records import Prompt  # noqa: E402
-from spo_ext.trainer.batches import Tokens, collate  # noqa: E402
-from spo_ext.trainer.model import (  # noqa: E402
+from spo_ext.integrations.agreement import check_agreement, rope_limit
+from spo_ext.integrations.huggingface import add_token_logprobs
+from spo_ext.rollout import Sampling
+from spo_ext.rollout.embedded import ModelGenerator
+from spo_ext.store import reference_fingerprint
+from spo_ext.store.records import Prompt
+from spo_ext.trainer.batches import Tokens, collate
+from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
     choose_layout,

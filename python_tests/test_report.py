@@ -16,12 +16,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sqlalchemy")
 transformers = pytest.importorskip("transformers")
 
-from data_cases import save_tokenizer  # noqa: E402
-from evaluation_cases import BAD, GOOD, Scripted, fill, judge  # noqa: E402
+from data_cases import save_tokenizer
+from evaluation_cases import BAD, GOOD, Scripted, fill, judge
 
-from spo_ext.cli import main  # noqa: E402
-from spo_ext.evaluation import producers  # noqa: E402
-from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore  # noqa: E402
+from spo_ext.cli import main
+from spo_ext.evaluation import producers
+from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 
 EVIL = "</pre><script src=\"http://x/y.js\">alert(1)</script><img src=x onerror='a()'>"
 

@@ -11,15 +11,15 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from spo_ext.evaluation import curves  # noqa: E402
-from spo_ext.evaluation.panels import (  # noqa: E402
+from spo_ext.evaluation import curves
+from spo_ext.evaluation.panels import (
     PANELS,
     lines_of,
-    smoothed,  # noqa: E402
+    smoothed,
     unplaced,
 )
-from spo_ext.evaluation.runs import Series, collect, last_checkpoint, read_run  # noqa: E402
-from spo_ext.metrics import mean_pass_at_k  # noqa: E402
+from spo_ext.evaluation.runs import Series, collect, last_checkpoint, read_run
+from spo_ext.metrics import mean_pass_at_k
 
 
 def write_state(folder: Path, step: int, values: list[float], **more: Any) -> None:

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, Qwen2Config  # noqa: E402
+from transformers import DynamicCache, Qwen2Config
 
-from spo_ext.rollout.decoding import roomy_cache  # noqa: E402
+from spo_ext.rollout.decoding import roomy_cache
 
 CONFIG = Qwen2Config(num_hidden_layers=2)
 

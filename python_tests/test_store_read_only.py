@@ -18,11 +18,11 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
-import evaluation_cases  # noqa: E402
-from store_cases import ROOT, add_prompts, policy, start_process, trajectory  # noqa: E402
+import evaluation_cases
+from store_cases import ROOT, add_prompts, policy, start_process, trajectory
 
-from spo_ext.cli import main  # noqa: E402
-from spo_ext.store import SchemaError, TrajectoryStore, database, migrations  # noqa: E402
+from spo_ext.cli import main
+from spo_ext.store import SchemaError, TrajectoryStore, database, migrations
 
 ENVIRONMENT = {
     **os.environ,

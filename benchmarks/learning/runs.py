@@ -29,7 +29,7 @@ from .sampling import Sampled
 from .settings import Setting, setting_named
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import machine  # noqa: E402
+import machine
 
 _EARLIER_SEED = 1_000  # of the run whose trajectories are the "own" offline data
 
