@@ -109,13 +109,13 @@ def token_logprobs(
         return_entropy: also return the entropy of each softmax, in nats; differentiable.
         return_dropped_mass: also return the probability left out of each token's gradient.
         max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass
-            leaves out blocks of 256 neighbouring words, smallest first, as long as the probability
-            left out of a token's gradient, m_t, stays within eps; the label's own terms are always
-            in. With g_t the gradient that arrives and s = |logit_scale| / temperature
+            leaves out blocks of 256 neighbouring entries of the vocabulary, smallest first, as long
+            as the probability left out of a token's gradient, m_t, stays within eps; the label's
+            own terms are always in. With g_t the gradient that arrives and s = |logit_scale| / temperature
               |error of grad_hidden_t|            <= |g_t| s m_t D
               sum_v |error of grad_weight_v|      <= sum_t |g_t| s m_t |hidden_t|
-            where D is the largest distance between two words of a block (with softcap: the length
-            of the longest word). A word that no token kept a block of, and that is no label, gets
+            where D is the largest distance between two entries of a block (with softcap: the length
+            of the longest one). An entry that no token kept a block of, and that is no label, gets
             no gradient. If a gradient arrives in the entropy, nothing is left out. On CUDA the
             bounds hold beside the rounding of dL/dz to 16 bits, for 16-bit inputs.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.

@@ -2,8 +2,8 @@
 
 Every rank has the same hidden states and its own rows of the weight. A rank runs the operators of
 one device on its rows; two numbers per token are gathered, and grad_hidden is summed. The label
-of a token is in one shard. Elsewhere the operators are given word 0 in its place, and the backward
-pass a log-probability that makes the gradient of word 0 that of any other word.
+of a token is in one shard. Elsewhere the operators are given entry 0 in its place, and the backward
+pass a log-probability that makes the gradient of entry 0 that of any other entry.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _merged(logprobs: Tensor, lse: Tensor, mine: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Log-probability and log sum exp over all shards, from those of this one, all float64.
 
-    As in csrc/math/logsumexp.h: log p = -softplus(lse of the other words - label), which keeps the
+    As in csrc/math/logsumexp.h: log p = -softplus(lse of the others - label), which keeps the
     digits of a probability next to 1.
     """
     surprise = -logprobs
     label = torch.where(mine, lse - surprise, 0)
-    # log(e^x - 1), with x = -log p: the other words of this shard over the label
+    # log(e^x - 1), with x = -log p: the other entries of this shard over the label
     others = torch.where(mine, lse + torch.log(-torch.expm1(-surprise)), lse)
     parts = _gathered(torch.stack([others, label]), group)
     all_others, label = torch.logsumexp(parts[:, 0], 0), parts[:, 1].sum(0)
@@ -126,11 +126,11 @@ class _ShardedLogprobs(torch.autograd.Function):
             hidden, weight, local, bias, *scales, _IGNORED, False, workspace_mib, keep, 0.0
         )
         dtype, outer = found.dtype, scales.outer(found.dtype)
-        # A shard may have no possible word (a padded vocabulary); its softmax is NaN.
+        # A shard may have no possible entry (a padded vocabulary); its softmax is NaN.
         own = found.double().masked_fill(log_sum == -torch.inf, -torch.inf)
         own_lse = outer * top.double() + log_sum.double()
         logprobs, lse = _merged(own, own_lse, mine, group)
-        # -expm1 of this is minus the probability of word 0, where that is not the label.
+        # -expm1 of this is minus the probability of entry 0, where that is not the label.
         share = torch.log1p(torch.exp(own + own_lse - lse))
         # Any number near the largest logit will do as `top`; what it is short of is in `log_sum`.
         top = (lse / outer).to(dtype)

@@ -36,7 +36,7 @@ class BackwardPlan:
         "frozen": the forward pass makes dlogprob/dhidden beside the log-probabilities, and the
             backward pass scales it. 2 GEMMs; one tensor like hidden, and on CUDA a byte per number
             more while it is made.
-        "sparse": max_dropped_mass > 0. The backward pass visits only the blocks of words that some
+        "sparse": max_dropped_mass > 0. The backward pass visits only the blocks that some
             probability above it lies in: 1 + 3 a GEMMs, where a is the share of (token, block)
             pairs kept; the exact way if a is above 0.9, on CUDA above 1/2 or 64 blocks a token.
             N V / 256 numbers.

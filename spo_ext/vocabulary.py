@@ -1,7 +1,7 @@
-"""An LM head stored in an order of one's own, such as likely words first.
+"""An LM head stored in an order of one's own, such as likely entries first.
 
 `max_dropped_mass` leaves out blocks of 256 consecutive rows of the weight, so it leaves out more
-where likely words lie together. Here the parameter itself is stored in the order, once; at a step
+where likely entries lie together. Here the parameter itself is stored in the order, once; at a step
 only the targets are renumbered. Ids, logits and checkpoints stay those of the tokenizer.
 """
 
@@ -26,7 +26,7 @@ def frequency_order(counts: Tensor) -> Tensor:
         counts: [V], integer or floating, >= 0, of the tokens to train on. V is the number of rows
             of the head, which may exceed the tokenizer's. From much text take
             `torch.bincount(ids, minlength=V)`; from a few thousand tokens the probabilities
-            `softmax(logits, -1)` summed over them, which rank the words that did not occur as well.
+            `softmax(logits, -1)` summed over them, which rank those that did not occur as well.
 
     Returns:
         int64 [V] on the device of counts: the id of every row, for `OrderedHead`.
@@ -95,8 +95,8 @@ class OrderedHead(_OrderedRows):
         loss = spo_ext.linear_loss(hidden, head.weight, head.targets(targets), ..., bias=head.bias)
 
     `weight` [V, d] and `bias` [V] are new parameters, with the values, dtype, device and
-    requires_grad of those of `linear`: make the optimizer afterwards. Row i belongs to the word
-    `order[i]`, the word v to row `row_of[v]`, both int64 [V]; so `head.weight.grad[head.row_of]` is
+    requires_grad of those of `linear`: make the optimizer afterwards. Row i belongs to entry
+    `order[i]`, entry v to row `row_of[v]`, both int64 [V]; so `head.weight.grad[head.row_of]` is
     by id.
 
     `state_dict` and `load_state_dict` are by id, so a checkpoint is the usual one and may be loaded
@@ -183,7 +183,7 @@ class OrderedEmbedding(_OrderedRows):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[.., d] of token ids [..]."""
-        # index_select, since an index in brackets would take -1 for the last word
+        # index_select, since an index in brackets would take -1 for the last entry
         rows = self.row_of.index_select(0, ids.reshape(-1)).view(ids.shape)
         return functional.embedding(rows, self.weight, self._padding_row, *self._options)
 
