@@ -111,7 +111,8 @@ def token_logprobs(
         max_dropped_mass: eps in [0, 1). At 0 the gradient is exact. Above it, the backward pass
             leaves out blocks of 256 neighbouring entries of the vocabulary, smallest first, as long
             as the probability left out of a token's gradient, m_t, stays within eps; the label's
-            own terms are always in. With g_t the gradient that arrives and s = |logit_scale| / temperature
+            own terms are always in. With g_t the gradient that arrives and s = |logit_scale| /
+            temperature
               |error of grad_hidden_t|            <= |g_t| s m_t D
               sum_v |error of grad_weight_v|      <= sum_t |g_t| s m_t |hidden_t|
             where D is the largest distance between two entries of a block (with softcap: the length
