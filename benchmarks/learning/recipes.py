@@ -110,7 +110,7 @@ def settings(
         output_dir=str(folder / run),
         max_steps=steps,
         seed=seed,
-        logging_steps=10,
+        logging_strategy="no",
         disable_tqdm=True,
     )
     group = config.programs_per_prompt
