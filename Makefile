@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Without compiling: Python compiles what it imports, a third of it.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SEED ?= 0
 BUDGET ?= 30
 # Processes that run the tests, each with one thread unless a test asks for more.
@@ -41,7 +42,8 @@ test: build sandbox postgres lint docs
 $(VENV)/.ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist safetensors ruff mypy \
+	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist pytest-timeout \
+		safetensors ruff mypy \
 		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
 		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai \
 		mkdocs-material mkdocstrings-python

@@ -166,7 +166,8 @@ def contents(store: TrajectoryStore) -> list[Any]:
     """All that a store holds, but for ids and times."""
     found = []
     for prompt in store.prompts():
-        found.append((prompt.content, prompt.token_ids, prompt.tests, prompt.answer, prompt.split))
+        judged_by = (prompt.tests, prompt.answer)
+        found.append((prompt.content, prompt.token_ids, *judged_by, prompt.split, prompt.columns))
         for item in store.trajectories(prompt_id=prompt.id):
             behaviour = item.behaviour_logprobs
             how = (item.finish, item.reason, item.temperature, item.top_p)

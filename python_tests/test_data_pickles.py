@@ -16,7 +16,7 @@ from data_cases import import_rows, packed, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ext.data.unpickle import unpickle
+from spo_ext.data.contests import unpickle
 from spo_ext.store import TrajectoryStore
 
 

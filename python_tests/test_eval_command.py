@@ -126,3 +126,19 @@ def test_an_empty_split_and_a_missing_store_fail(
     assert main(place.arguments("--store", str(place.folder / "no.db"))) == 1
     assert "there is no store" in capsys.readouterr().err
     assert not (place.folder / "no.db").exists()
+
+
+def test_the_sum_of_several_rewards(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producers, "make_generator", lambda *_: Scripted((GOOD, BAD)))
+    file = place.out.parent / "mine.py"
+    file.write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    several = ["--reward", f"{file}:one", "--reward-weights", "1", "2"]
+    command = [f"{file}:one" if word == "judge" else word for word in place.arguments(*several)]
+    assert main(command) == 0
+    found = place.evaluation()
+    assert found["settings"]["reward"] == [f"{file}:one"] * 2
+    assert found["settings"]["reward_weights"] == [1.0, 2.0]
+    means = {name: found["values"][name]["mean"] for name in ("reward", "rewards/one_2/mean")}
+    assert means == {"reward": 3.0, "rewards/one_2/mean": 1.0}
+    assert main(command) == 0, "read again from the file of samples"
+    assert place.evaluation()["values"] == found["values"]

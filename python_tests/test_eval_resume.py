@@ -21,8 +21,8 @@ from evaluation_cases import BAD, GOOD, LOST, Scripted, Workplace, fill, judge, 
 
 from spo_ext.cli import main  # noqa: E402
 from spo_ext.evaluation import producers  # noqa: E402
-from spo_ext.evaluation.journal import Journal  # noqa: E402
 from spo_ext.evaluation.records import Sample  # noqa: E402
+from spo_ext.evaluation.stored import Journal  # noqa: E402
 from spo_ext.rollout import Sampling  # noqa: E402
 from spo_ext.store import TrajectoryStore  # noqa: E402
 
@@ -80,6 +80,7 @@ def test_a_torn_file_continues_and_ends_the_same(
         (["--prompts", "3"], "prompts"),
         (["--reward", "other"], "reward"),
         (["--test-seconds", "2"], "test_seconds"),
+        (["--sandbox-packages", "numpy"], "sandbox_packages"),
     ],
 )
 def test_other_settings_are_refused(

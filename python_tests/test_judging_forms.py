@@ -151,6 +151,13 @@ def test_the_limit_of_output_follows_what_is_expected(sandbox: Sandbox) -> None:
     assert not prints(sandbox, "print('123456789\\n' * 150_000)", "123456789\n")
 
 
+def test_a_large_result_is_read_to_its_end(sandbox: Sandbox) -> None:
+    """The time to read it follows what is expected, too."""
+    expected = list(range(300_000))
+    program = Program("def f(n): return list(range(n))", calls=((len(expected),),))
+    assert judge(sandbox, [Submission(program, (expected,))])[0].ok
+
+
 def test_a_check_sees_plain_data_and_the_program_sees_no_check(sandbox: Sandbox) -> None:
     check = "def check(f):\n    assert abs(f(2) - 4) < 0.1\n    assert f(3) == 9"
     assert checked(sandbox, "def f(x): return x * x + 0.0", check, function=True).ok

@@ -12,7 +12,7 @@ import torch
 from publish_cases import lora_model, tiny_model, trained
 
 from spo_ext.rollout.follow import version_of
-from spo_ext.trainer.publish_server import PublishError, ServerPublisher
+from spo_ext.trainer.publish import PublishError, ServerPublisher
 
 transformers = pytest.importorskip("transformers")
 
@@ -236,7 +236,7 @@ def test_a_server_that_comes_back_gets_the_version(
         serve(version)
 
     monkeypatch.setattr(publisher, "_serve", away)
-    monkeypatch.setattr("spo_ext.trainer.publish_server._PAUSE_S", 0.01)
+    monkeypatch.setattr("spo_ext.trainer.publish._PAUSE_S", 0.01)
     publisher.publish(tiny_model(), None, 1)
     assert (tmp_path / "latest").exists() and version_of(server.version) == 1
     assert caplog.text.count("no answer: refused; trying again for up to 60 s") == 1

@@ -12,8 +12,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from spo_ext.evaluation import curves  # noqa: E402
-from spo_ext.evaluation.panels import PANELS, lines_of, unplaced  # noqa: E402
-from spo_ext.evaluation.plot import smoothed  # noqa: E402
+from spo_ext.evaluation.panels import (  # noqa: E402
+    PANELS,
+    lines_of,
+    smoothed,  # noqa: E402
+    unplaced,
+)
 from spo_ext.evaluation.runs import Series, collect, last_checkpoint, read_run  # noqa: E402
 from spo_ext.metrics import mean_pass_at_k  # noqa: E402
 

@@ -185,3 +185,32 @@ def test_without_sqlalchemy_it_says_what_to_install(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1 and "pip install 'spo_ext[store]'" in done.stderr, done.stderr
+
+
+TWO = """
+def known(completions, level, **_):
+    return [None if each is None else float(each) for each in level]
+
+def long(completions, **_):
+    return [0.5] * len(completions)
+"""
+
+
+def test_the_sum_of_several_rewards_by_name(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    ready = "def f(x):\n    return x + 1\n#"
+    tests = call_tests("f", [[1]], [2], prefix=ready)
+    prompts = [Prompt("right", tests=tests, columns={"level": 3}), Prompt("no tests")]
+    path = new_store(tmp_path / "store.db", prompts)
+    given = ("--store", path, "--model", policy, "--run", "r", "--n", 2, "--max-new-tokens", 2)
+    given += ("--sandbox-workers", 1, "--reward", "tests", "--reward", f"{tmp_path}/two.py:known")
+    given += ("--reward", f"{tmp_path}/two.py:long")
+    assert rollout(*given, "--reward-weights", 1, 2) == 1
+    assert "reward_weights must be 3, one for each of" in capsys.readouterr().err
+    assert rollout(*given, "--reward-weights", 1, 2, 4) == 0
+    assert "tests 1, known 3, long 0.5" in capsys.readouterr().out
+    with TrajectoryStore(path) as store:
+        found = {(t.prompt_id, t.reward, t.reason) for t in store.trajectories()}
+    assert found == {(1, 9.0, "tests 1, known 3, long 0.5"), (2, 2.0, "long 0.5")}

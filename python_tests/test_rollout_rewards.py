@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_cases import ADD, SUBTRACT
 from sandbox_cases import FAST
 
@@ -334,10 +335,16 @@ def other_column(completions, solution):
     return [0.0] * len(completions)
 
 
+def of_trl(completions, trainer_state):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ([by_keyword], "SPOTrainer: reward must be a name, a function of TRL's form"),
+        ([], "reward_funcs must be at least one, got none"),
+        (torch.nn.Linear(1, 1), "reward must not be a model: .* got Linear"),
+        (of_trl, "arguments must be among .*, got trainer_state"),
         (lambda text: 1.0, "reward must be a name, .* got <function"),
         (3.0, "reward must be a name, .* got 3.0"),
         (other_column, "reward other_column: its arguments must be among"),
@@ -345,7 +352,7 @@ def other_column(completions, solution):
 )
 def test_what_is_no_reward_is_refused(given: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        as_reward(given)
+        as_reward(given)([Prompt("a")], ["b"], [[1]])
 
 
 def test_an_async_function_runs_where_a_loop_runs_already(functions: Path) -> None:

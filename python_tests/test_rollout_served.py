@@ -17,8 +17,7 @@ from publish_cases import tiny_model
 from rollout_cases import change_server, fake_server, new_store, rollout, save_reward, wait_for
 
 from spo_ext.store import Prompt, TrajectoryStore
-from spo_ext.trainer.publish import DirectoryPublisher
-from spo_ext.trainer.publish_server import ServerPublisher
+from spo_ext.trainer.publish import DirectoryPublisher, ServerPublisher
 
 pytest.importorskip("httpx")
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -119,6 +120,46 @@ def test_weaker_levels(level: str) -> None:
         assert judge(sandbox, [SQUARE])[0].ok
         workers = set(sandbox.worker_pids())
     assert eventually(lambda: not workers & set(descendants(os.getpid())))
+
+
+@needs_bwrap
+def test_a_worker_shares_nothing_with_another_at_the_same_time() -> None:
+    source = """
+    import os, time
+    def f(i):
+        open(f"/tmp/{i}", "w"); open(f"/dev/shm/{i}", "w")
+        time.sleep(0.3)
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        inodes = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("ipc", "mnt", "net", "pid")]
+        return os.listdir("/tmp"), os.listdir("/dev/shm"), len(pids), inodes
+    """
+    with Sandbox(workers=2, level="bwrap") as sandbox:
+        programs = [Program(textwrap.dedent(source), calls=((i,),)) for i in range(4)]
+        found = [outcome.outputs[0] for outcome in sandbox.run(programs)]
+    for i, (tmp, shm, pids, _) in enumerate(found):  # type: ignore[misc]
+        assert (tmp, shm, pids) == ([str(i)], [str(i)], 3)  # worker, program, examiner
+    namespaces = [inode for *_, inodes in found for inode in inodes]  # type: ignore[misc]
+    assert len(set(namespaces)) == 16
+
+
+@needs_bwrap
+def test_a_nursery_that_ended_is_replaced_and_one_is_not_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Sandbox(workers=1, level="bwrap") as sandbox:
+        assert judge(sandbox, [SQUARE])[0].ok
+        for pid in set(descendants(os.getpid())):
+            if b"bwrap" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        assert judge(sandbox, [SQUARE] * 3)[2].ok
+
+    def no_fork(self: worker_process.Nursery, *_: object) -> int:
+        raise SandboxError("no namespaces in a namespace")
+
+    monkeypatch.setattr(worker_process.Nursery, "fork", no_fork)
+    with Sandbox(workers=1, level="bwrap") as sandbox:
+        assert judge(sandbox, [SQUARE])[0].ok
+        assert run(sandbox, HOSTILE["endless loop"], 7).status == "timeout"
 
 
 OWNER = """

@@ -160,6 +160,8 @@ def test_nothing_of_the_program_before_can_be_found() -> None:
         for _ in range(3):
             answer = run(sandbox, before, f"sesame-{secret}")
             assert answer.outputs == ((f"sesame-{secret}",) * 2,)
+            name = StdinProgram(f"open('/tmp/sesame-{secret}', 'w')", ("",))
+            assert sandbox.run([name])[0].status == "ok"
             script = StdinProgram("print(input())", (f"sesame-{secret}",))
             assert sandbox.run([script])[0].outputs == (f"sesame-{secret}\n",)
         assert run(sandbox, SEARCH, "sesa", "me-").outputs == ([],)
@@ -265,6 +267,11 @@ CHANNELS = {
     ),
     "a signal of stdin": ("fcntl.fcntl(0, 10, 34)", "fcntl.fcntl(0, 11)"),
     "a file": ("open('/tmp/x', 'w').write('x')", "os.listdir('/tmp')"),
+    "folders": (
+        "[os.makedirs('/tmp/d/e'), os.symlink('/', '/tmp/d/e/root'), os.chmod('/tmp/d', 0)]",
+        "os.listdir('/tmp')",
+    ),
+    "many files": ("[open(f'/tmp/{i}', 'w').close() for i in range(300)]", "os.listdir('/tmp')"),
     "a file in shared memory": ("open('/dev/shm/x', 'w').write('x')", "os.listdir('/dev/shm')"),
     "the age of /tmp": ("os.utime('/tmp', (7, 7))", "int(os.stat('/tmp').st_mtime) == 7"),
     "the mode of /tmp": ("os.chmod('/tmp', 0o700)", "os.stat('/tmp').st_mode & 0o7777 == 0o700"),

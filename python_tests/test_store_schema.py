@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from store_cases import policy, trajectory
 
 from spo_ext.store import (
     Origin,
+    Prompt,
     PromptValue,
     Sampler,
     SamplerConfig,
@@ -86,6 +88,22 @@ def test_a_store_of_version_1_is_migrated_with_its_rows(version_1: str) -> None:
         assert {row.id for row in drawn} == {first.id, second.id}
         new = store.append([trajectory(question.id, 1, policy())])
         assert new.ids[0] > third.id
+
+
+def test_a_store_of_version_4_is_migrated_with_its_rows(store_target: str) -> None:
+    prompt = Prompt("2 + 2 =", [17, 4], answer="4")
+    with TrajectoryStore(store_target) as store:
+        key = store.add_prompt(prompt)
+        store.append([trajectory(key, 1, policy())])
+    drop = "ALTER TABLE prompts DROP COLUMN columns; UPDATE spo_schema SET version = 4;"
+    execute(store_target, drop)
+    with TrajectoryStore(store_target) as store:
+        [stored] = store.prompts()
+        assert (stored.id, stored.answer, stored.columns) == (key, "4", None)
+        assert store.add_prompt(prompt) == key, "its hash is that of today"
+        other = store.add_prompt(replace(prompt, columns={"level": 3}))
+        assert other != key and store.get_prompts([other])[0].columns == {"level": 3}
+        assert store.append([trajectory(key, 1, policy())]).duplicates == 1
 
 
 def test_a_migrated_store_is_like_a_new_one(

@@ -17,7 +17,7 @@ from trainer_process import settings, train
 
 from spo_ext.rollout import Generation
 from spo_ext.store import PromptValue, TrajectoryStore
-from spo_ext.trainer import SPOConfig, SPOTrainer
+from spo_ext.trainer import SPOConfig, SPOTrainer, yaml_config
 from spo_ext.trainer.batches import Tokens
 from spo_ext.trainer.reference import score_tokens
 
@@ -219,6 +219,48 @@ def test_a_reward_function_of_trls_form(folder: Path) -> None:
     with TrajectoryStore(folder / "store.db") as store:
         rows = list(store.trajectories(run="run"))
     assert rows and all(row.reward == len(row.token_ids) / 8 for row in rows)
+
+
+def test_several_reward_functions_with_weights(folder: Path) -> None:
+    def half(completions: Any, **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    def length(completion_ids: Any, **_: Any) -> list[float]:
+        return [len(ids) / 8 for ids in completion_ids]
+
+    options = settings(folder, max_steps=1)
+    config = SPOConfig(**options, reward_weights=[2.0, 0.5])
+    trainer = SPOTrainer(make_model(), config, make_tokenizer(), reward_funcs=[half, length])
+    trainer.train()
+    with TrajectoryStore(folder / "store.db") as store:
+        rows = list(store.trajectories(run="run"))
+    assert rows and all(row.reward == 1 + len(row.token_ids) / 16 for row in rows)
+    [line] = [line for line in trainer.state.log_history if "rewards/half/mean" in line]
+    assert line["rewards/half/mean"] == 0.5 and line["rewards/length/std"] >= 0
+    with pytest.raises(ValueError, match="SPOTrainer: reward_funcs must be left out with reward"):
+        SPOTrainer(make_model(), config, reward=half, reward_funcs=half)
+    with pytest.raises(ValueError, match="SPOConfig: reward_funcs must be left out with reward"):
+        SPOConfig(**options | {"reward": "answer"}, reward_funcs="tests")
+    found = SPOConfig(**options | {"reward": "tests"}, reward_funcs=["answer"])
+    assert found.rewards == ["answer"]
+
+
+@pytest.mark.parametrize("name", ["reward", "reward_funcs"])
+def test_rewards_of_a_file_and_of_flags(folder: Path, name: str) -> None:
+    path = folder / "run.yaml"
+    path.write_text(
+        f"store: {folder}/store.db\noutput_dir: {folder}/run\nmax_steps: 1\nuse_cpu: true\n"
+        f"{name}: [tests, answer]\nreward_weights: [1, 2]\n"
+    )
+
+    def parse(*flags: str) -> Any:
+        (config,) = yaml_config.parse([SPOConfig], ["--config", str(path), *flags])
+        return config.rewards
+
+    assert parse() == ["tests", "answer"]
+    assert parse(f"--{name}", "answer") == "answer"
+    assert parse(f"--{name}", "a.b:c", f"--{name}", "tests") == ["a.b:c", "tests"]
+    assert parse(f"--{name}", "a.b:c", "tests") == ["a.b:c", "tests"]
 
 
 def test_a_generator_of_ones_own_writes_rollouts_and_evaluations(folder: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from spo_ext.trainer.episodes import Episode
-from spo_ext.trainer.health import Health, HealthWarning
+from spo_ext.trainer.health import Episode, Health, HealthWarning
 
 # As logged at the start of a healthy run with rewards 0 and 1.
 HEALTHY = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from spo_ext.commands import Parser
 from spo_ext.contests.quickstart import add_quickstart
 from spo_ext.data.commands import add_export, add_import
 from spo_ext.evaluation.commands import add_eval, add_report
@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
         return train(words[1:])  # a flag for each of some two hundred settings
-    parser = argparse.ArgumentParser(
-        prog="spo", description="Soft Policy Optimization for language models."
-    )
+    parser = Parser(prog="spo", description="Soft Policy Optimization for language models.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:
         add_command(subparsers)

@@ -6,22 +6,40 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import unquote
+
+from spo_ext.shown import hide_passwords, say, visible
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given, which may be the URL of a database."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(hide_passwords(message)))
+
 
 if TYPE_CHECKING:
     # Private in argparse, but the only name of what add_subparsers returns.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    Subparsers = argparse._SubParsersAction[Parser]
 
 
 def fail(error: object, status: int = 1) -> int:
-    """Says what went wrong on the standard error; returns the exit status."""
-    print(f"spo: error: {error}", file=sys.stderr)
+    """Says what went wrong on the standard error; returns the exit status.
+
+    Of an error of SQLAlchemy only what the database said, without the statement and its rows.
+    """
+    say(f"spo: error: {getattr(error, 'orig', None) or error}", sys.stderr)
     return status
 
 
 def require_store(where: str) -> None:
     """Raises FileNotFoundError: where prompts are read, a new and empty store must not be made."""
-    if "://" not in where and not Path(where).is_file():
+    scheme, separator, rest = where.partition("://")
+    path = rest.removeprefix("/").partition("?")[0] if separator else where
+    if path.startswith("file:"):
+        path = unquote(path.removeprefix("file:"))
+    if (not separator or scheme.startswith("sqlite")) and not Path(path).is_file():
         raise FileNotFoundError(f"there is no store {where}: spo import makes one")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from spo_ext.evaluation import html
+from spo_ext.shown import visible
 
 from . import figures
 from .over_problems import difference_over_problems
@@ -59,26 +59,26 @@ def write_report(records: Sequence[Record], out: Path, control: str) -> str:
     """
     if not records:
         raise ValueError("records must hold at least one run, got none")
-    body = ["<h1>Does it learn?</h1>", f'<p class="lead">{escape(_lead(records))}</p>']
+    body = ["<h1>Does it learn?</h1>", f'<p class="lead">{html.text(_lead(records))}</p>']
     texts = []
     for title, runs in by_setting(records).items():
         methods = by_method(runs)
         against = series_named(methods, control)
         header, rows = _table(methods, against)
         texts += [f"## {title}", _markdown(header, rows)]
-        body += [f"<h2>{escape(title)}</h2>", html.table(header, rows)]
+        body += [f"<h2>{html.text(title)}</h2>", html.table(header, rows)]
         if against is not None and len(methods) > 1:
             paired, heading = _paired_table(methods, against), f"Differences to {against.method}"
             texts += [f"{heading}, paired:", _markdown(*paired)]
-            body += [f"<h2>{escape(heading)}, paired</h2>", html.table(*paired)]
+            body += [f"<h2>{html.text(heading)}, paired</h2>", html.table(*paired)]
         body += _figures(title, methods, evaluation_k(runs), out)
     for found in sensitivities(records):
         k = evaluation_k(records)
         header, rows = _sensitivity_table(found, k)
         texts += [f"## {found.title}", _markdown(header, rows)]
-        body += [f"<h2>{escape(found.title)}</h2>", html.table(header, rows)]
+        body += [f"<h2>{html.text(found.title)}</h2>", html.table(header, rows)]
         body.append(_saved(figures.sensitivity(found, k), found.title, out))
-    body += [f"<footer>{escape(_origin(records))}</footer>"]
+    body += [f"<footer>{html.text(_origin(records))}</footer>"]
     write_text(out / "report.html", html.page("Learning", body))
     return "\n\n".join([_lead(records), *texts, _origin(records)])
 
@@ -197,7 +197,9 @@ def _origin(records: Sequence[Record]) -> str:
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table."""
-    cells = [header, *rows]
+    cells = [
+        [visible(cell, line=True).replace("|", "\\|") for cell in row] for row in (header, *rows)
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -205,4 +207,4 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])

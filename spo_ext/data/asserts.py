@@ -76,6 +76,12 @@ def packages_of(source: str) -> list[str]:
     return found
 
 
+def mentions(source: str, name: str) -> bool:
+    """Whether the source defines or uses this name, or `candidate`. Raises RowError."""
+    bound, used, _ = _names(parse_source(source))
+    return name in bound or name in used or "candidate" in used
+
+
 def parse_source(source: str) -> ast.Module:
     """The tree of tests, or of a prompt that is source. Raises RowError if it does not parse."""
     try:

@@ -9,14 +9,19 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo_ext.commands import fail
+from spo_ext.commands import fail, require_store
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
     from spo_ext.data.importer import Problem, Settings
     from spo_ext.store import Origin
 
-_FORMATS = ("auto", "trl", "code_contests", "taco", "apps", "mbpp", "humaneval", "livecodebench")
+# Those of formats.PARSERS, which need packages that the other commands do not.
+_FORMATS = tuple(
+    "auto trl verl gsm8k math code_contests taco apps mbpp mbppplus humaneval humanevalplus "
+    "evalplus livecodebench".split()
+)
 _SPLITS = ("train", "dev", "test")
 _ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"
 
@@ -39,6 +44,14 @@ def add_import(subparsers: Subparsers) -> None:
         metavar="WHO",
         help=f"{_ORIGINS}; default: what the row says, human for solutions of a data set, "
         "else model:unknown",
+    )
+    parser.add_argument(
+        "--without-columns",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="leave these fields of rows out, such as an id that differs from completion to "
+        "completion; others that the format does not use are kept for reward functions",
     )
     parser.add_argument("--strict", action="store_true", help="store no file that has a bad row")
     parser.add_argument(
@@ -97,6 +110,7 @@ def _import(options: argparse.Namespace) -> int:
     status = 0
     try:
         with TrajectoryStore(options.store) as store:
+            store.require_writable("import")
             notes = _Notes()
             importer = Importer(store, settings, notes.report)
             for path in options.files:
@@ -108,7 +122,7 @@ def _import(options: argparse.Namespace) -> int:
                 except (OSError, ValueError, ImportError) as error:
                     status = fail(error)
             notes.count()
-            print(importer.summary)
+            say(importer.summary)
             return 1 if importer.summary.refused else status
     except KeyboardInterrupt:
         return fail("interrupted; what was stored stays, and may be imported again", status=130)
@@ -129,14 +143,14 @@ class _Notes:
             self._rows[kind] += 1
             if self._first.setdefault(kind, problem) is not problem:
                 return
-        print(problem, file=sys.stderr)
+        say(problem, sys.stderr, line=True)
 
     def count(self) -> None:
         for kind, first in self._first.items():
             more = self._rows[kind] - 1
             if more:
                 words = f"{first.file}: note: {more} more rows like row {first.row}"
-                print(f"{words}: {first.reason}", file=sys.stderr)
+                say(f"{words}: {first.reason}", sys.stderr, line=True)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -146,7 +160,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     origin = None if options.origin is None else parse_origin(options.origin)
     tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
     return Settings(
-        options.format, options.split, origin, tokenizer, options.strict, options.overlap
+        options.format,
+        options.split,
+        origin,
+        tokenizer,
+        options.strict,
+        options.overlap,
+        tuple(options.without_columns),
     )
 
 
@@ -171,8 +191,7 @@ def _export(options: argparse.Namespace) -> int:
         from spo_ext.data.tokens import Tokenizer
         from spo_ext.store import TrajectoryStore
 
-        if "://" not in options.store and not Path(options.store).is_file():
-            raise FileNotFoundError(f"there is no store {options.store}")
+        require_store(options.store)
         tokenizer = None if options.tokenizer is None else Tokenizer(options.tokenizer)
         with TrajectoryStore(options.store) as store:
             count = export_rows(
@@ -189,7 +208,7 @@ def _export(options: argparse.Namespace) -> int:
         return fail("interrupted", status=130)
     except _failures() as error:
         return fail(error)
-    print(f"{count} rows in {options.out}")
+    say(f"{count} rows in {options.out}")
     return 0
 
 

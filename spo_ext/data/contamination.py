@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
-from collections.abc import Iterator
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from spo_ext.store import TrajectoryStore, queries, schema
+from spo_ext.store import TrajectoryStore
 from spo_ext.store.codec import content_hash, encode_json
 from spo_ext.store.records import Prompt, Split
 
@@ -56,7 +54,7 @@ class Contamination:
         self._splits: dict[bytes, Split] = {}
         self._ngrams: dict[Split, _Hashes] = {}
         self._waiting: list[Prompt] = []
-        for prompt in _contents(store, None):
+        for prompt in store.contents():
             self._splits.setdefault(_key(prompt), prompt.split)
 
     def exact(self, prompt: Prompt) -> Split | None:
@@ -90,7 +88,7 @@ class Contamination:
         """Made when first asked for: the split that is imported is never compared with."""
         if split not in self._ngrams:
             self._ngrams[split] = hashes = _Hashes()
-            for prompt in chain(_contents(self._store, split), self._waiting):
+            for prompt in chain(self._store.contents(split), self._waiting):
                 if prompt.split == split:
                     hashes.add(ngrams(prompt))
         return self._ngrams[split]
@@ -120,17 +118,6 @@ class _Hashes:
         recent = torch.tensor(list(self._recent), dtype=torch.int64, device="cpu")
         self._sorted = torch.cat([self._sorted, recent]).sort().values
         self._recent.clear()
-
-
-def _contents(store: TrajectoryStore, split: Split | None) -> Iterator[Prompt]:
-    """Prompts without their tests, which are far longer."""
-    import sqlalchemy as sa  # here, so that without it spo_ext.store says what to install
-
-    table = schema.prompts.c
-    columns = sa.select(table.id, table.content, table.split).subquery()
-    where = [] if split is None else [columns.c.split == split]
-    for row in queries.stream(store.database, columns, where):
-        yield Prompt(json.loads(row.content), split=row.split)
 
 
 def _key(prompt: Prompt) -> bytes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
+import pickle
+import pickletools
 import re
 import zlib
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from spo_ext.data.records import (
     Record,
     Row,
     RowError,
+    as_json,
     optional_text,
     parse_json,
     parsed,
@@ -23,8 +27,64 @@ from spo_ext.data.records import (
     text,
 )
 from spo_ext.data.tests import call_tests, stdin_tests
-from spo_ext.data.unpickle import unpickle
 from spo_ext.store.records import Prompt
+
+# No GLOBAL, REDUCE, BUILD, INST, OBJ, NEWOBJ, EXT or PERSID: what is listed makes text, numbers
+# and containers, or keeps them for later use.
+_ALLOWED = frozenset(
+    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG "
+    "LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST LIST "
+    "APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS PUT "
+    "BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
+)
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
+def unpickle(data: bytes, max_bytes: int) -> Any:
+    """Text, numbers, None, lists, tuples and dicts from a pickle.
+
+    Raises ValueError for a pickle that would make anything else, or a value that, written out,
+    has more than max_bytes characters or more parts than the pickle has bytes.
+    """
+    try:
+        for operation, argument, position in pickletools.genops(data):
+            if operation.name not in _ALLOWED:
+                raise ValueError(f"a pickle must not use {operation.name} (at byte {position})")
+            # The memo is an array, and the index of an enemy would be its length.
+            if operation.name in _PUTS and (argument or 0) > len(data):
+                raise ValueError(f"a pickle must not keep a value as number {argument}")
+        value = _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # pickle promises no list of what it raises on bad bytes
+        raise ValueError(f"unreadable pickle: {error}") from None
+    _check_size(value, len(data), max_bytes)
+    return value
+
+
+class _Unpickler(pickle.Unpickler):
+    """The second lock, should the list above ever hold too much."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"a pickle must not name {module}.{name}")
+
+    def persistent_load(self, _key: Any) -> Any:
+        raise pickle.UnpicklingError("a pickle must not name persistent objects")
+
+
+def _check_size(value: Any, max_parts: int, max_bytes: int) -> None:
+    """A few bytes can name one list many times over, or put it into itself."""
+    waiting, parts, size = [value], 0, 0
+    while waiting:
+        item = waiting.pop()
+        parts += 1
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
+        if parts + len(waiting) > max_parts or size > max_bytes:
+            raise ValueError("unreadable pickle: it unfolds to more than it holds")
+
 
 _PYTHON_3 = (3, "PYTHON3")  # CodeContests; solutions in other languages cannot be judged
 _MAX_UNPACKED = 512 << 20
@@ -61,7 +121,7 @@ def parse_code_contests(row: Row, defaults: Defaults) -> Record:
                 completions.append(solution(source, reward, origin))
             else:
                 foreign += 1
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row))
     return Record(prompt, tuple(completions), foreign=foreign, notes=_notes(content))
 
 
@@ -81,9 +141,11 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
     kinds = {case.get("testtype") for case in cases}
     inputs = [optional_text(case, "input") for case in cases]
     outputs = [optional_text(case, "output") for case in cases]
+    metadata = parsed(row, "metadata") or {}
+    if not isinstance(metadata, dict):
+        raise RowError(f"metadata must be an object, got {shown(metadata)}")
     if kinds == {"functional"}:
-        metadata = parsed(row, "metadata")
-        name = metadata.get("func_name") if isinstance(metadata, dict) else None
+        name = metadata.get("func_name")
         lines = [[line for line in item.split("\n") if line.strip()] for item in inputs]
         calls = [[parse_json("input", line) for line in item] for item in lines]
         results = [parse_json("output", item) for item in outputs]
@@ -94,7 +156,9 @@ def parse_livecodebench(row: Row, defaults: Defaults) -> Record:
     else:
         raise RowError(f"testtype must be stdin or functional in all tests, got {shown(kinds)}")
     content = _with_starter(text(row, "question_content"), row)
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    more = {key: value for key, value in metadata.items() if key != "func_name"}
+    columns = {"metadata": as_json("metadata", more)} if more else None
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row), columns=columns)
     return Record(prompt, notes=_notes(content))
 
 
@@ -103,6 +167,16 @@ def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
     given = parsed(row, "input_output") or {}
     if not isinstance(given, dict):
         raise RowError(f"input_output must be an object, got {shown(given)}")
+    tests = question_tests(given)
+    solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
+    origin = defaults.origin_of(data_set)
+    completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row))
+    return Record(prompt, tuple(completions), notes=_notes(content))
+
+
+def question_tests(given: Row) -> dict[str, Any]:
+    """Tests of inputs, outputs and perhaps fn_name, as APPS has them. Raises RowError."""
     inputs, outputs = given.get("inputs") or [], given.get("outputs") or []
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise RowError("inputs and outputs must be lists")
@@ -110,18 +184,11 @@ def _parse_question(row: Row, defaults: Defaults, data_set: str) -> Record:
         calls = [_with_number_keys(arguments) for arguments in inputs]
         wrapped = all(isinstance(item, list) and len(item) == 1 for item in outputs)
         limits = _limits_of_calls(_APPS_SECONDS, calls)
-        tests = call_tests(
+        return call_tests(
             given["fn_name"], calls, outputs, relation="json", wrapped=wrapped, limits=limits
         )
-    else:
-        limits = _limits(_APPS_SECONDS)
-        texts = [_lines(item) for item in inputs], [_lines(item) for item in outputs]
-        tests = stdin_tests(*texts, limits=limits)
-    solutions = strings({"solutions": parsed(row, "solutions")}, "solutions")
-    origin = defaults.origin_of(data_set)
-    completions = [solution(source, 1.0, origin) for source in solutions if source.strip()]
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
-    return Record(prompt, tuple(completions), notes=_notes(content))
+    texts = [_lines(item) for item in inputs], [_lines(item) for item in outputs]
+    return stdin_tests(*texts, limits=_limits(_APPS_SECONDS))
 
 
 def _with_starter(question: str, row: Row) -> str:

@@ -86,6 +86,7 @@ def parse_evalplus(row: Row, defaults: Defaults) -> Record:
     inputs = [item for column in ("base_input", "plus_input") for item in _inputs(row, column)]
     if not inputs:
         raise RowError("there are no tests")
+    row.get("test")  # The same inputs and the solution's outputs as source.
     shapes = _shapes(optional_text(row, "assertion"), name)
     typed = [[*map(_shaped, item, shapes or item)] for item in inputs]
     values = {
@@ -99,7 +100,7 @@ def parse_evalplus(row: Row, defaults: Defaults) -> Record:
     check = "from math import inf, nan\n" + "".join(lines) + _CHECK.replace("ORACLE", oracle)
     data_set = "humaneval" if humaneval else "mbpp"
     tests = check_tests(name, check, prefix, function=True, limits=_LIMITS)
-    return record_of(content, tests, source, defaults, data_set)
+    return record_of(row, content, tests, source, defaults, data_set)
 
 
 def _inputs(row: Row, column: str) -> list[list[Any]]:

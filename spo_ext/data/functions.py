@@ -27,25 +27,33 @@ def parse_mbpp(row: Row, defaults: Defaults) -> Record:
     code = optional(row, "code")
     tests = check_tests(function_of(prefix + check, code), check, prefix, limits=_MBPP)
     content = f"{question}\nYour code should pass this test:\n{asserts[0]}\n"
-    return record_of(content, tests, code, defaults, "mbpp")
+    return record_of(row, content, tests, code, defaults, "mbpp")
 
 
 def parse_humaneval(row: Row, defaults: Defaults) -> Record:
     """The completion continues the prompt, which is source. Raises RowError."""
     content = text(row, "prompt")
+    if row.get("problem_description") is not None:
+        raise RowError("prompt must be the problem, and problem_description is, as in LeetCode's")
     # For checks that take the function by its name, too.
     tests = check_tests(
         row.get("entry_point"), text(row, "test"), content, function=True, limits=_HUMANEVAL
     )
-    return record_of(content, tests, optional(row, "canonical_solution"), defaults, "humaneval")
+    source = optional(row, "canonical_solution")
+    return record_of(row, content, tests, source, defaults, "humaneval")
 
 
 def record_of(
-    content: str, tests: dict[str, object], source: str, defaults: Defaults, data_set: str
+    row: Row,
+    content: str,
+    tests: dict[str, object],
+    source: str,
+    defaults: Defaults,
+    data_set: str,
 ) -> Record:
     """A prompt with these tests and, unless it is blank, a solution in source."""
     completions = []
     if source.strip():
         completions.append(solution(source, 1.0, defaults.origin_of(data_set)))
-    prompt = Prompt(content, tests=tests, split=defaults.split or "train")
+    prompt = Prompt(content, tests=tests, split=defaults.split_of(row))
     return Record(prompt, tuple(completions))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+from spo_ext.checks import check_one_of, number
 from spo_ext.data.contamination import NGRAM, Contamination
 from spo_ext.data.formats import PARSERS, parse_row
-from spo_ext.data.loading import Loaded, Ready, load
 from spo_ext.data.readers import read_rows
 from spo_ext.data.records import Completion, Defaults, Record, RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
-from spo_ext.store.checks import check_one_of, number
+from spo_ext.store.loading import Loaded, Ready, load, other_columns
 from spo_ext.store.records import Split
 
 _BATCH_ROWS = 256
@@ -36,6 +36,7 @@ class Settings:
             needs ids, and solutions of the other data sets are left out.
         strict: a file with a bad row is not stored at all.
         overlap: report a prompt if another split has this share of its runs of 13 words.
+        without_columns: fields of rows that are not kept with the prompt.
     """
 
     format: str = "auto"
@@ -44,6 +45,7 @@ class Settings:
     tokenizer: Tokenizer | None = None
     strict: bool = False
     overlap: float = 0.5
+    without_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_one_of("Settings", "format", self.format, ("auto", *PARSERS))
@@ -73,7 +75,8 @@ class StrictError(ValueError):
 class Summary:
     """Rows read, problems by kind, solutions left out, and what the store took.
 
-    untokenised: without token ids; foreign: in other languages than Python 3.
+    untokenised: without token ids; foreign: in other languages than Python 3. without: rows that
+    had each of the columns that the user left out.
     """
 
     rows: int = 0
@@ -81,6 +84,7 @@ class Summary:
     untokenised: int = 0
     foreign: int = 0
     loaded: Loaded = field(default_factory=Loaded)
+    without: Counter[str] = field(default_factory=Counter)
 
     @property
     def refused(self) -> int:
@@ -97,6 +101,9 @@ class Summary:
             lines.append(f"{self.untokenised} solutions left out: token ids need a tokenizer")
         if self.foreign:
             lines.append(f"{self.foreign} solutions left out: other languages than Python 3")
+        if self.without:
+            counts = ", ".join(f"{name} ({count} rows)" for name, count in self.without.items())
+            lines.append(f"columns left out: {counts}")
         return "\n".join(lines)
 
 
@@ -116,9 +123,9 @@ class Importer:
         report: Callable[[Problem], None] = lambda problem: None,
     ) -> None:
         self._store, self._settings, self._report = store, settings, report
-        self._defaults = Defaults(settings.split, settings.origin)
+        self._defaults = Defaults(settings.split, settings.origin, settings.without_columns)
         self._contamination = Contamination(store)
-        self.summary = Summary()
+        self.summary = Summary(without=Counter(dict.fromkeys(settings.without_columns, 0)))
 
     def import_file(self, path: str | Path) -> None:
         """A batch of rows in one transaction each.
@@ -129,15 +136,22 @@ class Importer:
         path = Path(path)
         if self._settings.strict:
             self._rehearse(path)
-        batch: list[Ready] = []
-        for ready in self._ready(path):
-            batch.append(ready)
-            if len(batch) >= _BATCH_ROWS or sum(item.size for item in batch) >= _BATCH_BYTES:
-                self._load(batch)
+        batch: list[tuple[int, Ready]] = []
+        for numbered in self._ready(path):
+            batch.append(numbered)
+            if len(batch) >= _BATCH_ROWS or sum(item.size for _, item in batch) >= _BATCH_BYTES:
+                self._load(path, batch)
                 batch = []
-        self._load(batch)
+        self._load(path, batch)
 
-    def _load(self, batch: list[Ready]) -> None:
+    def _load(self, path: Path, numbered: list[tuple[int, Ready]]) -> None:
+        batch = [ready for _, ready in numbered]
+        for place, names in other_columns(self._store, batch).items():
+            reason = (
+                f"the same prompt is stored with other columns ({', '.join(names)}), and this is "
+                f"another one, in another group: --without-columns {' '.join(names)}"
+            )
+            self._say("note", path, numbered[place][0], reason)
         self.summary.loaded += load(self._store, batch)
         self._contamination.stored()
 
@@ -157,7 +171,7 @@ class Importer:
         if problem.kind != "note":
             self._report(problem)
 
-    def _ready(self, path: Path) -> Iterator[Ready]:
+    def _ready(self, path: Path) -> Iterator[tuple[int, Ready]]:
         for number_of_row, row in read_rows(path):
             self.summary.rows += 1
             try:
@@ -176,8 +190,9 @@ class Importer:
                 continue
             self._note(path, number_of_row, record)
             self.summary.foreign += record.foreign
+            self.summary.without.update(record.without)
             self._contamination.add(prompt)
-            yield ready
+            yield number_of_row, ready
 
     def _note(self, path: Path, row: int, record: Record) -> None:
         for note in record.notes:
@@ -191,7 +206,7 @@ class Importer:
         prompt, tokenizer = record.prompt, self._settings.tokenizer
         if prompt.token_ids is None and tokenizer is not None:
             ids = tokenizer.prompt_ids(prompt.content)
-            prompt = Prompt(prompt.content, ids, prompt.tests, prompt.answer, prompt.split)
+            prompt = replace(prompt, token_ids=ids)
         trajectories = []
         for item in record.completions:
             trajectory = self._trajectory(prompt, item)
@@ -209,7 +224,9 @@ class Importer:
             raise RowError("the completion has no completion_ids, and no tokenizer is given")
         if ids is None:
             assert tokenizer is not None and item.content is not None
-            ids = tokenizer.completion_ids(prompt.content, item.content, item.finish)
+            ids = tokenizer.completion_ids(
+                prompt.content, item.content, item.finish, prompt.token_ids
+            )
         return Trajectory(
             1,  # load puts the prompt's id here
             ids,

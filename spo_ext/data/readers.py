@@ -13,7 +13,7 @@ from spo_ext.data.records import RowError, shown, whole_number
 
 Numbered = tuple[int, "dict[str, Any] | RowError"]
 _ROWS = 64  # of Parquet at a time: a row may have megabytes of tests
-_CHAT = ("prompt", "completion", "messages")
+_CHAT = ("prompt", "completion", "messages", "chosen", "rejected")
 
 
 def read_rows(path: Path) -> Iterator[Numbered]:

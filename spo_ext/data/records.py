@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -42,25 +44,90 @@ class Record:
     """A prompt and what is known of it.
 
     foreign counts its solutions in other languages than Python 3, which no test of it can judge;
-    notes are for whoever imports it.
+    notes are for whoever imports it; without are the columns that were left out at his word.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...] = ()
     foreign: int = 0
     notes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the user said of all rows; None leaves it to the row."""
+    """What the user said of all rows; None leaves it to the row. without: columns to leave out."""
 
     split: Split | None = None
     origin: Origin | None = None
+    without: tuple[str, ...] = ()
 
     def origin_of(self, data_set: str) -> Origin:
         """People wrote the solutions of the named data sets."""
         return self.origin or Origin("human", run=data_set)
+
+    def split_of(self, row: Row) -> Split:
+        """Checked by the prompt."""
+        own = row.get("split")
+        return self.split or own or "train"
+
+
+class Fields(Mapping[str, Any]):
+    """A row that knows which of its fields were read, so that the others can be kept.
+
+    A field that is None is one that the row does not have.
+    """
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self._row = {name: value for name, value in row.items() if value is not None}
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def has(self, name: str) -> bool:
+        """Without reading it."""
+        return name in self._row
+
+    def left(self) -> list[str]:
+        """The fields that nobody read."""
+        return sorted(self._row.keys() - self._read)
+
+    def json(self, names: Iterable[str]) -> dict[str, Any]:
+        """These fields. Raises RowError for what JSON cannot hold."""
+        items = [(name, as_json(name, self._row[name])) for name in names]
+        return {name: value for name, value in items if value is not None}
+
+
+def as_json(name: str, value: Any) -> Any:
+    """A value of a Parquet file too: times become text, nan is nothing. Raises RowError."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: as_json(name, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(name, item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):  # datetime too
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral() else float(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise RowError(
+        f"the column {name} must be JSON to be kept, got {shown(value)}: leave it out with "
+        f"--without-columns {name}"
+    )
 
 
 def solution(source: str, reward: float, origin: Origin) -> Completion:

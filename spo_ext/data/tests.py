@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spo_ext.data.asserts import packages_of
+from spo_ext.data.asserts import mentions, packages_of
 from spo_ext.data.records import RowError, shown
 from spo_ext.sandbox.codec import decode, encode
 from spo_ext.sandbox.records import Check, Limits, Program, Relation, StdinProgram, Submission
@@ -94,6 +94,24 @@ def check_form(tests: object) -> None:
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RowError(f"tests have an unknown form: {error}") from None
+
+
+def check_given(tests: object) -> None:
+    """`check_form`, and whether lists are lists, source is Python that tests something, and the
+    packages that it needs are here. Raises RowError.
+    """
+    check_form(tests)
+    assert isinstance(tests, dict)
+    for name in ("inputs", "expected", "calls", "packages"):
+        if not isinstance(tests.get(name, []), list):
+            raise RowError(f"{name} of tests must be a list, got {shown(tests[name])}")
+    for package in tests.get("packages", []):
+        packages_of(f"import {package}")
+    if tests["kind"] == "check":
+        source, name = tests["check"], "check" if tests.get("function") else tests["entry_point"]
+        packages_of(source)
+        if not mentions(source, name):
+            raise RowError(f"the tests must {'define' if name == 'check' else 'call'} {name}")
 
 
 def submission(tests: Any, completion: str, limits: Limits | None = None) -> Submission:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spo_ext.data.records import Content, RowError
+from spo_ext.data.records import Content, RowError, shown
 from spo_ext.store.records import Finish
 
 
@@ -30,6 +32,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"no tokenizer can be read in {os.fspath(path)!r}: {error}") from error
 
 
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A completion as text without special tokens, as transformers and TRL have it, but indented
+    like the policy wrote it: of a text's first spaces some tokenizers leave out one.
+    """
+    words: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+    if words.startswith(" "):
+        start = tokenizer("a", add_special_tokens=False)["input_ids"]
+        before = tokenizer.decode(start, skip_special_tokens=True)
+        whole = tokenizer.decode([*start, *ids], skip_special_tokens=True)
+        words = whole[len(before) :] if whole.startswith(before) else words
+    return words
+
+
 class Tokenizer:
     """What generation would have read and written, as far as text tells.
 
@@ -42,55 +57,150 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._tokenizer = load_tokenizer(path)
+        self._ends = _generation_ends(Path(path))
 
     @property
     def eos_token_id(self) -> int | None:
-        """The end token; None if the tokenizer has none."""
-        found: int | None = self._tokenizer.eos_token_id
-        return found
+        """The token that ends a text: of those at which generation ends, the tokenizer's own.
+
+        None if there is none.
+        """
+        own: int | None = self._tokenizer.eos_token_id
+        return own if own in self._ends or not self._ends else self._ends[0]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens at which generation ends, that of a text first."""
+        ends = dict.fromkeys((self.eos_token_id, *self._ends))
+        return tuple(end for end in ends if end is not None)
 
     def prompt_ids(self, content: Content) -> list[int]:
-        """With the special tokens and the generation prompt that the tokenizer adds."""
+        """With the special tokens and the generation prompt that the tokenizer adds before what is
+        to be written; an end token that it puts behind a text is left out."""
         if isinstance(content, str):
-            return self._ids(content, special=True)
+            plain, ids = self._ids(content, special=False), self._ids(content, special=True)
+            for end in range(len(ids), len(plain) - 1, -1) if plain else ():
+                if ids[end - len(plain) : end] == plain:
+                    return ids[:end]
+            return ids
         return self._ids(self._chat(list(content), generate=True), special=False)
 
-    def completion_ids(self, prompt: Content, completion: Content, finish: Finish) -> list[int]:
-        """Ends with the end token if it finished. Raises RowError."""
-        if isinstance(prompt, str) or isinstance(completion, str):
-            if not isinstance(completion, str):
-                raise RowError("prompt and completion must both be text or both be messages")
-            return self._ended(self._ids(completion, special=False), finish)
-        start = self._chat(list(prompt), generate=True)
-        whole = self._chat([*prompt, *completion], generate=False)
-        if not whole.startswith(start):
-            raise RowError("the chat template changes the prompt when the completion follows")
-        ids = self._ids(whole[len(start) :], special=False)
-        end = self._tokenizer.eos_token_id
-        if end in ids:  # a template may write a line end after it, which no policy generates
-            ids = ids[: len(ids) - ids[::-1].index(end)]
-        return self._ended(ids, finish)
+    def completion_ids(
+        self,
+        prompt: Content,
+        completion: Content,
+        finish: Finish,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> list[int]:
+        """What follows the prompt's ids in the tokens of both texts, as if they were one.
 
-    def completion(self, prompt: Content, ids: tuple[int, ...]) -> Content:
-        """Text without special tokens, or a message of the assistant if the prompt has messages."""
-        words: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        One that finished ends with one end token, at which the policy's generation ends: of the
+        model's generation_config, else the tokenizer's, and of messages the one that the chat
+        template writes after the last. Where the text's tokens begin otherwise than with
+        prompt_ids (default: the prompt's), others are taken that make the same text with them.
+
+        Raises RowError.
+        """
+        if isinstance(prompt, str) or isinstance(completion, str):
+            if not isinstance(completion, str) or not isinstance(prompt, str):
+                raise RowError("prompt and completion must both be text or both be messages")
+            start, rest, end = prompt, completion, self.eos_token_id
+        else:
+            start, rest = self._chat(list(prompt), generate=True), ""
+            whole = self._chat([*prompt, *completion], generate=False)
+            if not whole.startswith(start):
+                raise RowError("the chat template changes the prompt when the completion follows")
+            rest, end = self._turn(whole[len(start) :], completion)
+        given = self.prompt_ids(prompt) if prompt_ids is None else list(prompt_ids)
+        ids = self._following(start, rest, given)
+        if ids and ids[-1] == end:
+            ids = ids[:-1]
+        return ids if finish == "truncated" or end is None else [*ids, end]
+
+    def completion(
+        self, prompt: Content, ids: tuple[int, ...], prompt_ids: Sequence[int] | None = None
+    ) -> Content:
+        """Text without special tokens, or a message of the assistant if the prompt has messages.
+
+        With prompt_ids it is what the text of both says after that of the prompt: a tokenizer may
+        leave out a space at the start of a text.
+        """
+        words = decoded(self._tokenizer, ids)
+        if prompt_ids is not None:
+            start = self._text(prompt_ids, skip_special_tokens=True)
+            whole = self._text([*prompt_ids, *ids], skip_special_tokens=True)
+            words = whole[len(start) :] if whole.startswith(start) else words
         return words if isinstance(prompt, str) else [{"role": "assistant", "content": words}]
 
-    def _ended(self, ids: list[int], finish: Finish) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        if finish == "truncated":
-            return ids[:-1] if ids and ids[-1] == end else ids
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+    def _turn(self, rest: str, completion: Sequence[Mapping[str, Any]]) -> tuple[str, int | None]:
+        """What a template wrote after the prompt as far as the policy writes it, without the end
+        token, and the end token."""
+        said = completion[-1].get("content") if completion else None
+        said = said.strip() if isinstance(said, str) else ""
+        place = rest.find(said) + len(said) if said in rest else 0
+        added = self._tokenizer.added_tokens_decoder.items()
+        own = [self._tokenizer.eos_token_id] if self._tokenizer.eos_token_id is not None else []
+        for ends in ([*self._ends, *own], [end for end, token in added if token.special]):
+            found = [(rest.find(mark, place), end) for end in ends if (mark := self._text([end]))]
+            found = [(where, end) for where, end in found if where >= 0]
+            if found:  # A line end may follow, which no policy generates.
+                where, end = min(found)
+                return rest[:where], end
+        return rest, self.eos_token_id
+
+    def _following(self, start: str, rest: str, given: list[int]) -> list[int]:
+        """Ids that make the text of start and rest, behind those given for start."""
+        before, whole = self._ids(start, special=False), self._ids(start + rest, special=False)
+        same = given[len(given) - len(before) :] == before
+        if same and whole[: len(before)] == before:
+            return whole[len(before) :]
+        wanted = self._text(whole)
+        # A merge goes over the border: behind something else, the same text may have none.
+        for anchor in ("", start[-1:], *_ANCHORS):
+            first, both = (self._ids(text, special=False) for text in (anchor, anchor + rest))
+            ids = both[len(first) :]
+            if both[: len(first)] == first and self._text([*before, *ids]) == wanted:
+                if same or self._text([*given, *ids]).endswith(wanted):
+                    return ids
+        raise RowError(
+            f"the completion must follow the prompt at the border of two tokens, got "
+            f"{shown(start[-20:])} and {shown(rest[:20])}: give completion_ids"
+        )
+
+    def _text(self, ids: Sequence[int], **how: Any) -> str:
+        how["clean_up_tokenization_spaces"] = False
+        words: str = self._tokenizer.decode(list(ids), **how)
+        return words
 
     def _ids(self, words: str, special: bool) -> list[int]:
         ids: list[int] = self._tokenizer(words, add_special_tokens=special)["input_ids"]
         return ids
 
     def _chat(self, messages: list[Mapping[str, Any]], generate: bool) -> str:
+        # As TRL: a prompt that ends in the assistant's words is to be continued.
+        continued = generate and messages[-1].get("role") == "assistant"
+        how = {"continue_final_message": True} if continued else {"add_generation_prompt": generate}
         try:
-            words: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
-            )
+            words: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **how)
         except Exception as error:  # a template is a program that raises what it likes
             raise RowError(f"the chat template failed: {error}") from None
         return words
+
+
+_ANCHORS = ("\n", " ", ".", "0", "a")
+
+
+def _generation_ends(folder: Path) -> tuple[int, ...]:
+    """Tokens at which the model in this folder ends; () where no file of it says so."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = config.get(
+                "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
+            )
+        except (OSError, ValueError, AttributeError):
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if ends and all(type(end) is int for end in ends):
+            return tuple(ends)
+    return ()

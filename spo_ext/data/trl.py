@@ -1,19 +1,21 @@
 """Rows as TRL's trainers take them: prompt, completion (texts or messages), and a reward.
 
-Besides them a row may have prompt_ids, completion_ids, tests, answer and split, as columns of TRL's
-data sets are free. What an exported row knows more stands in its column `spo`, as JSON in text;
-tests and answer of such a row are JSON in text too, so that all rows have columns of one type.
+Besides them a row may have prompt_ids, completion_ids, tests, answer and split; all other columns
+are kept with the prompt, as TRL gives them to reward functions. What an exported row knows more
+stands in its column `spo`, as JSON in text; tests and answer of such a row are JSON in text too, so
+that all rows have columns of one type, and so are the columns that `spo` names in "json".
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from spo_ext.data.records import Completion, Content, Defaults, Record, Row, RowError, parsed, shown
-from spo_ext.data.tests import check_form
+from spo_ext.data.tests import check_given
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Origin, Prompt, StoredPrompt, StoredTrajectory
 
@@ -22,40 +24,99 @@ UNKNOWN = Origin("model", model="unknown")
 
 def parse_trl(row: Row, defaults: Defaults) -> Record:
     """Raises RowError, or ValueError of the records."""
-    content, completion = _conversation(row)
-    tests = parsed(row, "tests")
     extra = parsed(row, "spo")
-    if tests is not None and extra is None:  # An export has what was stored, whoever judges by it.
-        check_form(tests)
     if extra is not None and not isinstance(extra, dict):
         raise RowError(f"spo must be an object, got {shown(extra)}")
+    exported = extra is not None  # What was stored is stored again, whoever judges by it.
+    tests, answer = parsed(row, "tests"), row.get("answer")
+    content, completions, notes = _conversation(row, exported)
+    if exported:
+        answer = parsed(row, "answer")
+    else:
+        content = readable("prompt", content)
+        if tests is not None:
+            check_given(tests)
+        if answer in ([], {}) or (isinstance(answer, str) and not answer.strip()):
+            raise RowError("answer must not be blank: no completion could be judged by it")
     prompt = Prompt(
         content,
         token_ids=row.get("prompt_ids"),
         tests=tests,
-        answer=row.get("answer") if extra is None else parsed(row, "answer"),
-        split=defaults.split or row.get("split") or "train",
+        answer=answer,
+        split=defaults.split_of(row),
+        columns=_decoded(row, extra or {}),
     )
-    if completion is None and row.get("completion_ids") is None:
+    ids = row.get("completion_ids") if len(completions) < 2 else None
+    if not completions and ids is None:
         return Record(prompt)
-    if completion is not None and isinstance(content, str) != isinstance(completion, str):
-        raise RowError("prompt and completion must both be text or both be messages")
-    extra = extra or {}
-    origin = defaults.origin or _origin(row, extra)
-    how = {name: extra[name] for name in _HOW if extra.get(name) is not None}
-    ids = row.get("completion_ids")
-    item = Completion(completion, _reward(row), origin, token_ids=ids, **how)
-    return Record(prompt, (item,))
+    origin = _origin(row, extra, defaults)
+    how = {name: extra[name] for name in _HOW if extra.get(name) is not None} if extra else {}
+    if not completions:
+        return Record(prompt, (Completion(None, _reward(row), origin, token_ids=ids, **how),))
+    items = tuple(
+        Completion(
+            completion, _reward(row) if reward is None else reward, origin, token_ids=ids, **how
+        )
+        for completion, reward in completions
+    )
+    return Record(prompt, items, notes=notes)
+
+
+def readable(name: str, content: Content) -> Content:
+    """Text, or messages whose contents are text. Raises RowError for images, audio and the like."""
+    if isinstance(content, str):
+        return content
+    return [_plain_message(name, message) for message in content]
+
+
+def _plain_message(name: str, message: Any) -> Any:
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message  # The record checks it.
+    texts = []
+    for part in message["content"]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                f"{name} must be text, got a part of type {shown(kind)}: images and audio are not "
+                "stored, and the policy would not see them"
+            )
+        texts.append(part["text"])
+    return {**message, "content": "".join(texts)}
+
+
+def _one_turn(name: str, completion: Content) -> Content:
+    """Text, or one message of the assistant; all its tokens are the policy's. Raises RowError."""
+    if isinstance(completion, str):
+        return completion
+    roles = [m.get("role") if isinstance(m, Mapping) else None for m in completion]
+    calls = any(m.get(key) for m in completion for key in _CALLS if isinstance(m, Mapping))
+    if roles != ["assistant"] or calls:
+        got = ", ".join(map(str, roles)) + (" with calls of tools" if calls else "")
+        raise RowError(
+            f"{name} must be one message of the assistant, got {got or 'none'}: tokens of tools, "
+            "users and other turns would be learned as the policy's own (masks are not stored yet)"
+        )
+    return readable(name, completion)
 
 
 _HOW = ("finish", "reason", "behaviour_logprobs", "temperature", "top_p")
 
 
 def trl_row(
-    prompt: StoredPrompt, trajectory: StoredTrajectory | None, completion: Content | None
+    prompt: StoredPrompt,
+    trajectory: StoredTrajectory | None,
+    completion: Content | None,
+    as_text: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The row that `parse_trl` reads back; completion is what token_ids say, None if unknown."""
-    row: dict[str, Any] = {
+    """The row that `parse_trl` reads back; completion is what token_ids say, None if unknown.
+
+    The columns as_text are written as JSON in text.
+    """
+    columns = prompt.columns or {}
+    extra = {} if trajectory is None else _extra(trajectory)
+    if as_text & columns.keys():
+        extra["json"] = sorted(as_text & columns.keys())
+    return {
         "prompt": prompt.content,
         "prompt_ids": None if prompt.token_ids is None else list(prompt.token_ids),
         "completion": completion,
@@ -64,9 +125,12 @@ def trl_row(
         "tests": encode_json(prompt.tests),
         "answer": encode_json(prompt.answer),
         "split": prompt.split,
-        "spo": "{}" if trajectory is None else encode_json(_extra(trajectory)),
+        "spo": encode_json(extra),
+        **{
+            name: encode_json(value) if name in as_text else value
+            for name, value in columns.items()
+        },
     }
-    return row
 
 
 def _extra(trajectory: StoredTrajectory) -> dict[str, Any]:
@@ -85,39 +149,97 @@ def _extra(trajectory: StoredTrajectory) -> dict[str, Any]:
 _ORIGIN = ("kind", "run", "policy_version", "model")
 
 
-def _origin(row: Row, extra: dict[str, Any]) -> Origin:
+def _origin(row: Row, extra: dict[str, Any] | None, defaults: Defaults) -> Origin:
+    if extra is None:
+        model = row.get("model")
+        named = isinstance(model, str) and model
+        return defaults.origin or (Origin("model", model=model) if named else UNKNOWN)
     given = extra.get("origin")
-    if isinstance(given, dict):
-        if not set(given) <= set(_ORIGIN) or "kind" not in given:
-            raise RowError(f"origin must have the fields {', '.join(_ORIGIN)}, got {shown(given)}")
-        return Origin(**given)
-    model = row.get("model")
-    return Origin("model", model=model) if isinstance(model, str) and model else UNKNOWN
+    if defaults.origin is not None or not isinstance(given, dict):
+        return defaults.origin or UNKNOWN
+    if not set(given) <= set(_ORIGIN) or "kind" not in given:
+        raise RowError(f"origin must have the fields {', '.join(_ORIGIN)}, got {shown(given)}")
+    return Origin(**given)
 
 
-def _conversation(row: Row) -> tuple[Content, Content | None]:
-    """Prompt and completion; of `messages` alone, the last is the completion if an assistant's."""
-    content, completion = row.get("prompt"), row.get("completion")
-    messages = row.get("messages")
-    if content is None and isinstance(messages, list) and messages:
-        last = messages[-1]
-        if len(messages) > 1 and isinstance(last, dict) and last.get("role") == "assistant":
-            return messages[:-1], [last]
-        return messages, completion
+def _decoded(row: Row, extra: dict[str, Any]) -> dict[str, Any] | None:
+    """Columns that an export to Parquet wrote as JSON in text. Raises RowError."""
+    names = extra.get("json") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RowError(f"spo.json must be a list of columns, got {shown(names)}")
+    return {name: parsed(row, name) for name in names if row.get(name) is not None} or None
+
+
+def _conversation(
+    row: Row, exported: bool
+) -> tuple[Content, list[tuple[Content, float | None]], tuple[str, ...]]:
+    """Prompt, completions, each with a reward if its place says it, and notes.
+
+    Of `messages` alone, the last is the completion if an assistant's.
+    """
+    content = row.get("prompt")
+    if not exported and (row.get("chosen") is not None or row.get("rejected") is not None):
+        return _preference(row, content)
+    if content is None:
+        messages = row.get("messages")
+        if isinstance(messages, list) and messages:
+            last = messages[-1]
+            if len(messages) > 1 and isinstance(last, Mapping) and last.get("role") == "assistant":
+                return messages[:-1], [(_one_turn("the last message", [last]), None)], ()
+            content = messages
     if not isinstance(content, str | list):
         raise RowError(f"prompt must be text or messages, got {shown(content)}")
-    if not isinstance(completion, str | list | None):
+    completion = row.get("completion")
+    if completion is None:
+        return content, [], ()
+    if not isinstance(completion, str | list):
         raise RowError(f"completion must be text or messages, got {shown(completion)}")
-    return content, completion
+    if isinstance(content, str) != isinstance(completion, str):
+        raise RowError("prompt and completion must both be text or both be messages")
+    return content, [(_one_turn("completion", completion), None)], ()
+
+
+def _preference(
+    row: Row, content: Any
+) -> tuple[Content, list[tuple[Content, float | None]], tuple[str, ...]]:
+    """Rewards 1 and 0, as TRL's unpair_preference_dataset makes labels of the two."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(content, list):
+        same = 0  # They begin with the prompt.
+        for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+            if one != other:
+                break
+            same += 1
+        content, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    elif not isinstance(chosen, type(content)) or not isinstance(rejected, type(content)):
+        content = None
+    if not content or not isinstance(content, str | list):
+        raise RowError(
+            "chosen and rejected must have a prompt of their kind, text or messages, or be "
+            "conversations that begin alike"
+        )
+    assert chosen is not None and rejected is not None  # They are of the prompt's type.
+    completions: list[tuple[Content, float | None]] = [
+        (_one_turn("chosen", chosen), 1.0),
+        (_one_turn("rejected", rejected), 0.0),
+    ]
+    return content, completions, ("chosen gets reward 1, rejected 0",)
+
+
+_CALLS = ("tool_calls", "function_call")
 
 
 def _reward(row: Row) -> float:
-    if row.get("reward") is not None:
-        reward: float = row["reward"]  # checked by the trajectory
-        return reward
-    if isinstance(row.get("label"), bool):
-        return float(row["label"])
-    raise RowError("a completion needs a reward, or a label that is true or false")
+    reward = row.get("reward")
+    if reward is not None:
+        return reward  # type: ignore[no-any-return]  # checked by the trajectory
+    label = row.get("label")
+    if isinstance(label, bool):
+        return float(label)
+    raise RowError(
+        "a completion needs a reward, or a label that is true or false: rows for supervised "
+        "training say neither"
+    )
 
 
 def json_line(row: dict[str, Any]) -> bytes:

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
-from spo_ext.rollout.commands import DIALECTS, json_object
+from spo_ext.rollout.commands import DIALECTS, add_reward_names, json_object
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -47,13 +48,7 @@ def add_eval(subparsers: Subparsers) -> None:
     add("--max-new-tokens", type=int, default=1024, help="then truncated (default: 1024)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--batch-size", type=int, default=64, help="completions drawn at once (default: 64)")
-    add(
-        "--reward",
-        default="tests",
-        metavar="NAME",
-        help="tests, answer, or a function of TRL's form as package.module:function or "
-        "file.py:function (default: tests); tests and answer leave out prompts without them",
-    )
+    add_reward_names(parser)
     add("--sandbox-workers", type=int, metavar="N", help="of tests (default: one per CPU)")
     add(
         "--sandbox-packages", nargs="+", default=(), metavar="NAME", help="programs may import them"
@@ -107,8 +102,8 @@ def _eval(options: argparse.Namespace) -> int:
             return fail("interrupted; the same command continues", status=130)
         except failures() as error:
             return fail(error)
-    print(table(result))
-    print(f"\nresults: {options.out / 'evaluation.json'}")
+    say(table(result))
+    say(f"\nresults: {options.out / 'evaluation.json'}")
     return 0
 
 
@@ -126,13 +121,24 @@ def _plan(options: argparse.Namespace) -> Plan:
         sampling=sampling,
         ks=options.k,
         success=options.success,
-        reward={"reward": options.reward, "test_seconds": options.test_seconds},
+        reward=_described_reward(options),
         policy=describe_policy(options),
         limit=options.prompts,
         batch_size=options.batch_size,
         run=options.run_name,
         policy_version=options.policy_version,
     )
+
+
+def _described_reward(options: argparse.Namespace) -> dict[str, Any]:
+    """What the plan says of the rewards; what is left out is as in evaluations of before."""
+    names = options.reward or ["tests"]
+    return {
+        "reward": names if len(names) > 1 else names[0],
+        "test_seconds": options.test_seconds,
+        "reward_weights": options.reward_weights or None,
+        "sandbox_packages": sorted(set(options.sandbox_packages)) or None,
+    }
 
 
 def _closed_by(stack: ExitStack, thing: _T) -> _T:
@@ -176,7 +182,7 @@ def _report(options: argparse.Namespace) -> int:
         curves = write_report(run, out, stored)
     except failures() as error:
         return fail(error)
-    print(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
+    say(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
     return 0
 
 

@@ -11,10 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from spo_ext.evaluation.estimates import pass_estimate
-from spo_ext.evaluation.panels import Line, Panel, lines_of
-from spo_ext.evaluation.plot import PALETTE, new_figure, plain, png_bytes, smoothed
+from spo_ext.evaluation.panels import (
+    PALETTE,
+    Line,
+    Panel,
+    lines_of,
+    new_figure,
+    plain,
+    png_bytes,
+    smoothed,
+)
 from spo_ext.evaluation.runs import Saved, Series
+from spo_ext.evaluation.summary import pass_estimate
+from spo_ext.shown import visible
 
 _MARKED = 12  # as many points, or fewer, are marked one by one
 _LOG_RANGE = 50.0
@@ -52,7 +61,9 @@ def draw_pass_curves(evaluations: Sequence[Saved]) -> bytes | None:
         largest = max(largest, ks[-1])
         means = [value.mean for _, value in known]
         marker = "o" if len(ks) <= _MARKED else None
-        axes.plot(ks, means, color=colour, linewidth=2, marker=marker, ms=4, label=saved.name)
+        axes.plot(
+            ks, means, color=colour, linewidth=2, marker=marker, ms=4, label=_label(saved.name)
+        )
         low = [value.mean if value.low is None else value.low for _, value in known]
         high = [value.mean if value.high is None else value.high for _, value in known]
         axes.fill_between(ks, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -102,7 +113,7 @@ def _draw_line(axes: Axes, line: Line, exact: bool) -> None:
     if exact or len(values) <= 2 * _MARKED:
         marker = "o" if len(values) <= _MARKED else None
         style: dict[str, Any] = {"color": line.colour, "linewidth": 1.9, "marker": marker, "ms": 4}
-        axes.plot(steps, values, label=line.label, **style)
+        axes.plot(steps, values, label=_label(line.label), **style)
         return
     width = len(values) / _SMOOTHING
     if axes.get_yscale() == "log":  # where an arithmetic mean would follow the peaks
@@ -110,7 +121,7 @@ def _draw_line(axes: Axes, line: Line, exact: bool) -> None:
     else:
         smooth = smoothed(values, width)
     axes.plot(steps, values, color=line.colour, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, smooth, color=line.colour, linewidth=1.9, label=line.label)
+    axes.plot(steps, smooth, color=line.colour, linewidth=1.9, label=_label(line.label))
 
 
 def _scale(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
@@ -124,6 +135,11 @@ def _scale(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
     else:
         axes.margins(y=0.08)
         axes.axhline(0, color="black", linewidth=0.8, alpha=0.5, zorder=1)
+
+
+def _label(words: str) -> str:
+    """Names of metrics and folders: what stands between dollars is no formula."""
+    return visible(words, line=True).replace("$", r"\$")
 
 
 def _legend(axes: Axes) -> None:

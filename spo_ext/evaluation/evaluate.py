@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from spo_ext.checks import check_integer, refuse
 from spo_ext.evaluation.records import Evaluation, Sample
 from spo_ext.rollout.generation import Generation, Generator, Reward, Sampling, check_judgements
-from spo_ext.store.checks import check_integer, refuse
+from spo_ext.rollout.rewards import look_at
 from spo_ext.store.records import Prompt
 
 
@@ -43,6 +44,7 @@ def evaluate(
             reward does not return what its protocol says.
     """
     _check(prompts, sampling, ks, success, prompts_per_call, finished)
+    look_at(reward, prompts)
     done = [tuple(row) for row in finished]
     for start in range(len(done), len(prompts), prompts_per_call):
         group = prompts[start : start + prompts_per_call]

@@ -6,6 +6,8 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from spo_ext.shown import visible
+
 STYLE = """
 :root { --ink: #0f172a; --soft: #64748b; --line: #e2e8f0; --good: #047857; --bad: #b91c1c; }
 * { box-sizing: border-box; }
@@ -46,6 +48,11 @@ footer { color: var(--soft); margin-top: 2.5rem; font-size: .9rem; }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def text(words: object) -> str:
+    """Any text as HTML that shows it and no more: neither tags nor what turns a line around."""
+    return escape(visible(str(words)))
+
+
 def page(title: str, body: Iterable[str]) -> str:
     """A whole document; body is HTML, title text."""
     joined = "\n".join(body)
@@ -53,7 +60,7 @@ def page(title: str, body: Iterable[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
         f"<body><main>\n{joined}\n</main></body></html>\n"
     )
 
@@ -61,14 +68,14 @@ def page(title: str, body: Iterable[str]) -> str:
 def figure(png: bytes, alt: str) -> str:
     """The image lies in the page itself."""
     image = base64.b64encode(png).decode("ascii")
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{image}"></figure>'
+    return f'<figure><img alt="{text(alt)}" src="data:image/png;base64,{image}"></figure>'
 
 
 def card(label: str, value: str, note: str) -> str:
     """A number to be seen from afar, all three as text."""
     return (
-        f'<div class="card"><span>{escape(label)}</span><strong>{escape(value)}</strong>'
-        f"<small>{escape(note)}</small></div>"
+        f'<div class="card"><span>{text(label)}</span><strong>{text(value)}</strong>'
+        f"<small>{text(note)}</small></div>"
     )
 
 
@@ -80,7 +87,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are text; all but the first of a row are numbers, to the right."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        first, *others = (escape(cell) for cell in cells)
+        first, *others = (text(cell) for cell in cells)
         numbers = "".join(f'<{tag} class="number">{cell}</{tag}>' for cell in others)
         return f"<tr><{tag}>{first}</{tag}>{numbers}</tr>"
 
@@ -91,7 +98,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def settings(values: Mapping[str, object]) -> str:
     """Names and values in columns."""
     items = "".join(
-        f"<div><span>{escape(name)}</span><code>{escape(str(value))}</code></div>"
+        f"<div><span>{text(name)}</span><code>{text(value)}</code></div>"
         for name, value in values.items()
     )
     return f'<div class="card columns">{items}</div>'

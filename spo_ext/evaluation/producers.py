@@ -10,8 +10,8 @@ from typing import Any
 
 from spo_ext.commands import import_from_here
 from spo_ext.data.tokens import Tokenizer
-from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.rollout.generation import Generator, Reward
+from spo_ext.shown import hide_passwords
 
 
 def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:
@@ -28,7 +28,6 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         return embedded
     from spo_ext.rollout.server import ServerGenerator
 
-    end = tokenizer.eos_token_id
     served: Generator = ServerGenerator(
         options.server,
         options.served_model,
@@ -36,25 +35,18 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         tokenizer=tokenizer,
         api_key=_api_key(options),
         concurrency=options.concurrency,
-        end_ids=() if end is None else (end,),
+        end_ids=tokenizer.end_ids,
         extra=options.server_extra,
     )
     return served
 
 
 def make_reward(options: argparse.Namespace) -> Reward:
-    """The reward of this name, a function of the user in the current folder too.
-
-    Raises ValueError if there is none.
-    """
-    from spo_ext.rollout.rewards import load_reward, test_options
+    """That of --reward, of functions of the user in the current folder too. Raises ValueError."""
+    from spo_ext.rollout import arguments
 
     import_from_here()
-    tests = options.reward == "tests"
-    how = options.sandbox_workers, options.test_seconds, options.sandbox_packages
-    given = test_options(*how) if tests else {}
-    reward: Reward = load_reward(options.reward, **given)
-    return reward
+    return arguments.make_reward(options)
 
 
 def describe_policy(options: argparse.Namespace) -> dict[str, Any]:

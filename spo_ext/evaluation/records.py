@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spo_ext.evaluation.estimates import Estimate, estimate, pass_estimate
+from spo_ext.evaluation.summary import Estimate, estimate, pass_estimate
 from spo_ext.metrics import distinct_correct
 from spo_ext.rollout.generation import Generation, Judgement
 
@@ -49,8 +49,8 @@ class Evaluation:
     def values(self) -> dict[str, Estimate]:
         """pass@k; and per prompt, averaged: reward, truncated share, num_tokens.
 
-        distinct_correct is the number of different correct texts of a prompt that has any. What no
-        prompt has an estimate of is left out.
+        rewards/NAME/mean is of each of several rewards. distinct_correct is the number of different
+        correct texts of a prompt that has any. What no prompt has an estimate of is left out.
         """
         columns = {
             "reward": [_mean(_rewards(row)) for row in self.samples if _rewards(row)],
@@ -65,6 +65,9 @@ class Evaluation:
             "distinct_correct": [float(count) for count in self._distinct() if count],
         }
         found = {f"pass@{k}": pass_estimate(self.counts, k) for k in self.ks}
+        for name in dict.fromkeys(name for row in self.samples for name in _parts(row)):
+            each = [_mean(_parts(row)[name]) for row in self.samples if name in _parts(row)]
+            columns[f"rewards/{name}/mean"] = each
         found |= {name: estimate(column) for name, column in columns.items()}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -79,6 +82,15 @@ class Evaluation:
 
 def _rewards(row: Sequence[Sample]) -> list[float]:
     return [sample.judgement.reward for sample in row if sample.judgement is not None]
+
+
+def _parts(row: Sequence[Sample]) -> dict[str, list[float]]:
+    """Of a sum of several rewards what each gave, by name."""
+    found: dict[str, list[float]] = {}
+    for sample in row:
+        for name, reward in () if sample.judgement is None else sample.judgement.parts:
+            found.setdefault(name, []).append(reward)
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

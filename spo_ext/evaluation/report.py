@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from spo_ext.evaluation import html
 from spo_ext.evaluation.curves import SMOOTHING, draw_panel, draw_pass_curves
 from spo_ext.evaluation.panels import PANELS, unplaced
-from spo_ext.evaluation.redact import hide_passwords
 from spo_ext.evaluation.runs import Run, Saved, Series
 from spo_ext.evaluation.showcase import evaluation_samples, stored_samples
+from spo_ext.shown import hide_passwords
 
 # Of the last training step, for the top of the page.
 _HEADLINES = {
@@ -64,8 +63,8 @@ def _images(run: Run) -> dict[str, tuple[str, bytes]]:
 def _body(run: Run, images: dict[str, tuple[str, bytes]], stored: Sequence[str]) -> Iterable[str]:
     figures = {name: html.figure(png, title) for name, (title, png) in images.items()}
     curve = figures.pop("pass_at_k", "")
-    yield f"<h1>SPO run {escape(run.name)}</h1>"
-    yield f'<p class="lead">{escape(_lead(run))}</p>'
+    yield f"<h1>SPO run {html.text(run.name)}</h1>"
+    yield f'<p class="lead">{html.text(_lead(run))}</p>'
     yield _cards(run)
     if run.evaluations:
         yield "<h2>Evaluations</h2>"
@@ -147,7 +146,7 @@ def _dropped(series: dict[str, Series]) -> Iterable[str]:
     lost = {name: found.dropped for name, found in series.items() if found.dropped}
     if lost:
         words = ", ".join(f"{name} ({count})" for name, count in sorted(lost.items()))
-        yield f"<p>Values that were not finite, and are not in the curves: {escape(words)}.</p>"
+        yield f"<p>Values that were not finite, and are not in the curves: {html.text(words)}.</p>"
 
 
 def _row(name: str, series: Series) -> tuple[str, ...]:
@@ -162,7 +161,7 @@ def _settings(run: Run) -> Iterable[str]:
         *((f"Settings of {e.name}", e.result.get("settings", {})) for e in run.evaluations),
     ]:
         if values:
-            yield f"<h2>{escape(title)}</h2>"
+            yield f"<h2>{html.text(title)}</h2>"
             yield html.settings({key: hide_passwords(str(v)) for key, v in values.items()})
 
 

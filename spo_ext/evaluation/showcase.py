@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from spo_ext.evaluation import html
 from spo_ext.evaluation.files import read_json_lines
 from spo_ext.evaluation.runs import Saved
 
@@ -39,15 +39,7 @@ def stored_samples(
 
     Without `decode` the completions are token ids.
     """
-    import sqlalchemy as sa
-
-    from spo_ext.store import schema
-
-    table = schema.trajectories.c
-    newest = sa.select(table.id).where(table.run == run).order_by(table.id.desc())
-    newest = newest.limit(_PROMPTS)
-    ids = store.database.reading(lambda connection: list(connection.execute(newest).scalars()))
-    rows = store.get(ids)
+    rows = store.newest(run, _PROMPTS)
     prompts = store.get_prompts([row.prompt_id for row in rows])
     articles = []
     for row, prompt in zip(rows, prompts, strict=True):
@@ -85,15 +77,15 @@ def _completion(
     else:
         colour = "" if success is None else "good" if reward >= success else "bad"
         verdict = f'<b class="{colour}">reward {reward:g}</b>'
-    why = f" ({escape(_short(reason))})" if reason else ""
+    why = f" ({html.text(_short(reason))})" if reason else ""
     return (
-        f"<div><small>{escape(title)}: {verdict}{why}</small>"
-        f'<pre class="wrap">{escape(_short(text)) or "(empty)"}</pre></div>'
+        f"<div><small>{html.text(title)}: {verdict}{why}</small>"
+        f'<pre class="wrap">{html.text(_short(text)) or "(empty)"}</pre></div>'
     )
 
 
 def _article(prompt: str, cells: Iterable[str]) -> str:
-    words = f'<pre class="prompt">{escape(_short(prompt))}</pre>'
+    words = f'<pre class="prompt">{html.text(_short(prompt))}</pre>'
     return f'<article>{words}<div class="pair">{"".join(cells)}</div></article>'
 
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+from spo_ext.checks import number
 from spo_ext.rollout.generation import Judgement, Needs
-from spo_ext.store.checks import number
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Prompt
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Reward, Sampling
-from spo_ext.rollout.rewards import load_reward, test_options
+from spo_ext.rollout.rewards import as_reward, load_reward, test_options
 from spo_ext.rollout.server import ServerGenerator, check_logprobs_mode
 
 
@@ -50,16 +50,16 @@ def checked_sampling(options: argparse.Namespace) -> Sampling:
     return sampling
 
 
-def make_reward(options: argparse.Namespace) -> Reward:
-    """Raises ValueError for a name or an option that there is not."""
-    if options.reward not in ("tests", "answer"):
-        return load_reward(options.reward)
-    given: dict[str, Any] = {"passed": options.reward_passed, "failed": options.reward_failed}
-    if options.reward == "tests":
-        given |= test_options(
-            options.sandbox_workers, options.test_seconds, options.sandbox_packages
-        )
-    return load_reward(options.reward, **given)
+def make_reward(options: argparse.Namespace, **given: float) -> Reward:
+    """The reward of --reward, or the sum of several; given are options of tests and answer.
+
+    Raises ValueError for a name or an option that there is not.
+    """
+    of_tests = test_options(options.sandbox_workers, options.test_seconds, options.sandbox_packages)
+    how: dict[str, dict[str, Any]] = {"tests": given | of_tests, "answer": given}
+    names = options.reward or ["tests"]
+    rewards = [load_reward(name, **how.get(name, {})) for name in names]
+    return as_reward(rewards, options.reward_weights)
 
 
 def make_server(
@@ -74,7 +74,6 @@ def make_server(
         key = os.environ.get(options.api_key_from)
         if key is None:
             raise ValueError(f"--api-key-from: the environment has no {options.api_key_from}")
-    end = tokenizer.eos_token_id
     return ServerGenerator(
         options.server,
         options.served_model,
@@ -86,7 +85,7 @@ def make_server(
         concurrency=options.concurrency,
         logprobs=options.server_logprobs,
         logprobs_mode=options.logprobs_mode,
-        end_ids=() if end is None else (end,),
+        end_ids=tokenizer.end_ids,
         extra=options.server_extra,
         published=published,
     )

@@ -89,13 +89,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _add_reward(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reward")
-    group.add_argument(
-        "--reward",
-        default="tests",
-        metavar="NAME",
-        help="tests, answer, or a function of TRL's form as package.module:function or "
-        "file.py:function (default: tests); tests and answer leave out prompts without them",
-    )
+    add_reward_names(group)
     group.add_argument("--reward-passed", type=float, default=1.0, metavar="R", help="default: 1")
     group.add_argument("--reward-failed", type=float, default=0.0, metavar="R", help="default: 0")
     group.add_argument("--sandbox-workers", type=int, metavar="N", help="default: one per CPU")
@@ -128,6 +122,25 @@ def _add_reward(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--q0-reference", default="", metavar="NAME", help="fingerprint to store it with"
+    )
+
+
+def add_reward_names(group: argparse._ActionsContainer) -> None:
+    """--reward, which several commands have, and its weights."""
+    group.add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="tests, answer, or a function of TRL's form as package.module:function or "
+        "file.py:function (default: tests); tests and answer leave out prompts without them. Given "
+        "several times, the reward is the sum",
+    )
+    group.add_argument(
+        "--reward-weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="of each --reward in the sum (default: 1)",
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from spo_ext.data.records import RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Generation, Sampling
 from spo_ext.store.records import Finish, Prompt
@@ -145,7 +146,11 @@ def from_text(choice: Any, prompt: Prompt, tokenizer: Tokenizer, chat: bool) -> 
         raise ReplyError(f"the reply has no text, got the fields {sorted(choice)}")
     content = prompt.content
     completion = words if isinstance(content, str) else [{"role": "assistant", "content": words}]
-    return Generation(tuple(tokenizer.completion_ids(content, completion, finish)), finish)
+    try:
+        ids = tokenizer.completion_ids(content, completion, finish)
+    except RowError as error:
+        raise ReplyError(f"its text has no token ids: {error}") from None
+    return Generation(tuple(ids), finish)
 
 
 def choices(reply: Any, n: int) -> list[Any]:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spo_ext.checks import check_integer, refuse
 from spo_ext.integrations.agreement import distance, rope_limit, rounded, undisturbed, window
 from spo_ext.integrations.heads import inside, longest, ordinary_tokens
 from spo_ext.modes import evaluating
 from spo_ext.rollout.draws import Draw, completion_seeds
 from spo_ext.rollout.generation import Generation, Sampling
-from spo_ext.store.checks import check_integer, refuse
 from spo_ext.store.records import Prompt
 
 Shared = Literal["any", "equal", "none"]  # prompts of any length share a batch, of one, or none do

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from spo_ext.checks import check_integer
 from spo_ext.rollout.draws import derived_seed
-from spo_ext.store.checks import check_integer
 
 LATEST, FINISHED, RUN = "latest", "finished", "run"
 VERSION = re.compile(r"version-(\d+)")

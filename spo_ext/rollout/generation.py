@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from spo_ext.store.checks import check_integer, number, refuse
+from spo_ext.checks import check_integer, number, refuse
 from spo_ext.store.records import Finish, Prompt
 
 
@@ -61,13 +61,18 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A reward, finite or -inf, and why (the first failed test, a judge's words)."""
+    """A reward, finite or -inf, and why (the first failed test, a judge's words).
+
+    parts: of a sum of several rewards each by name, without its weight.
+    """
 
     reward: float
     reason: str = ""
+    parts: tuple[tuple[str, float], ...] = ()
 
 
-Needs = Literal["tests", "answer"] | None
+Need = Literal["tests", "answer"]
+Needs = Need | None
 
 
 def check_judgements(owner: str, found: object, count: int) -> list[Judgement | None]:

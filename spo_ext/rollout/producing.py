@@ -3,27 +3,81 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from spo_ext.commands import fail, failures, import_from_here, require_store
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.arguments import checked_sampling, make_reward, make_server
-from spo_ext.rollout.counts import ids_of_split
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
 from spo_ext.rollout.loading import load_model
-from spo_ext.rollout.rewards import needs_of
+from spo_ext.rollout.rewards import named_split, needs_of
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.served import ServedPolicy
 from spo_ext.rollout.server import ServerError, ServerGenerator
-from spo_ext.rollout.stopping import Stopping, progress_bar
 from spo_ext.rollout.values import estimate_q0
+from spo_ext.shown import say
 from spo_ext.store import StoredPrompt, TrajectoryStore
+from spo_ext.store.counts import ids_of_split
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopping:
+    """While it is entered, the first SIGINT or SIGTERM asks for an end and the second interrupts.
+
+    In the main thread only, as signal handlers are.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._before: list[Any] = []
+
+    def requested(self) -> bool:
+        return self._requested
+
+    def __enter__(self) -> Stopping:
+        self._before = [signal.signal(number, self._ask) for number in _SIGNALS]
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in zip(_SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+        print("spo: stopping after the batch at hand", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(total: int, name: str, quiet: bool) -> Iterator[Callable[[int], object] | None]:
+    """What moves the bar on, None if there is none: when quiet, or without tqdm."""
+    if quiet or total == 0:
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(total=total, desc=name, unit="prompt", dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 def produce(options: argparse.Namespace) -> int:
@@ -35,12 +89,14 @@ def produce(options: argparse.Namespace) -> int:
     try:
         require_store(options.store)
         import_from_here()
-        reward = make_reward(options)
+        how = {"passed": options.reward_passed, "failed": options.reward_failed}
+        reward = make_reward(options, **how)
         try:
             with (
                 TrajectoryStore(options.store, retry_s=options.store_retry) as store,
                 Stopping() as stopping,
             ):
+                store.require_writable("rollout")
                 producer = _Producer(store, reward, sampling, options, stopping.requested)
                 if options.follow is not None:
                     producer.follow()
@@ -150,10 +206,10 @@ class _Producer:
 
     def _prompt_ids(self) -> list[int]:
         """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
-        options, needs = self._options, needs_of(self._reward)
-        ids = ids_of_split(self._store, options.split, needs)[: options.prompts]
+        options, reward = self._options, self._reward
+        ids = ids_of_split(self._store, options.split, needs_of(reward))[: options.prompts]
         if not ids:
-            which = f"{options.split}{f' with {needs}' if needs else ''}"
+            which = named_split(options.split, reward)
             raise ValueError(f"the store must have prompts of split {which}, got none")
         return ids
 
@@ -189,7 +245,7 @@ class _Producer:
             stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
         done = f"; {left_out} prompts had enough" if left_out else ""
         done += f"; {refused} left out, which the server refused" if refused else ""
-        print(f"version {version}: {stats}{done}", flush=True)
+        say(f"version {version}: {stats}{done}")
 
     def _estimate(self, ids: Sequence[int]) -> None:
         options, sampling = self._options, self._sampling
@@ -206,7 +262,7 @@ class _Producer:
             reference=options.q0_reference,
             policy_version=options.policy_version,
         )
-        print(f"Q_0 of {count} prompts for beta {options.q0_beta:g}", flush=True)
+        say(f"Q_0 of {count} prompts for beta {options.q0_beta:g}")
 
     def _tokenizer_of(self, folder: Path | None) -> Tokenizer:
         """The one given; else that of the first policy, which later ones share."""

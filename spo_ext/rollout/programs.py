@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from markdown_it import MarkdownIt
 
+from spo_ext.checks import number
 from spo_ext.data.records import RowError, shown
 from spo_ext.data.tests import check_form, packages_of_tests, submission
 from spo_ext.rollout.generation import Judgement, Needs
 from spo_ext.sandbox import Limits, Sandbox, SandboxError, Submission, Verdict, judge
 from spo_ext.sandbox.launch import package_paths
-from spo_ext.store.checks import number
+from spo_ext.shown import visible
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Prompt
 
@@ -141,7 +142,8 @@ class TestsReward:
     def _leave_out(self, prompt: Prompt, reason: str) -> None:
         self._unusable[_key(prompt, "")] = reason
         warnings.warn(
-            f"the prompt {shown(prompt.content)} is left out: its tests cannot be used: {reason}",
+            f"the prompt {shown(prompt.content)} is left out: its tests cannot be used: "
+            f"{visible(reason, line=True)}",
             stacklevel=2,
         )
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from spo_ext.rollout.counts import draws
+from spo_ext.checks import check_integer, check_name, refuse
 from spo_ext.rollout.draws import derived_seed
 from spo_ext.rollout.generation import (
     Generation,
@@ -19,9 +19,10 @@ from spo_ext.rollout.generation import (
     Sampling,
     check_judgements,
 )
+from spo_ext.rollout.rewards import look_at
 from spo_ext.rollout.stats import RolloutStats, Tally
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
-from spo_ext.store.checks import check_integer, check_name, refuse
+from spo_ext.store.counts import draws
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -89,6 +90,7 @@ class Rollouts:
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, StoredPrompt):
                 refuse("collect", f"prompts[{index}]", "a StoredPrompt", prompt)
+        look_at(self._reward, prompts)
         origin = self.origin(policy_version)
         tally, started = Tally(), time.perf_counter()
         with ThreadPoolExecutor(1, thread_name_prefix="spo-generate") as thread:
@@ -173,6 +175,7 @@ class Rollouts:
                     new.append(_trajectory(prompt, each, judgement, origin, sampling, draw))
                     seen[ids] += 1
             tally.add_prompt(group, [each.reward for each in new])
+            tally.add_parts(judgements)
             trajectories += new
         result = self._store.append(trajectories)
         tally.appended += result.new

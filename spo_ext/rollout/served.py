@@ -18,6 +18,7 @@ from spo_ext.rollout.server import (
     WeightsChanged,
     described,
 )
+from spo_ext.shown import say
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.store.records import Prompt
 
@@ -191,4 +192,4 @@ class ServedPolicy:
 
 
 def _say(words: str) -> None:
-    print(f"spo: {words}", file=sys.stderr, flush=True)
+    say(f"spo: {words}", sys.stderr, line=True)

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from spo_ext.checks import check_integer, check_one_of, number, refuse
 from spo_ext.data.records import RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout import dialects
 from spo_ext.rollout.dialects import Dialect, ReplyError
 from spo_ext.rollout.draws import completion_seeds, derived_seed
 from spo_ext.rollout.generation import Generation, Sampling
-from spo_ext.store.checks import check_integer, check_one_of, number, refuse
+from spo_ext.shown import hide_passwords, visible
 from spo_ext.store.records import Prompt, StoredPrompt
 
 _LONGEST_WAIT_S = 60.0
@@ -28,6 +29,9 @@ LogprobsMode = Literal["processed_logprobs", "raw_logprobs"]
 
 class ServerError(RuntimeError):
     """A server that cannot be reached, refuses, or says what cannot be used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(hide_passwords(message)))
 
 
 class PromptError(ServerError):

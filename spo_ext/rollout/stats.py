@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spo_ext.rollout.generation import Generation
+from spo_ext.rollout.generation import Generation, Judgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class RolloutStats:
     reward_*: of the judged ones; NaN if there are none. -inf counts as it is, so that a mean may
         be -inf. *_length: tokens of all completions, the end token included.
     frac_reward_zero_std: share of the prompts whose judged completions have one reward.
+    parts: of a sum of several rewards the mean and the standard deviation of each, by name.
     entropy: nats a token, by the log-probabilities of what was drawn; NaN if they are not known.
     """
 
@@ -39,6 +40,7 @@ class RolloutStats:
     entropy: float
     tokens: int
     seconds: float
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +64,10 @@ class RolloutStats:
             "rollout/tokens": float(self.tokens),
             "rollout/tokens_per_second": self.tokens_per_second,
             "rollout/seconds": self.seconds,
+        } | {
+            f"rewards/{name}/{what}": value
+            for name, pair in self.parts.items()
+            for what, value in zip(("mean", "std"), pair, strict=True)
         }
 
     def __str__(self) -> str:
@@ -71,6 +77,7 @@ class RolloutStats:
         ]
         if not math.isnan(self.mean_reward):
             words.append(f"mean reward {self.mean_reward:.4g}")
+        words += [f"{name} {mean:.4g}" for name, (mean, _) in self.parts.items()]
         if self.prompts:
             words += [
                 f"mean length {self.mean_length:.1f}",
@@ -95,6 +102,13 @@ class Tally:
     duplicates: int = 0
     unjudged: int = 0
     unanswered: int = 0
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_parts(self, judgements: Sequence[Judgement | None]) -> None:
+        """What each of several rewards gave."""
+        for judgement in judgements:
+            for name, reward in judgement.parts if judgement is not None else ():
+                self.parts.setdefault(name, []).append(reward)
 
     def add_prompt(self, generations: Sequence[Generation], rewards: Sequence[float]) -> None:
         """All completions of a prompt, and the rewards of those that have one."""
@@ -130,6 +144,7 @@ class Tally:
             entropy=-self.logprob_sum / self.logprob_count if self.logprob_count else math.nan,
             tokens=sum(self.lengths),
             seconds=seconds,
+            parts={name: (_mean(found), _std(found)) for name, found in self.parts.items()},
         )
 
     def _truncated(self) -> int:

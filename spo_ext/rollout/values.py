@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from spo_ext.checks import check_name, refuse
 from spo_ext.prompts import prompt_value
-from spo_ext.rollout.counts import rewards_drawn
 from spo_ext.store import Prompt, PromptValue, StoredPrompt, TrajectoryStore
-from spo_ext.store.checks import check_name, refuse
+from spo_ext.store.counts import rewards_drawn
 
 
 def estimate_q0(

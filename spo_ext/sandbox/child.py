@@ -31,7 +31,6 @@ def run_child(
     request: dict[str, Any],
     limits: Limits,
     config: dict[str, Any],
-    prelude: dict[str, Any],
     descriptors: tuple[int, ...],
 ) -> NoReturn:
     """Confine this process, run the request in it and end it.
@@ -42,8 +41,8 @@ def run_child(
     sys.setrecursionlimit(RECURSION_LIMIT)
     os.write(RESULT_FD, STARTED)
     if request["script"]:
-        _run_script(request["source"], prelude)
-    _serve_calls(request["source"], prelude)
+        _run_script(request["source"])
+    _serve_calls(request["source"])
 
 
 def confine(descriptors: tuple[int, ...], limits: Limits, config: dict[str, Any]) -> None:
@@ -78,19 +77,18 @@ def confine(descriptors: tuple[int, ...], limits: Limits, config: dict[str, Any]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
-def _load(source: str, name: str, prelude: dict[str, Any]) -> dict[str, Any]:
+def _load(source: str, name: str) -> dict[str, Any]:
     """Run the source as a module; it is registered since dataclasses look their module up."""
     module = sys.modules[name] = types.ModuleType(name)
-    module.__dict__.update(prelude)
     exec(compiled(source), module.__dict__)
     return module.__dict__
 
 
-def _serve_calls(source: str, prelude: dict[str, Any]) -> NoReturn:
+def _serve_calls(source: str) -> NoReturn:
     """Load the source, then answer calls until nobody asks: a line each, both ways."""
     code = 1
     try:
-        names = _load(source, "program", prelude)
+        names = _load(source, "program")
         _write_line(json.dumps(["loaded"]))
         with open(CALLS_FD, "rb", closefd=False) as calls:
             methods: dict[str, Callable[..., Any]] = {}
@@ -121,11 +119,11 @@ def _find(names: dict[str, Any], name: str) -> Callable[..., Any]:
     return names[name]  # type: ignore[no-any-return]
 
 
-def _run_script(source: str, prelude: dict[str, Any]) -> NoReturn:
+def _run_script(source: str) -> NoReturn:
     """Run the source as a main program whose exit code counts."""
     code = 0
     try:
-        _load(source, "__main__", prelude)
+        _load(source, "__main__")
     except SystemExit as stop:
         code = stop.code & 0xFF if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:

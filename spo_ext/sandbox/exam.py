@@ -20,9 +20,14 @@ from spo_ext.sandbox.codec import MAX_TEXT, STARTED, decode, describe, encode
 from spo_ext.sandbox.relation import equal, equal_as_json
 
 ANSWERS_FD, CALLS_FD = 4, 5
-# CPU time to read one result, however long: keys that collide take quadratic time in a dict.
+# CPU time to read one result, for each MiB that a program may return: keys that collide take
+# quadratic time in a dict.
 READ_SECONDS = 0.5
 RELATIONS = {"equal": equal, "json": equal_as_json}
+
+
+def read_seconds(max_bytes: int) -> float:
+    return READ_SECONDS * max(1.0, max_bytes / (1 << 20))
 
 
 class ProgramError(Exception):
@@ -47,6 +52,7 @@ class Program:
     def __init__(self, pid: int, max_bytes: int) -> None:
         self._received = bytearray()
         self._room = max_bytes
+        self._read_seconds = read_seconds(max_bytes)
         self._poll, self._end = select.poll(), select.poll()
         self._poll.register(ANSWERS_FD, select.POLLIN)
         pidfd = os.pidfd_open(pid)
@@ -95,7 +101,7 @@ class Program:
     def _read(self) -> list[Any]:
         """One line, its value decoded. The signal that ends a long reading cannot be caught."""
         line = self._line()
-        signal.setitimer(signal.ITIMER_PROF, READ_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, self._read_seconds)
         try:
             kind, *content = json.loads(line)
             if kind == "returned":
@@ -127,13 +133,13 @@ def _text(content: list[Any]) -> str:
     return str(content[-1])[:MAX_TEXT] if content else ""
 
 
-def run_exam(exam: dict[str, Any], pid: int, max_bytes: int, prelude: dict[str, Any]) -> NoReturn:
+def run_exam(exam: dict[str, Any], pid: int, max_bytes: int) -> NoReturn:
     """Examine the program of this process id, write lines to RESULT_FD and end."""
     program = Program(pid, max_bytes)
     try:
         program.load()
         if "check" in exam:
-            _check(program, exam, prelude)
+            _check(program, exam)
         else:
             _compare(program, exam)
         _write("done")
@@ -173,7 +179,7 @@ def _said(error: Exception) -> str:
     return str(told) if isinstance(told, ProgramError) else describe(error)
 
 
-def _check(program: Program, exam: dict[str, Any], prelude: dict[str, Any]) -> None:
+def _check(program: Program, exam: dict[str, Any]) -> None:
     """Run the tests' own source, whose `check` (if it defines one) is called with the function.
 
     It sees `prefix`, with the function as the program has it in place of the one there.
@@ -182,7 +188,7 @@ def _check(program: Program, exam: dict[str, Any], prelude: dict[str, Any]) -> N
     def candidate(*arguments: Any, **keywords: Any) -> Any:
         return program.call(exam["entry_point"], *arguments, **keywords)
 
-    names: dict[str, Any] = {"__name__": "check", **prelude}
+    names: dict[str, Any] = {"__name__": "check"}
     try:
         exec(exam["prefix"], names)
         names |= {exam["entry_point"]: candidate, "candidate": candidate}

@@ -4,7 +4,8 @@ Inside, the file system is read-only and holds Python's own files, /proc, three 
 private /tmp: no home directory, no repository, no installed packages (some ship the answers to
 public benchmarks). Names of levels:
 
-bwrap    bubblewrap: own user, process, network, mount, IPC namespaces.
+bwrap    bubblewrap: own user, process, network, mount, IPC namespaces. One such process, the
+         nursery, loads Python once; each worker is a fork of it in namespaces of its own.
 unshare  the same from util-linux and mount(8), for machines without bubblewrap.
 rlimits  a plain process with limits and the system-call filter. NOT a boundary: it sees the file
          system and the user's other processes.
@@ -31,6 +32,7 @@ from typing import Literal
 
 from spo_ext.sandbox.records import Limits
 from spo_ext.sandbox.syscall_filter import build_filter
+from spo_ext.sandbox.worker import CLONE
 
 Level = Literal["bwrap", "unshare", "rlimits"]
 LEVELS: tuple[Level, ...] = ("bwrap", "unshare", "rlimits")
@@ -97,6 +99,7 @@ class Launcher:
     level: Level
     change_user: bool
     packages: tuple[str, ...] = ()
+    nursery: bool = True
 
     def missing(self) -> str:
         """Return why this way is not worth a try here, or "" if it is."""
@@ -127,8 +130,13 @@ class Launcher:
         """Whether a worker needs an empty directory on this machine, as its root or its /tmp."""
         return self.level != "bwrap"
 
+    @property
+    def has_nursery(self) -> bool:
+        """Whether the command starts a process that forks the workers, each when asked for."""
+        return self.level == "bwrap" and self.nursery and os.uname().machine in CLONE
+
     def command(self, limits: Limits, user: int | None, scratch: str) -> list[str]:
-        """The command line of one worker; `scratch` is its directory, or ""."""
+        """The command line of one worker, or of the nursery; `scratch` is its directory, or ""."""
         worker = self._worker_command(limits, user, scratch)
         if self.level == "bwrap":
             return [*self._bwrap(limits), "--", *worker]
@@ -145,6 +153,8 @@ class Launcher:
         folders = sorted({os.path.dirname(path) for path in found}) if plain else [PACKAGES]
         config = {
             "user": user,
+            "nursery": self.has_nursery,
+            "file_bytes": limits.file_bytes,
             "private_user": self._has_private_user(),
             "folders": [scratch] if plain else ["/tmp", "/dev/shm"],
             "filter": build_filter().hex(),
@@ -170,13 +180,16 @@ class Launcher:
     def _bwrap(self, limits: Limits) -> list[str]:
         command = [_tool("bwrap"), "--die-with-parent", "--new-session", "--as-pid-1"]
         command += ["--cap-drop", "ALL"]
+        # For the nursery to make namespaces, for a worker to change its user, and to make sure that
+        # no capability can come back, which it does before it runs anything.
+        capabilities = ["CAP_SYS_ADMIN", "CAP_SETPCAP"] if self.has_nursery else []
         if self.change_user:
             command += [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
-            # To change the user, and then to make sure that no capability can come back.
-            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-                command += ["--cap-add", capability]
+            capabilities += ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"]
         else:
             command += ["--unshare-all"]
+        for capability in capabilities:
+            command += ["--cap-add", capability]
         places = self._places()
         for folder in _parents([*places.values(), *DEVICES]):
             # By itself bubblewrap closes them to all but root.
@@ -203,7 +216,13 @@ class Launcher:
 def launchers(level: Level, packages: tuple[str, ...] = ()) -> list[Launcher]:
     """The ways to reach a level, best first."""
     choices = (True, False) if os.geteuid() == 0 else (False,)
-    return [Launcher(level, change_user, packages) for change_user in choices]
+    # Some containers allow the namespaces of bubblewrap, but none in them.
+    nurseries = (True, False) if level == "bwrap" else (False,)
+    return [
+        Launcher(level, change_user, packages, nursery)
+        for change_user in choices
+        for nursery in nurseries
+    ]
 
 
 def package_paths(packages: Sequence[str]) -> list[str]:

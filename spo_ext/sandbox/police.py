@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-# The worker itself may come late on a busy machine; so long at most counts from look to look.
-LONGEST_TICK = 0.04
+# The worker itself may come late on a busy machine; so many ticks at most count from look to look.
+LONGEST = 2
 
 
 class Usage:
@@ -24,9 +24,13 @@ class Usage:
         self._vanished = 0.0
         self._seconds = self.idle = 0.0
         self._looked = time.monotonic()
+        self.still = False  # Since the last look.
 
-    def excess(self, limits: dict[str, Any], busy: bool) -> str:
-        """Which limit the program exceeds, or "" if none; `busy` if it has just written."""
+    def excess(self, limits: dict[str, Any], busy: bool, tick: float) -> str:
+        """Which limit the program exceeds, or "" if none; `busy` if it has just written.
+
+        `tick` is the time from look to look.
+        """
         threads = kib = 0
         own: dict[int, float] = {}
         with_children, runs = 0.0, busy
@@ -42,7 +46,7 @@ class Usage:
             threads += count
             own[pid] = ours
             with_children += ours + theirs
-        self._count(own, with_children, runs)
+        self._count(own, with_children, runs, tick)
         if threads > limits["processes"]:
             return "processes"
         if kib > limits["memory_mib"] << 10:
@@ -51,14 +55,15 @@ class Usage:
             return "cpu"
         return "wall" if self.idle > limits["wall_seconds"] else ""
 
-    def _count(self, own: dict[int, float], with_children: float, runs: bool) -> None:
+    def _count(self, own: dict[int, float], with_children: float, runs: bool, tick: float) -> None:
         """Children that nobody waits for are in no sum of their parent's, so they count apart."""
         self._vanished += sum(time for pid, time in self._seen.items() if pid not in own)
         self._seen = own
         seconds = max(with_children, sum(own.values()) + self._vanished)
         now = time.monotonic()
-        if not runs and seconds <= self._seconds:
-            self.idle += min(now - self._looked, LONGEST_TICK)
+        self.still = not runs and seconds <= self._seconds
+        if self.still:
+            self.idle += min(now - self._looked, LONGEST * tick)
         self._seconds, self._looked = max(seconds, self._seconds), now
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from spo_ext.sandbox.jobs import Job, Reply, Unusable, crashed, killed, make_jobs, read_reply
 from spo_ext.sandbox.launch import Launcher
 from spo_ext.sandbox.records import Limits, Outcome, Program, SandboxError
-from spo_ext.sandbox.worker_process import WorkerDied, WorkerProcess
+from spo_ext.sandbox.worker_process import Nursery, WorkerDied, WorkerProcess
 
 # Starved: the machine gave a program too little of its cores, which says nothing about it.
 Result = Outcome | Unusable | Literal["starved"]
@@ -35,6 +35,7 @@ class Pool:
         self._size = size
         self._workers: list[WorkerProcess | None] = []
         self._last_death = ""
+        self._nursery = Nursery(launcher, limits) if launcher.has_nursery else None
         self._oom_kills = _oom_kills()
 
     def run(self, jobs: list[Job]) -> dict[int, Result]:
@@ -90,6 +91,8 @@ class Pool:
     def close(self) -> None:
         for place in range(len(self._workers)):
             self._end(place)
+        if self._nursery is not None:
+            self._nursery.close()
 
     def _free_place(self, running: dict[int, int]) -> int | None:
         """Where another program can run now, if anywhere."""
@@ -107,7 +110,9 @@ class Pool:
         worker = self._workers[place]
         if worker is None or not worker.alive():
             self._end(place)
-            worker = self._workers[place] = WorkerProcess(self._launcher, self._limits)
+            worker = self._workers[place] = WorkerProcess(
+                self._launcher, self._limits, self._nursery
+            )
         worker.send(job)
 
     def _end(self, place: int) -> None:

@@ -25,7 +25,7 @@ class Limits:
     Every field must be positive. `cpu_seconds` is the CPU time of all its processes and threads.
     `wall_seconds` is the time in which none of them runs or wants to: asleep, or waiting. A machine
     that is busy with other things makes a run longer and uses up neither. `memory_mib` bounds what
-    all its processes hold, looked at every 20 ms; the address space of each may be 2 GiB larger,
+    all its processes hold, looked at every 20 ms (60 if asleep); each may reserve 2 GiB more,
     for stacks of threads that are never touched. `file_bytes` bounds one file and the whole private
     /tmp. `output_bytes` bounds stdout and, apart from it, the encoded return values; where more is
     expected, twice that is the limit.

@@ -1,13 +1,18 @@
 """The process inside the sandbox: forks a child for each program and lets it do no harm.
 
+Where namespaces can be made inside, there is a nursery: a process that has loaded all that programs
+need and forks the workers, so that one more costs milliseconds: for programs that sleep, and in
+place of one that is not as new. Namespaces, mounts and user of a worker are its own.
+
 The parent ships the text of this module and those it imports over `python -c`, so they need the
 standard library only, and no path of the repository has to be visible inside.
 
 Nothing of one program may reach the next, not even as residue in freed memory, for the next is
 often another attempt at the same task. So the worker keeps requests and results as raw bytes in
-buffers that it wipes, only the children decode a request, and a worker whose /tmp is not easily
-emptied asks to be replaced. What is expected is read after the program's process was forked: only
-the examiner's, which is forked then, has it in its memory.
+buffers that it wipes, only the children decode a request, and another child removes what was left
+in /tmp; a worker whose /tmp is not easily emptied asks to be replaced. What is expected is read
+after the program's process was forked: only the examiner's, which is forked then, has it in its
+memory.
 """
 
 import ctypes
@@ -16,27 +21,35 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 import time
 from typing import Any
 
 from spo_ext.sandbox.child import confine, run_child
-from spo_ext.sandbox.exam import run_exam
+from spo_ext.sandbox.exam import read_seconds, run_exam
 from spo_ext.sandbox.police import Usage, kill_all
-from spo_ext.sandbox.prelude import add_exits, make_prelude
+from spo_ext.sandbox.prelude import add_prelude
 
-TICK_SECONDS = 0.02
+# From look to look at a program, and while it sleeps.
+TICK_SECONDS, ASLEEP_TICK = 0.02, 0.06
 # Beyond the prelude, what programs import most, loaded once instead of once per program.
 PRELOADED = ("dataclasses", "decimal", "threading")
 # The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
 # own work, and some more for the tests' start.
 EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
-MOST_FILES = 64  # that are removed for the next program; more are not worth the time
+MOST_FILES = 1000  # and folders that are removed for the next program
 # After so long without a core the parent is told, which may then use it for another program.
-ASLEEP_SECONDS = 0.1
+ASLEEP_SECONDS = 0.015
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC_HELD = ctypes.PyDLL(None, use_errno=True)  # A fork must hold the interpreter's lock.
+CLONE = {"x86_64": 56, "aarch64": 220}
+# Mounts, IPC, processes, network.
+NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
 PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 22, 36, 38
 SECCOMP_MODE_FILTER, CAPABILITY_VERSION_3 = 2, 0x20080522
@@ -46,17 +59,76 @@ def main(config: dict[str, Any]) -> None:
     sys.path += config["package_folders"]
     for name in (*PRELOADED, *config["packages"]):
         __import__(name)
-    prelude = make_prelude()
-    add_exits()
+    add_prelude()
     sys.set_int_max_str_digits(0)  # A program may print numbers of any length.
     os.cpu_count = lambda: 4  # A pool of one process per core must fit in the limit of processes.
     tmp = os.environ["TMPDIR"] = config["folders"][0]
-    os.chdir(tmp)
-    drop_privileges(config)
     gc.disable()
     gc.freeze()
+    if config["nursery"]:
+        become_worker(config)
+    os.chdir(tmp)
+    drop_privileges(config)
     write_all(frame({"ready": True}))
-    serve(config, prelude)
+    serve(config)
+
+
+def become_worker(config: dict[str, Any]) -> None:
+    """Fork a worker whenever the parent asks for one, and return in the worker.
+
+    A request holds the worker's user and its three standard descriptors; the answer, a descriptor
+    that stands for the worker. None of this process's own reaches the worker.
+    """
+    channel = socket.socket(fileno=0)
+    flags = ctypes.c_long(NEW_NAMESPACES | signal.SIGCHLD)
+    nothing = (ctypes.c_long(0),) * 4
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 64, 3)
+        if not message:
+            os._exit(0)  # The parent is gone, or done with all of its workers.
+        pid = LIBC_HELD.syscall(CLONE[os.uname().machine], flags, *nothing)
+        if pid == 0:
+            break
+        must(min(pid, 0), "fork a worker")
+        worker = os.pidfd_open(pid)
+        socket.send_fds(channel, [b"worker"], [worker])
+        for fd in (worker, *descriptors):
+            os.close(fd)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+    channel.detach()
+    for place, fd in enumerate(descriptors):
+        os.dup2(fd, place)
+        os.close(fd)
+    user = int(message)
+    config["user"] = None if user < 0 else user
+    mount_own(config["file_bytes"])
+
+
+def mount_own(size: int) -> None:
+    """What a worker shares with no other: its processes in /proc, and the folders to write to."""
+
+    def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+        names = (source.encode(), target.encode(), kind and kind.encode())
+        must(LIBC.mount(*names, ctypes.c_ulong(flags), data.encode()), f"mount {target}")
+
+    mount("none", "/", None, MS_PRIVATE | MS_REC)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for name in ("sys", "sysrq-trigger", "irq", "bus"):  # As bubblewrap has them.
+        path = f"/proc/{name}"
+        if os.path.exists(path):
+            mount(path, path, None, MS_BIND | MS_REC)
+            mount(
+                "none",
+                path,
+                None,
+                MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC,
+            )
+    for folder in ("/tmp", "/dev/shm"):
+        mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size}")
 
 
 def drop_privileges(config: dict[str, Any]) -> None:
@@ -156,7 +228,7 @@ class Request:
         self.buffer[: self.size] = bytes(self.size)
 
 
-def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
+def serve(config: dict[str, Any]) -> None:
     """Answer requests until the parent closes its end.
 
     A request is three frames: the limits, what the program may see, and what only the examiner
@@ -164,43 +236,70 @@ def serve(config: dict[str, Any], prelude: dict[str, Any]) -> None:
     """
     program, other = Request(), Request()
     result, stdout = Stream(), Stream()
+    new = {folder: os.stat(folder) for folder in config["folders"]}
     while True:
         header = read_header()
         program.read()
-        reply = run_one(config, prelude, header, (program, other), (result, stdout))
-        reply["dirty"] = not all([emptied(folder) for folder in config["folders"]])
+        reply = run_one(config, header, (program, other), (result, stdout))
+        reply["dirty"] = not all([emptied(*each) for each in new.items()])
         write_all(frame(reply))
         for stream in (result, stdout):
             write_all(stream.take())
             stream.wipe()
 
 
-def emptied(folder: str) -> bool:
-    """Remove what a program left in its folder, if that is a few files; whether all is as new.
+def emptied(folder: str, new: os.stat_result) -> bool:
+    """Remove what a program left in its folder, if that is not too much; whether all is as new.
 
     The folder's own times are made those of this moment, touched or not.
     """
     try:
-        names = os.listdir(folder)
-        if len(names) > MOST_FILES:
-            return False
-        for name in names:
-            os.unlink(f"{folder}/{name}")
+        state = os.stat(folder)
+        # Of a tmpfs, the size counts the entries. Their names stay out of this process's memory.
+        if state.st_size != new.st_size or state.st_dev == os.stat("/").st_dev:
+            cleaner = os.fork()
+            if cleaner == 0:
+                LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                os._exit(not removed(folder))
+            if os.waitpid(cleaner, 0)[1] != 0:
+                return False
         os.close(os.open(f"{folder}/.new", os.O_CREAT | os.O_EXCL))
         os.unlink(f"{folder}/.new")
-        state = os.stat(folder)
         if state.st_uid == os.getuid():  # A program may then change more than the times.
             os.chmod(folder, 0o1777)
             os.utime(folder)
             return not os.listxattr(folder)
         return True
     except OSError:
-        return False  # A folder in it, above all.
+        return False
+
+
+def removed(folder: str) -> bool:
+    """Remove all that is in a folder, unless it is more than making a worker anew is worth."""
+    left, waiting = MOST_FILES, [folder]
+    inner: list[str] = []
+    try:
+        while waiting:
+            path = waiting.pop()
+            for entry in os.scandir(path):
+                left -= 1
+                if left < 0:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    inner.append(entry.path)
+                    waiting.append(entry.path)
+                else:
+                    os.unlink(entry.path)
+        for path in reversed(inner):
+            os.rmdir(path)
+    except OSError:
+        return False
+    return True
 
 
 def run_one(
     config: dict[str, Any],
-    prelude: dict[str, Any],
     header: dict[str, Any],
     requests: tuple[Request, Request],
     streams: tuple[Stream, Stream],
@@ -227,7 +326,7 @@ def run_one(
         descriptors = (-1, stdout_end, -1, answers_end, calls)
     child = fork(config)
     if child == 0:
-        run_child(requests[0].parsed(), limits, config, prelude, descriptors)
+        run_child(requests[0].parsed(), limits, config, descriptors)
     requests[0].wipe()
     examiner = 0
     if not script:
@@ -235,9 +334,10 @@ def run_one(
         examiner = fork(config)
         if examiner == 0:
             seconds = EXAM_CPU_FACTOR * limits["cpu_seconds"] + EXAM_CPU_MORE
+            seconds += read_seconds(limits["output_bytes"])
             own = {**limits, "cpu_seconds": seconds}
             confine((-1, -1, -1, result_end, answers, calls_end), own, config)
-            run_exam(requests[1].parsed(), child, limits["output_bytes"], prelude)
+            run_exam(requests[1].parsed(), child, limits["output_bytes"])
         requests[1].wipe()
     for fd in opened:
         os.close(fd)
@@ -295,7 +395,7 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end, busy, told = "", False, False
+    end, busy, told, tick = "", False, False, TICK_SECONDS
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
@@ -311,12 +411,13 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
         if pidfd in ready:
             end = end or "exit"
         elif time.monotonic() >= next_tick:
-            end = end or usage.excess(limits, busy)
+            end = end or usage.excess(limits, busy, tick)
             if usage.idle > ASLEEP_SECONDS and not told:
                 told = True
                 write_all(frame({"asleep": True}))
             end = end or ("starved" if time.monotonic() > starved else "")
-            next_tick, busy = time.monotonic() + TICK_SECONDS, False
+            tick = ASLEEP_TICK if told and usage.still else TICK_SECONDS
+            next_tick, busy = time.monotonic() + tick, False
     os.close(pidfd)
     return end
 

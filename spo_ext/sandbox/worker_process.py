@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -24,10 +27,100 @@ class WorkerDied(Exception):
     """A worker ended, hung or broke the protocol while it had a request."""
 
 
+class Nursery:
+    """The process that forks workers: started when first needed, and anew if it has ended."""
+
+    def __init__(self, launcher: Launcher, limits: Limits) -> None:
+        self._launcher, self._limits = launcher, limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+
+    def fork(self, user: int | None, descriptors: tuple[int, ...]) -> int:
+        """A pidfd of a new worker with these as stdin, stdout and stderr. Raises SandboxError."""
+        request = str(-1 if user is None else user).encode()
+        for fresh in (self._channel is None, True):
+            if fresh:
+                self.close()
+                self._start()
+            assert self._channel is not None
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._channel, [request], descriptors)
+                _, found, _, _ = socket.recv_fds(self._channel, 16, 1)
+                if found:
+                    return found[0]
+            if fresh:
+                break
+        assert self._process is not None
+        words = _last_words(self._process)
+        self.close()
+        raise SandboxError(f"cannot start a sandbox worker: {words}")
+
+    def _start(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(GRACE_SECONDS)
+        with theirs:
+            command = self._launcher.command(self._limits, None, "")
+            self._process = _start(command, theirs.fileno(), subprocess.DEVNULL)
+
+    def close(self) -> None:
+        """End it, and with it all of its workers."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stderr is not None
+            self._process.stderr.close()
+            self._process = None
+
+
+class Forked:
+    """A worker of a nursery, with the part of Popen's interface that is needed here."""
+
+    def __init__(self, nursery: Nursery, user: int | None) -> None:
+        (stdin, given), (taken, stdout), (said, stderr) = (os.pipe() for _ in range(3))
+        self.stdin = open(given, "wb", buffering=0)
+        self.stdout, self.stderr = (open(fd, "rb", buffering=0) for fd in (taken, said))
+        try:
+            self._pidfd = nursery.fork(user, (stdin, stdout, stderr))
+        except BaseException:
+            for file in (self.stdin, self.stdout, self.stderr):
+                file.close()
+            raise
+        finally:
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
+        with open(f"/proc/self/fdinfo/{self._pidfd}") as about:
+            self.pid = next(int(line.split()[1]) for line in about if line.startswith("Pid:"))
+
+    def poll(self) -> int | None:
+        return self._ended(0.0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+        return code
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+    def _ended(self, timeout: float | None) -> int | None:
+        """-1 if it has: how is known to its parent only."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return -1 if poll.poll(None if timeout is None else timeout * 1000) else None
+
+
 class WorkerProcess:
     """One sandboxed worker. It holds at most one request at a time."""
 
-    def __init__(self, launcher: Launcher, limits: Limits) -> None:
+    def __init__(self, launcher: Launcher, limits: Limits, nursery: Nursery | None) -> None:
         self._max_bytes = 0
         self._boundary = launcher.level != "rlimits"
         self._to_send = b""
@@ -35,24 +128,20 @@ class WorkerProcess:
         self._ready = False
         self.deadline = 0.0
         self.asleep = False
+        self._process: subprocess.Popen[bytes] | Forked
         self._scratch = tempfile.mkdtemp(prefix="spo-sandbox-") if launcher.needs_scratch else ""
         user = launcher.pick_user()
-        try:
-            if user is not None and self._scratch:
-                os.chown(self._scratch, user, user)
-            self._process = subprocess.Popen(
-                launcher.command(limits, user, self._scratch),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C is for the trainer to handle.
-            )
-        except OSError as error:
-            self._remove_scratch()
-            raise SandboxError(f"cannot start a sandbox worker: {error}") from error
+        if nursery is not None:
+            self._process = Forked(nursery, user)
+        else:
+            try:
+                if user is not None and self._scratch:
+                    os.chown(self._scratch, user, user)
+                command = launcher.command(limits, user, self._scratch)
+                self._process = _start(command, subprocess.PIPE, subprocess.PIPE)
+            except (OSError, SandboxError):
+                self._remove_scratch()
+                raise
         for fd in (self.read_fd, self.write_fd):
             os.set_blocking(fd, False)
 
@@ -100,7 +189,7 @@ class WorkerProcess:
         except BlockingIOError:
             return None
         if not data:
-            raise WorkerDied(self._last_words())
+            raise WorkerDied(_last_words(self._process))
         self._received += data
         try:
             if not self._ready and (greeting := self._parse(self._received)):
@@ -149,20 +238,6 @@ class WorkerProcess:
             return None
         return dict(json.loads(data[4 : 4 + size])), 4 + size
 
-    def _last_words(self) -> str:
-        """Wait for the process to end and return what it said last, for the error message."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1)
-        self._process.kill()
-        code = self._process.wait()
-        assert self._process.stderr is not None
-        os.set_blocking(self._process.stderr.fileno(), False)
-        with contextlib.suppress(BlockingIOError):
-            text = os.read(self._process.stderr.fileno(), 4096).decode(errors="replace")
-            if text.strip():
-                return " ".join(text.split())[-500:]
-        return f"the worker ended with code {code}"
-
     def close(self) -> None:
         """End the worker, and with it all that runs inside."""
         assert self._process.stdin is not None
@@ -176,11 +251,45 @@ class WorkerProcess:
         for pipe in (self._process.stdout, self._process.stderr):
             assert pipe is not None
             pipe.close()
+        if isinstance(self._process, Forked):
+            self._process.close()
         self._remove_scratch()
 
     def _remove_scratch(self) -> None:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _start(command: list[str], stdin: int, stdout: int) -> subprocess.Popen[bytes]:
+    """Raises SandboxError."""
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for the trainer to handle.
+        )
+    except OSError as error:
+        raise SandboxError(f"cannot start a sandbox worker: {error}") from error
+
+
+def _last_words(process: subprocess.Popen[bytes] | Forked) -> str:
+    """Wait for a process to end and return what it said last, for the error message."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.kill()
+    code = process.wait()
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    with contextlib.suppress(BlockingIOError):
+        text = os.read(process.stderr.fileno(), 4096).decode(errors="replace")
+        if text.strip():
+            return " ".join(text.split())[-500:]
+    return f"the worker ended with code {code}"
 
 
 def _status(value: object) -> int | None:

@@ -15,7 +15,6 @@ except ImportError as error:
         f"spo_ext.store needs SQLAlchemy 2 ({error}): pip install 'spo_ext[store]'"
     ) from error
 
-from spo_ext.store.batch import Batch
 from spo_ext.store.fingerprint import reference_fingerprint
 from spo_ext.store.migrations import SchemaError
 from spo_ext.store.mixture import SamplerConfig, Stratum
@@ -28,7 +27,7 @@ from spo_ext.store.records import (
     StoredTrajectory,
     Trajectory,
 )
-from spo_ext.store.sampler import Sampler
+from spo_ext.store.sampler import Batch, Sampler
 from spo_ext.store.selection import SampleShortfall
 from spo_ext.store.store import TrajectoryStore
 

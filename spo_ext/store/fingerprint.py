@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_ext.store.checks import number, refuse
+from spo_ext.checks import number, refuse
 from spo_ext.store.codec import encode_json
 
 _CHUNK_BYTES = 16 << 20

@@ -51,9 +51,14 @@ def _add_appends(connection: sa.Connection) -> None:
     )
 
 
+def _add_columns(connection: sa.Connection) -> None:
+    """4 to 5: prompts keep the other fields of their rows."""
+    connection.exec_driver_sql("ALTER TABLE prompts ADD COLUMN columns TEXT")
+
+
 # Step i leads from version i + 1 to i + 2. A step is SQL that both databases understand, and never
 # changes; schema.py is only ever the newest version.
-STEPS: tuple[Step, ...] = (_add_sampling, _add_draw, _add_appends)
+STEPS: tuple[Step, ...] = (_add_sampling, _add_draw, _add_appends, _add_columns)
 CURRENT = len(STEPS) + 1
 
 
@@ -83,6 +88,16 @@ def migrate(connection: sa.Connection) -> None:
         step(connection)
     if version < CURRENT:
         connection.execute(sa.update(schema.schema_version).values(version=CURRENT))
+
+
+def require_current(connection: sa.Connection) -> None:
+    """Raises SchemaError unless the tables are as this code has them; writes nothing."""
+    version = stored_version(connection)
+    if version != CURRENT:
+        raise SchemaError(
+            f"TrajectoryStore: the database can only be read and must have schema version "
+            f"{CURRENT}, got {version}; open it once where it can be written"
+        )
 
 
 def stored_version(connection: sa.Connection) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 
+from spo_ext.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store import schema
-from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store.records import Split
 
 Shortage = Literal["raise", "fill"]

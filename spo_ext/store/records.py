@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from spo_ext.store.checks import (
+from spo_ext.checks import (
     check_integer,
     check_name,
     check_one_of,
@@ -23,6 +23,11 @@ from spo_ext.store.codec import encode_json
 Kind = Literal["policy", "model", "human"]
 Finish = Literal["eos", "truncated"]
 Split = Literal["train", "dev", "test"]
+# What reward functions get and rows of files hold under names of their own; the rest are TRL's.
+RESERVED = frozenset(
+    "prompt prompts prompt_ids completion completions completion_ids reward tests answer split spo "
+    "trainer_state log_extra log_metric environments".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,10 @@ class Prompt:
     """A prompt and how its completions are judged.
 
     content is text or chat messages; token_ids what the policy reads, None if not tokenised yet;
-    tests and answer any JSON. Content, ids, tests and answer identify it: with other tests it is
-    another prompt, because the rewards of its trajectories mean something else.
+    tests and answer any JSON. columns, more fields of its row by name, are JSON too, none of them
+    null and none with a name of RESERVED; reward functions get them. All but the split identify it:
+    with other tests it is another prompt, because the rewards of its trajectories mean something
+    else.
     """
 
     content: str | Sequence[Mapping[str, Any]]
@@ -69,6 +76,7 @@ class Prompt:
     tests: Any = None
     answer: Any = None
     split: Split = "train"
+    columns: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_one_of("Prompt", "split", self.split, get_args(Split))
@@ -79,7 +87,17 @@ class Prompt:
             and all(isinstance(message, Mapping) and "role" in message for message in messages)
         ):
             refuse("Prompt", "content", "text or a list of messages with a role", messages)
-        for name in ("content", "tests", "answer"):
+        if self.columns is not None:
+            if not isinstance(self.columns, Mapping):
+                refuse("Prompt", "columns", "an object of fields by name, or None", self.columns)
+            for name, value in self.columns.items():
+                check_name("Prompt", "the name of a column", name)
+                if name in RESERVED:
+                    refuse("Prompt", "columns", "without names that have another meaning", name)
+                if value is None:
+                    refuse("Prompt", f"columns[{name!r}]", "given, or left out", None)
+            object.__setattr__(self, "columns", dict(self.columns) or None)
+        for name in ("content", "tests", "answer", "columns"):
             try:
                 encode_json(getattr(self, name))
             except (TypeError, ValueError) as error:

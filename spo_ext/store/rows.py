@@ -26,13 +26,17 @@ def prompt_row(prompt: Prompt) -> Row:
     content = encode_json(prompt.content)
     token_ids = None if prompt.token_ids is None else encode_tokens(prompt.token_ids)
     tests, answer = encode_json(prompt.tests), encode_json(prompt.answer)
+    columns = None if prompt.columns is None else encode_json(prompt.columns)
+    # Without columns it has the hash that all had before there were any.
+    more = () if columns is None else (columns,)
     return {
-        "hash": content_hash(content, token_ids, tests, answer),
+        "hash": content_hash(content, token_ids, tests, answer, *more),
         "content_hash": content_hash(content),
         "content": content,
         "token_ids": token_ids,
         "tests": tests,
         "answer": answer,
+        "columns": columns,
         "split": prompt.split,
         "created_at": time.time(),
     }
@@ -44,6 +48,7 @@ def stored_prompt(row: sa.Row[Any]) -> StoredPrompt:
         token_ids=None if row.token_ids is None else decode_tokens(row.token_ids),
         tests=json.loads(row.tests),
         answer=json.loads(row.answer),
+        columns=None if row.columns is None else json.loads(row.columns),
         split=row.split,
         id=row.id,
         created_at=row.created_at,

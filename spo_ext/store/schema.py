@@ -21,6 +21,7 @@ prompts = sa.Table(
     sa.Column("token_ids", sa.LargeBinary),
     sa.Column("tests", _JSON, nullable=False),
     sa.Column("answer", _JSON, nullable=False),
+    sa.Column("columns", _JSON),
     sa.Column("split", sa.Text, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
 )

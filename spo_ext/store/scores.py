@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 from torch import Tensor
 
+from spo_ext.checks import check_name, refuse
 from spo_ext.store import schema
-from spo_ext.store.checks import check_name, refuse
 from spo_ext.store.codec import decode_floats, encode_floats
 from spo_ext.store.records import PromptValue, logprob_tensor
 from spo_ext.store.rows import chunks, prompt_hashes

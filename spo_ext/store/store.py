@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import get_ident
@@ -11,8 +12,8 @@ from uuid import uuid4
 import sqlalchemy as sa
 from torch import Tensor
 
+from spo_ext.checks import check_name, check_one_of, refuse
 from spo_ext.store import migrations, queries, rows, schema, scores
-from spo_ext.store.checks import check_name, check_one_of, refuse
 from spo_ext.store.database import Database
 from spo_ext.store.records import (
     Appended,
@@ -30,7 +31,8 @@ class TrajectoryStore:
 
     Args:
         target: a file (SQLite, made if missing; on a local disk, for processes of one machine), or
-            postgresql://user@host/database for several machines.
+            postgresql://user@host/database for several machines. A file that cannot be written,
+            or lies where nothing can be, is opened for reading.
         timeout_s: how long a writer waits for the others before it raises.
         retry_s: how long a database that went away (a restart, a broken network) is asked again
             before a method raises. Nothing is lost or done twice then. One that was never reached
@@ -42,6 +44,7 @@ class TrajectoryStore:
 
     Raises:
         ValueError: for an argument outside what is said, before anything is written.
+        PermissionError: by what writes, if the store was opened for reading.
         SchemaError: if the database was written by a newer spo_ext.
         sqlalchemy.exc.OperationalError: if the database cannot be reached or is locked for longer.
     """
@@ -56,15 +59,19 @@ class TrajectoryStore:
         self._timeout_s, self._retry_s = timeout_s, retry_s
         self._name = uuid4().hex
         self.database = Database(target, timeout_s, retry_s)
-        self.database.writing(migrations.migrate)
+        self.database.open(migrations.migrate, migrations.require_current)
 
     def __repr__(self) -> str:
-        return f"TrajectoryStore({self.database.url.render_as_string(hide_password=True)!r})"
+        return f"TrajectoryStore({self.database.shown!r})"
 
     def __reduce__(self) -> tuple[Callable[..., TrajectoryStore], tuple[object, ...]]:
         # For workers of a DataLoader: they open connections of their own.
         target = self.database.url.render_as_string(hide_password=False)
         return _reopen, (target, self._timeout_s, self._retry_s)
+
+    def require_writable(self, who: str) -> None:
+        """Raises PermissionError, in the name of `who`, if the store was opened for reading."""
+        self.database.require_writable(who)
 
     def close(self) -> None:
         self.database.close()
@@ -142,6 +149,20 @@ class TrajectoryStore:
             check_one_of("prompts", "split", split, get_args(Split))
             where.append(schema.prompts.c.split == split)
         return map(rows.stored_prompt, queries.stream(self.database, schema.prompts, where))
+
+    def contents(self, split: Split | None = None) -> Iterator[Prompt]:
+        """Iterates over the prompts without their tests, which are far longer."""
+        table = schema.prompts.c
+        columns = sa.select(table.id, table.content, table.split).subquery()
+        where = [] if split is None else [columns.c.split == split]
+        for row in queries.stream(self.database, columns, where):
+            yield Prompt(json.loads(row.content), split=row.split)
+
+    def newest(self, run: str, count: int) -> list[StoredTrajectory]:
+        """Returns the newest trajectories of a run, from the newest on."""
+        table = schema.trajectories.c
+        query = sa.select(table.id).where(table.run == run).order_by(table.id.desc()).limit(count)
+        return self.get(self.database.reading(lambda c: list(c.execute(query).scalars())))
 
     def trajectories(
         self,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spo_ext.store.checks import refuse
+from spo_ext.checks import refuse
 
 Layout = Literal["shared", "row", "rows", "padded", "equal"]
 

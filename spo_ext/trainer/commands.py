@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_ext.commands import fail, failures, import_from_here, require_store
+from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -182,6 +183,7 @@ def _score(options: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(options.tokenizer or options.model)
         model = load_model(options.model, dtype=options.dtype, quiet=options.quiet)
         with TrajectoryStore(options.store) as store:
+            store.require_writable("score")
             fingerprint, count = score_store(
                 store,
                 model,
@@ -195,5 +197,5 @@ def _score(options: argparse.Namespace) -> int:
         return fail(error)
     except KeyboardInterrupt:
         return fail("interrupted; what was scored stays", status=130)
-    print(f"{count} trajectories scored by reference {fingerprint}")
+    say(f"{count} trajectories scored by reference {fingerprint}")
     return 0

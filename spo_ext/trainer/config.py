@@ -8,12 +8,31 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from spo_ext.evaluation.redact import hide_passwords
+from spo_ext.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.losses import Objective
+from spo_ext.shown import hide_passwords
 from spo_ext.store import SamplerConfig, Stratum
-from spo_ext.store.checks import check_integer, check_name, check_one_of, number, refuse
 from spo_ext.store.records import Split
-from spo_ext.trainer.unused import refuse_unused
+
+# The only value that is taken, and why.
+_ONLY: dict[str, tuple[object, str]] = {
+    "auto_find_batch_size": (False, "a smaller batch would cut groups apart"),
+    "label_smoothing_factor": (0.0, "a completion has a reward, no labels"),
+    "neftune_noise_alpha": (None, "the reference has no such noise, so it would count as learned"),
+    "train_sampling_strategy": ("random", "the store draws: see mixture, strata and max_age"),
+    "use_liger_kernel": (False, "the loss is computed without logits already"),
+    "bf16_full_eval": (False, "evaluation samples in the precision of training: see bf16"),
+    "fp16_full_eval": (False, "evaluation samples in the precision of training: see fp16"),
+}
+
+
+def refuse_unused(arguments: TrainingArguments) -> None:
+    """Raises ValueError for a setting that would be ignored, or break the loss."""
+    for name, (only, why) in _ONLY.items():
+        value = getattr(arguments, name)
+        if value != only:
+            refuse("SPOConfig", name, f"{only!r} ({why})", value)
+
 
 _OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
 _NEED_Q0 = ("squared", "cross_entropy", "advantage")
@@ -88,8 +107,19 @@ class SPOConfig(TrainingArguments):
     samples_per_prompt: int = _field(4, "embedded rollouts: completions of each prompt")
     rollout_batch_size: int = _field(16, "embedded rollouts: prompts generated at once")
     max_new_tokens: int = _field(256, "embedded rollouts: longest completion")
-    reward: str = _field(
-        "tests", "tests, answer, or a dotted path to a reward function of TRL's form"
+    reward: str | list[str] = field(
+        default="tests",
+        metadata={
+            "help": "tests, answer, or a dotted path to a reward function of TRL's form; "
+            "of several the sum",
+            "repeat": True,
+        },
+    )
+    reward_funcs: str | list[str] | None = field(
+        default=None, metadata={"help": "TRL's name for reward", "repeat": True}
+    )
+    reward_weights: list[float] | None = _field(
+        None, "of each reward in the sum (default: 1); one that gives None counts as 0"
     )
     wait_seconds: float = _field(3600.0, "external rollouts: how long to wait for trajectories")
 
@@ -181,6 +211,10 @@ class SPOConfig(TrainingArguments):
             check_integer(owner, "max_tokens", self.max_tokens, 2)
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             refuse(owner, "reward_range", "[worst, best] with worst < best", self.reward_range)
+        if self.reward_funcs is not None and self.reward != "tests":
+            refuse(owner, "reward_funcs", "left out with reward, which it is", self.reward_funcs)
+        for weight in self.reward_weights or ():
+            number(owner, "reward_weights", weight)
         number(owner, "rarity", self.rarity, at_least=0.0)
         if self.router_aux_loss_coef is not None:
             number(owner, "router_aux_loss_coef", self.router_aux_loss_coef, at_least=0.0)
@@ -214,10 +248,20 @@ class SPOConfig(TrainingArguments):
                 self.n_gpu,
             )
 
+    @property
+    def rewards(self) -> str | list[str]:
+        """By either name."""
+        return self.reward if self.reward_funcs is None else self.reward_funcs
+
     def to_dict(self) -> dict[str, Any]:
         """For logs and trackers: without the password of a database."""
         found: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return found | {"store": hide_passwords(str(self.store))}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__
 
     @property
     def needs_q0(self) -> bool:

@@ -7,8 +7,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spo_ext.trainer.advice import ADVICE
-from spo_ext.trainer.episodes import PATIENCE, Episode, Mean
+PATIENCE = 3  # numbers in a row that begin or end an episode: one alone may be noise
+_CALM = 2 / 3  # of a limit: an episode ends below it, so that hovering around 1 is one episode
+
+
+@dataclass(slots=True)
+class Episode:
+    """Counts of numbers in a row beyond the limit and well inside it; open while in trouble."""
+
+    bad: int = 0
+    calm: int = 0
+    open: bool = False
+
+    def begins(self, severity: float, patience: int = PATIENCE) -> bool:
+        """severity: how far a number is on the way to its limit, 1 at it."""
+        self.bad = self.bad + 1 if severity >= 1 else 0
+        self.calm = self.calm + 1 if severity < _CALM else 0
+        if self.calm >= PATIENCE:
+            self.open = False
+        if self.open or self.bad < patience:
+            return False
+        self.open = True
+        return True
+
+
+@dataclass(slots=True)
+class Mean:
+    """Of the numbers so far."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float, least_rate: float = 0.0) -> None:
+        """With least_rate a number weighs at least so much: a running mean that forgets."""
+        self.count += 1
+        self.value += max(least_rate, 1 / self.count) * (value - self.value)
+
+
+ADVICE = {
+    "nonfinite": (
+        "The weights may be lost: continue from the last checkpoint, with a lower learning_rate "
+        "and a max_grad_norm. Check the rewards, and the precision: fp16 lacks the range of bf16."
+    ),
+    "entropy": (
+        "The policy hardly varies what it writes, and a group that agrees teaches nothing. Lower "
+        "learning_rate, raise beta, draw larger groups (samples_per_prompt, group_size), mix in "
+        "offline data (mixture), and continue from a checkpoint before the collapse."
+    ),
+    "residual": (
+        "Lower learning_rate. Where batches hold old rows, sync more often (sync_every), leave out "
+        "the oldest (max_age) and let failures fade (taper). Look for outliers of the "
+        "reward; where q0 is estimated, reward_range must be that of the rewards."
+    ),
+    "drift": (
+        "Lower learning_rate. If the number falls, failures are pushed down without end: let them "
+        "fade (taper) and sync more often (sync_every). If it rises, raise beta and read "
+        "what is rewarded."
+    ),
+    "length": (
+        "Read some: if an early end pays, correct the reward. Lower learning_rate, raise beta, mix "
+        "in complete offline solutions (mixture)."
+    ),
+    "truncated": (
+        "If they need the room, raise max_new_tokens. Else check that prompts are in the format "
+        "that the model knows, with its own end token, and that the reward wants an end; lower "
+        "learning_rate, raise beta."
+    ),
+}
+
 
 _START_INTERVALS = 5
 _ENTROPY_SHARE = 0.1

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from spo_ext.rollout import Generator, Reward, Sampling
 from spo_ext.rollout.follow import prompt_stream
-from spo_ext.rollout.rewards import judged_by, needs_of
+from spo_ext.rollout.rewards import judged_by, named_split
 from spo_ext.rollout.rollouts import Decode, Rollouts
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.trainer.config import SPOConfig
@@ -41,8 +41,7 @@ class Producer:
         self._config = config
         self._prompts = list(judged_by(reward, store.prompts("train")))
         if not self._prompts:
-            needs = needs_of(reward)
-            which = f"train{f' with {needs}' if needs else ''}"
+            which = named_split("train", reward)
             raise ValueError(f"SPO: the store must have prompts of split {which}, got none")
         sampling = Sampling(
             n=config.samples_per_prompt,

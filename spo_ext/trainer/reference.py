@@ -11,14 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from spo_ext.checks import refuse
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.modes import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
-from spo_ext.store.checks import refuse
 from spo_ext.trainer.batches import Layout, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig
-from spo_ext.trainer.model import adapters_off, base_model, completion_logprobs, has_adapters
-from spo_ext.trainer.precision import Precision, autocast, is_named_with, named_with
+from spo_ext.trainer.model import (
+    Precision,
+    adapters_off,
+    autocast,
+    base_model,
+    completion_logprobs,
+    has_adapters,
+    is_named_with,
+    named_with,
+)
 
 Prompts = Mapping[int, Sequence[int]]
 _NOTHING = Tokens([0], [0])  # for a rank that has no more to score

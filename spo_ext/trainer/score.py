@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from spo_ext.store import StoredTrajectory, TrajectoryStore
 from spo_ext.trainer.feed import prompt_tokens
-from spo_ext.trainer.model import HeadSettings, answer_logprobs, choose_layout
-from spo_ext.trainer.precision import Precision, autocast
+from spo_ext.trainer.model import HeadSettings, Precision, answer_logprobs, autocast, choose_layout
 from spo_ext.trainer.reference import Reference
 
 _ROWS = 256  # held in memory at once

@@ -16,17 +16,19 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 import spo_ext
+from spo_ext.checks import refuse
+from spo_ext.data.tokens import decoded
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.integrations.adapters import check_tasks
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.integrations.huggingface import router_coefficient
 from spo_ext.rollout import Generator, Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
-from spo_ext.rollout.rewards import as_reward, judged_by, load_reward
+from spo_ext.rollout.rewards import as_reward, judged_by
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.values import estimate_q0
+from spo_ext.shown import hide_passwords
 from spo_ext.store import StoredPrompt, TrajectoryStore
-from spo_ext.store.checks import refuse
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
@@ -35,13 +37,16 @@ from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
+    autocast,
     base_model,
     choose_layout,
     completion_scores,
+    keep_logprobs,
+    precision_of,
+    round_like_sharded,
 )
-from spo_ext.trainer.precision import autocast, keep_logprobs, precision_of, round_like_sharded
 from spo_ext.trainer.producer import Producer
-from spo_ext.trainer.publish_server import ServerPublisher, make_publisher
+from spo_ext.trainer.publish import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.runlog import RunLog, show_progress
 from spo_ext.trainer.together import SharedRollouts
@@ -70,8 +75,10 @@ class SPOTrainer(Trainer):
         processing_class: the tokenizer; needed for rollouts in this process and for evaluation.
         ref_model: the reference; by default the model as it is now.
         reward: judges embedded rollouts and evaluations: a function of TRL's form,
-            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, or a name; by default
-            args.reward.
+            `f(completions, **kwargs)`, a `spo_ext.rollout.Reward`, a name, or a list of these,
+            whose sum by args.reward_weights it is; by default args.reward. Functions get columns of
+            the prompts by name.
+        reward_funcs: TRL's name for reward.
         generator: writes the completions of embedded rollouts and evaluations: a
             `spo_ext.rollout.Generator`, which has to write as the policy now is; by default the
             policy in memory writes them itself.
@@ -100,9 +107,13 @@ class SPOTrainer(Trainer):
         *,
         ref_model: nn.Module | None = None,
         reward: Any = None,
+        reward_funcs: Any = None,
         generator: Generator | None = None,
         **options: Any,
     ) -> None:
+        if reward is not None and reward_funcs is not None:
+            refuse("SPOTrainer", "reward_funcs", "left out with reward, which it is", reward_funcs)
+        reward = reward if reward_funcs is None else reward_funcs
         if generator is not None and not callable(getattr(generator, "generate", None)):
             refuse(
                 "SPOTrainer", "generator", "an object with generate(prompts, sampling)", generator
@@ -120,7 +131,8 @@ class SPOTrainer(Trainer):
         self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
         self.store = TrajectoryStore(str(args.store), retry_s=args.store_retry_seconds)
-        self._reward = None if reward is None else as_reward(reward)
+        self.store.require_writable("train")  # which keeps what was drawn
+        self._reward = None if reward is None else as_reward(reward, args.reward_weights)
         self._router = router_coefficient("SPOConfig", model, args.router_aux_loss_coef)
         self.reference = self._prepare(model, ref_model)
         completions = args.rollout_batch_size * args.samples_per_prompt
@@ -289,6 +301,14 @@ class SPOTrainer(Trainer):
         are what there is."""
         raise NotImplementedError("SPOTrainer: predict has no meaning here: use evaluate()")
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """training_args.bin, too, is without the password of the database."""
+        where, self.args.store = self.args.store, hide_passwords(str(self.args.store))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.store = where
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Marks the checkpoint when all of it is on the disk, and only then drops older ones."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -318,7 +338,7 @@ class SPOTrainer(Trainer):
     def reward(self) -> Reward:
         """Made when it is first needed: a learner without rollouts needs no sandbox."""
         if self._reward is None:
-            self._reward = load_reward(self.args.reward)
+            self._reward = as_reward(self.args.rewards, self.args.reward_weights)
         return self._reward
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -326,8 +346,7 @@ class SPOTrainer(Trainer):
         tokenizer: Any = self.processing_class
         if tokenizer is None:
             refuse("SPO", "processing_class", "a tokenizer, for rollouts and evaluation", None)
-        words: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return words
+        return decoded(tokenizer, token_ids)
 
     @property
     def _sharded(self) -> bool:

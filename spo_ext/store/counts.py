@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from spo_ext.rollout.generation import Needs
+from spo_ext.rollout.generation import Need
 from spo_ext.store import TrajectoryStore, schema
 from spo_ext.store.codec import encode_json
 from spo_ext.store.records import Origin, Split
 from spo_ext.store.rows import chunks
 
 
-def ids_of_split(store: TrajectoryStore, split: Split, needs: Needs = None) -> list[int]:
-    """Ids of its prompts that have what a reward needs, in order, without reading the prompts."""
+def ids_of_split(store: TrajectoryStore, split: Split, needs: Sequence[Need] = ()) -> list[int]:
+    """Ids of its prompts that have one of what a reward needs, in order, without reading them."""
     table = schema.prompts.c
     query = sa.select(table.id).where(table.split == split).order_by(table.id)
-    if needs is not None:
-        query = query.where(table[needs] != encode_json(None))
+    if needs:
+        query = query.where(sa.or_(*(table[need] != encode_json(None) for need in needs)))
     return store.database.reading(lambda connection: list(connection.execute(query).scalars()))
 
 

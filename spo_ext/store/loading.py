@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -21,7 +23,8 @@ class Ready:
     def of(cls, prompt: Prompt, trajectories: list[Trajectory]) -> Ready:
         row = rows.prompt_row(prompt)
         written = [rows.trajectory_row(item, row["hash"]) for item in trajectories]
-        size = len(row["content"]) + len(row["tests"]) + sum(len(t["token_ids"]) for t in written)
+        size = len(row["content"]) + len(row["tests"]) + len(row["columns"] or "")
+        size += sum(len(t["token_ids"]) for t in written)
         return cls(row, written, size)
 
 
@@ -50,6 +53,44 @@ class Loaded:
             f"stored {self.prompts} prompts and {self.trajectories} trajectories; already there: "
             f"{self.known_prompts} and {self.known_trajectories}{conflicts}"
         )
+
+
+def other_columns(store: TrajectoryStore, batch: list[Ready]) -> dict[int, list[str]]:
+    """By place in the batch: names of columns in which a new prompt differs from an earlier one.
+
+    That has the same content, tests and answer, and stands in the store or in the batch.
+    """
+    keys = ("content_hash", "tests", "answer")
+    table = schema.prompts.c
+    first: dict[tuple[Any, ...], str | None] = {}
+    known: set[bytes] = set()
+
+    def read(connection: sa.Connection) -> None:
+        same = [table[name] for name in keys]
+        for part in rows.chunks([ready.prompt for ready in batch]):
+            alike = table.content_hash.in_([row["content_hash"] for row in part])
+            firsts = sa.select(sa.func.min(table.id)).where(alike).group_by(*same)
+            query = sa.select(*same, table["columns"]).where(table.id.in_(firsts))
+            first.update({tuple(row[:3]): row[3] for row in connection.execute(query)})
+            stored = sa.select(table.hash).where(table.hash.in_([row["hash"] for row in part]))
+            known.update(connection.execute(stored).scalars())
+
+    store.database.reading(read)
+    found = {}
+    for place, row in enumerate(ready.prompt for ready in batch):
+        earlier = first.setdefault(tuple(row[name] for name in keys), row["columns"])
+        if row["hash"] not in known and (names := _differing(row["columns"], earlier)):
+            found[place] = names
+        known.add(row["hash"])
+    return found
+
+
+def _differing(one: str | None, other: str | None) -> list[str]:
+    """Names of columns that are not the same in both."""
+    if one == other:
+        return []
+    first, second = json.loads(one or "{}"), json.loads(other or "{}")
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
 
 
 def load(store: TrajectoryStore, batch: list[Ready]) -> Loaded:
