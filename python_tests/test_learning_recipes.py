@@ -16,7 +16,7 @@ from learning.controls import PPO, known  # noqa: E402
 from learning.recipes import RECIPES, perform, settings  # noqa: E402
 from learning.settings import setting_named  # noqa: E402
 
-from spo_ext.contests.recipe import Contest, spo_settings  # noqa: E402
+from spo_ext.contests.recipe import SPO_STEPS, Contest, spo_settings  # noqa: E402
 from spo_ext.trainer import SPOConfig  # noqa: E402
 
 TINY = setting_named("tiny")
@@ -32,7 +32,7 @@ def run(name: str, cache: Path, steps: int = 2) -> dict:
 
 
 def test_the_quickstart_is_the_recipe_of_that_name(tmp_path: Path) -> None:
-    ours = settings(RECIPES["quickstart"], setting_named("standard"), tmp_path, "", 120, 0)
+    ours = settings(RECIPES["quickstart"], setting_named("standard"), tmp_path, "", SPO_STEPS, 0)
     theirs = SPOConfig(**spo_settings(Contest(), tmp_path))
     differ = {f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)}
     assert differ <= {"logging_strategy", "disable_tqdm", "run"}

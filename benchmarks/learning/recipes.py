@@ -71,7 +71,7 @@ class Recipe:
 
 
 RECIPES = {
-    "quickstart": Recipe("group"),
+    "quickstart": Recipe("group:beta=0.05"),
     "spo": Recipe("group-0.1", _SPO),
     "half-online": Recipe(
         "group-0.1:offline=near,offline_share=0.5,baseline=online_group,sharpen=0.8", _HALF_ONLINE
