@@ -13,7 +13,7 @@ pytest.importorskip("sqlalchemy")
 from evaluation_cases import BAD, GOOD, LOST, Scripted, decode, judge  # noqa: E402
 
 from spo_ext.evaluation.evaluate import evaluate  # noqa: E402
-from spo_ext.evaluation.summary import estimate, pass_estimate  # noqa: E402
+from spo_ext.evaluation.records import estimate, pass_estimate  # noqa: E402
 from spo_ext.rollout import Generation, Judgement, Sampling  # noqa: E402
 from spo_ext.store import Prompt  # noqa: E402
 
@@ -113,7 +113,7 @@ def test_intervals_are_those_of_the_bootstrap() -> None:
 def test_a_large_table_is_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [i / 50 for i in range(50)]
     whole = estimate(values)
-    monkeypatch.setattr("spo_ext.evaluation.summary._CHUNK", 50 * 300)  # 2000 is no multiple
+    monkeypatch.setattr("spo_ext.evaluation.records._CHUNK", 50 * 300)  # 2000 is no multiple
     parts = estimate(values)
     assert whole is not None and parts is not None
     assert parts.low == pytest.approx(whole.low, abs=0.02)

@@ -28,7 +28,7 @@ from learning.tables import (  # noqa: E402
     shown,
 )
 
-from spo_ext.evaluation.summary import Estimate  # noqa: E402
+from spo_ext.evaluation.records import Estimate  # noqa: E402
 
 
 def record(method, seed, final, **changes):

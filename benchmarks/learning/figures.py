@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spo_ext.evaluation.panels import GREY, PALETTE, new_figure, plain, png_bytes
-from spo_ext.evaluation.summary import estimate
+from spo_ext.evaluation.records import estimate
 
 from .sensitivity import Sensitivity
 from .tables import Series, last, mean_curve, pass_at

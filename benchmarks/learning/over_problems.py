@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spo_ext.contests.problems import Split
-from spo_ext.evaluation.summary import RESAMPLES, Estimate, bounds
+from spo_ext.evaluation.records import RESAMPLES, Estimate, bounds
 from spo_ext.metrics import pass_at_k
 
 from .settings import setting_named

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spo_ext.evaluation.summary import Estimate, estimate
+from spo_ext.evaluation.records import Estimate, estimate
 
 Record = dict[str, Any]
 # Reference seed, seed, and what the reference passed in the evaluation before the first step: one

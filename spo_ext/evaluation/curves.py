@@ -21,8 +21,8 @@ from spo_ext.evaluation.panels import (
     png_bytes,
     smoothed,
 )
+from spo_ext.evaluation.records import pass_estimate
 from spo_ext.evaluation.runs import Saved, Series
-from spo_ext.evaluation.summary import pass_estimate
 from spo_ext.shown import visible
 
 _MARKED = 12  # as many points, or fewer, are marked one by one
