@@ -116,7 +116,7 @@ def test_what_is_appended_joins_the_present_epoch(store: TrajectoryStore) -> Non
     assert sorted(drawn) == sorted(old + new)
 
 
-def test_max_age_draws_from_the_last_versions(store: TrajectoryStore) -> None:
+def test_max_offpolicy_steps_draws_from_the_last_versions(store: TrajectoryStore) -> None:
     for version in range(5):
         fill(store, policy(version), 4)
     batch = sampler(store, 8, max_offpolicy_steps=1).next_batch(policy_version=3)

@@ -71,7 +71,7 @@ class Recipe:
 
 
 RECIPES = {
-    "quickstart": Recipe("group"),
+    "quickstart": Recipe("group:beta=0.05"),
     "spo": Recipe("group-0.1", _SPO),
     "half-online": Recipe(
         "group-0.1:offline=near,offline_share=0.5,baseline=online_group,sharpen=0.8", _HALF_ONLINE
@@ -110,7 +110,7 @@ def settings(
         output_dir=str(folder / run),
         max_steps=steps,
         seed=seed,
-        logging_steps=10,
+        logging_strategy="no",
         disable_tqdm=True,
     )
     group = config.num_generations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo_ext.commands import fail, failures
-from spo_ext.contests.recipe import Contest, spo_settings
+from spo_ext.contests.recipe import SPO_STEPS, Contest, spo_settings
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
@@ -43,7 +43,7 @@ def add_quickstart(subparsers: Subparsers, command: Callable[[Sequence[str]], in
     for name, text in _NUMBERS.items():
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=int, default=getattr(defaults, name), metavar="N", help=text)
-    add("--steps", type=int, default=120, metavar="N", help="optimiser steps of SPO")
+    add("--steps", type=int, default=SPO_STEPS, metavar="N", help="optimiser steps of SPO")
     add("--evaluation-samples", type=int, default=20, metavar="N", help="programs of a problem")
     add("--threads", type=int, default=2, metavar="N", help="CPU threads of PyTorch")
     add("--quiet", action="store_true", help="no progress bars and no output but errors")

@@ -9,7 +9,7 @@ from typing import Any
 
 from spo_ext.contests.problems import Problem, Split, draw_problem
 
-PROMPTS_PER_BATCH, NUM_GENERATIONS = 16, 8
+PROMPTS_PER_BATCH, NUM_GENERATIONS, SPO_STEPS = 16, 8, 160
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Contest:
 
 def spo_settings(contest: Contest, out: Path, **changes: Any) -> dict[str, Any]:
     """The recipe of the quickstart: fields of `SPOConfig`, with the contest's store in `out`."""
-    rate, beta = 3e-4, 0.03  # beta 0.1 keeps more different correct programs and gains less pass@1
+    rate, beta = 3e-4, 0.05  # 0.1 keeps more different correct programs and gains less pass@1
     settings = {
         "store": str(out / "store.db"),
         "output_dir": str(out),
@@ -99,7 +99,7 @@ def spo_settings(contest: Contest, out: Path, **changes: Any) -> dict[str, Any]:
         "rollout_batch_size": 2 * PROMPTS_PER_BATCH,
         "max_new_tokens": contest.max_program_tokens,
         "per_device_train_batch_size": PROMPTS_PER_BATCH * NUM_GENERATIONS,
-        "max_steps": 120,
+        "max_steps": SPO_STEPS,
         "seed": contest.seed,
         "learning_rate": rate,
         "lr_scheduler_type": "polynomial",
