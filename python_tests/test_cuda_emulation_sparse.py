@@ -59,7 +59,7 @@ def check(case: Case, emulated) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "depth", "vocabulary", "workspace_mib"),
-    [((61,), 72, 3000, 64), ((2, 65), 130, 2050, 64), ((40,), 200, 9000, 1)],
+    [((61,), 72, 3000, 64), ((2, 65), 130, 2050, 64), ((24,), 200, 9000, 1)],
 )
 def test_what_is_dropped(emulated, path, tokens, depth, vocabulary, workspace_mib, dtype) -> None:
     case = sharp_case(tokens, depth, vocabulary, dtype)
@@ -67,7 +67,7 @@ def test_what_is_dropped(emulated, path, tokens, depth, vocabulary, workspace_mi
     assert 0.05 < check(case, emulated) < 0.5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_every_option(emulated, path, softcap, dtype) -> None:
     case = sharp_case((50,), 136, 2000, dtype, sharpest=17.0)

@@ -66,8 +66,11 @@ def words(count: int, first: int = 5) -> list[Prompt]:
     return [Prompt(f"prompt {i}", token_ids=[first + i, 7]) for i in range(count)]
 
 
-def meanwhile(work: Callable[[], Any]) -> Callable[[], None]:
-    """Starts it in a thread; call the result to wait for its end and see its error."""
+def meanwhile(work: Callable[[], Any], publisher: ServerPublisher) -> Callable[[], None]:
+    """Starts a trainer's work in a thread; call the result to wait for its end and see its error.
+
+    The trainer finishes at the end, whatever happened, so that nobody follows it for ever.
+    """
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -75,6 +78,8 @@ def meanwhile(work: Callable[[], Any]) -> Callable[[], None]:
             work()
         except BaseException as error:
             failures.append(error)
+        finally:
+            publisher.finish()
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -99,9 +104,8 @@ def test_no_completion_is_stored_under_a_version_that_did_not_write_it(
         for version in range(8):
             publisher.publish(model, None, version)
             wait_for(lambda version=version: place.weights()[version, version] > 4)
-        publisher.finish()
 
-    done = meanwhile(train)
+    done = meanwhile(train, publisher)
     assert place.follow("--batch-size", 3, "--concurrency", 3) == 0
     done()
     found = place.weights()
@@ -117,17 +121,16 @@ def test_a_server_that_was_started_anew_is_noticed_and_gets_its_weights_again(
     publisher = place.publisher()
     publisher.publish(tiny_model(), None, 0)
     publisher.publish(tiny_model(), None, 2)
-    change_server(url, seconds=0.05)
+    change_server(url, seconds=0.25)  # 3 s for all, so that some are left at the restart
 
     def train() -> None:
         wait_for(lambda: place.weights()[2, 2] > 0)
-        change_server(url, restart=True, away=3)
+        change_server(url, restart=True, away=3, seconds=0.05)
         wait_for(lambda: "waiting for the trainer" in capfd.readouterr().err)
         publisher.restore()
         wait_for(lambda: place.weights()[2, 2] == 24)
-        publisher.finish()
 
-    done = meanwhile(train)
+    done = meanwhile(train, publisher)
     assert place.follow("--batch-size", 2, "--concurrency", 2, "--retries", 1) == 0
     done()
     assert place.weights() == {(2, 2): 24}
@@ -155,18 +158,17 @@ def test_a_version_that_the_server_contradicts_is_refused(
 def test_a_trainer_that_goes_back_to_a_checkpoint_is_followed(url: str, tmp_path: Path) -> None:
     """Its server has an earlier version then."""
     place = Place(tmp_path, url, words(12))
+    resumed = place.publisher()
     change_server(url, seconds=0.05)
 
     def train() -> None:
         place.publisher().publish(tiny_model(), None, 5)
         wait_for(lambda: place.weights()[5, 5] > 0)
-        resumed = place.publisher()
         resumed.publish(tiny_model(), None, 4)
         wait_for(lambda: place.weights()[4, 4] == 24)
         resumed.publish(tiny_model(), None, 5)
-        resumed.finish()
 
-    done = meanwhile(train)
+    done = meanwhile(train, resumed)
     assert place.follow("--batch-size", 1, "--concurrency", 1) == 0
     done()
     assert place.weights() == {(4, 4): 24, (5, 5): 24}

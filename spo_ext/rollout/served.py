@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 import time
@@ -85,8 +84,8 @@ class ServedPolicy:
         """
         if not self._following:
             self._following = self._patient = True
-        until = 0.0
-        for polls in itertools.count():
+        until, answers = 0.0, 0
+        while True:
             newest = latest_policy(directory)
             if stop() or newest is None or newest[0] != version:
                 return False
@@ -111,10 +110,10 @@ class ServedPolicy:
                     f"{words}, and no trainer will bring them ({directory / FINISHED} exists): "
                     f"serve that folder, and give --policy-version {version} in place of --follow"
                 )
-            if polls == 1:  # not between two steps of a publication
+            answers += 1
+            if answers == 2:  # not between two steps of a publication
                 _say(f"{words}, as after a restart: waiting for the trainer to publish them again")
             time.sleep(_POLL_S)
-        raise AssertionError
 
     def possible(self, prompts: Sequence[StoredPrompt], sampling: Sampling) -> list[StoredPrompt]:
         """Those that the server has not refused before, and that its context has room for."""
