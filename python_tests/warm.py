@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-_VARIABLE = "SPO_TESTS_WARM"  # the socket of the server
+_VARIABLE = "WARM_SOCKET"  # the socket of the server
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -123,7 +123,7 @@ class Process:
             thread.start()
         if self.stdin is not None:
             try:
-                self.stdin.write(input)
+                self.stdin.write(input or "")
                 self.stdin.close()
             except BrokenPipeError:
                 pass
