@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without compiling: Python compiles what it imports, a third of it.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEED ?= 0
 BUDGET ?= 30
 # Processes that run the tests, each with one thread unless a test asks for more.
@@ -13,6 +12,9 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 SANITIZED := $(addprefix python_tests/,test_token_logprobs.py test_logprobs_from_logits.py \
 	test_soft_q.py test_loss.py test_linear_loss.py test_trace_one_token.py test_strategy.py \
 	test_dropped_mass.py)
+
+# The tests start a hundred processes; without .pyc each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Real head states, where there are some beside the repository; else tests and benchmarks make their own.
 export SPO_HEAD_STATES ?= $(abspath $(wildcard ../shared/data/lm_head_states.safetensors))
@@ -29,8 +31,8 @@ NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
 # which it can be built there.
 CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 
-.PHONY: quickstart test lint docs format bench reproduce build package wheel cuda cuda-wheel carry sanitize sandbox postgres \
-	clean
+.PHONY: quickstart test lint docs format bench reproduce compile build package wheel cuda cuda-wheel carry \
+	sanitize sandbox postgres clean
 
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
@@ -39,17 +41,24 @@ test: build sandbox postgres lint docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-skip
 
 # torch by exact version and first: an open range may bring gigabytes of CUDA libraries.
-$(VENV)/.ready: constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) setuptools wheel ninja numpy pytest hypothesis pytest-benchmark pytest-xdist pytest-timeout \
-		safetensors ruff mypy \
-		clang-format transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML \
-		accelerate peft trl datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai \
+	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)" setuptools wheel ninja numpy
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch
+	$(PIP) pytest hypothesis pytest-benchmark pytest-xdist pytest-timeout safetensors ruff mypy clang-format \
+		transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML accelerate peft trl \
+		datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai \
 		mkdocs-material mkdocstrings-python
 	touch $@
 
-build: $(VENV)/.ready
+compile: $(VENV)/.torch
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# What needs torch alone is compiled while the rest is downloaded.
+build:
+	$(MAKE) --no-print-directory -j2 compile $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 # The judge of model-written programs needs bubblewrap; without root, only say so.
