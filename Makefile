@@ -54,7 +54,8 @@ $(VENV)/.ready: $(VENV)/.torch
 	touch $@
 
 compile: $(VENV)/.torch
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace >build/compile.log 2>&1 || { cat build/compile.log; exit 1; }
 
 # What needs torch alone is compiled while the rest is downloaded.
 build:
