@@ -52,6 +52,13 @@ def import_from_here() -> None:
         sys.path.insert(0, os.getcwd())
 
 
+def api_key(name: str | None) -> str | None:
+    """Returns what the environment has under the name of --api-key-from. Raises ValueError."""
+    if name is not None and name not in os.environ:
+        raise ValueError(f"--api-key-from must name a variable of the environment, got {name}")
+    return None if name is None else os.environ[name]
+
+
 def failures() -> tuple[type[BaseException], ...]:
     """What stores, models, servers, rewards and files may raise through no fault of the program."""
     usual = (OSError, ValueError, ImportError, RuntimeError)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spo_ext.commands import import_from_here
+from spo_ext.commands import api_key, import_from_here
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Generator, Reward
 from spo_ext.shown import hide_passwords
@@ -33,7 +33,7 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
         options.served_model,
         dialect=options.dialect,
         tokenizer=tokenizer,
-        api_key=_api_key(options),
+        api_key=api_key(options.api_key_from),
         concurrency=options.concurrency,
         end_ids=tokenizer.end_ids,
         extra=options.server_extra,
@@ -61,7 +61,7 @@ def describe_policy(options: argparse.Namespace) -> dict[str, Any]:
     if options.server is not None:
         if options.tokenizer is None:
             raise ValueError("eval: --tokenizer must be given with --server, got None")
-        _api_key(options)
+        api_key(options.api_key_from)
         where = hide_passwords(options.server)
         extra = {} if options.server_extra is None else {"server_extra": options.server_extra}
         return {"server": where, "model": options.served_model} | extra | tokenizer
@@ -74,14 +74,3 @@ def describe_policy(options: argparse.Namespace) -> dict[str, Any]:
             about = path.stat()
             state.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return {"model": os.fspath(folder), "model_files": state.hexdigest()} | tokenizer
-
-
-def _api_key(options: argparse.Namespace) -> str | None:
-    name = options.api_key_from
-    if name is None:
-        return None
-    if name not in os.environ:
-        raise ValueError(
-            f"eval: --api-key-from must name a variable of the environment, got {name}"
-        )
-    return os.environ[name]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
+from spo_ext.commands import api_key
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout.generation import Reward, Sampling
 from spo_ext.rollout.rewards import as_reward, load_reward, test_options
@@ -69,17 +69,12 @@ def make_server(
 ) -> ServerGenerator:
     """Raises ValueError if the environment lacks the key, or for a field of --server-extra that
     other arguments set."""
-    key = None
-    if options.api_key_from is not None:
-        key = os.environ.get(options.api_key_from)
-        if key is None:
-            raise ValueError(f"--api-key-from: the environment has no {options.api_key_from}")
     return ServerGenerator(
         options.server,
         options.served_model,
         dialect=options.dialect,
         tokenizer=tokenizer,
-        api_key=key,
+        api_key=api_key(options.api_key_from),
         timeout_s=options.timeout,
         retries=options.retries,
         concurrency=options.concurrency,
