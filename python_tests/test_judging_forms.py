@@ -8,8 +8,7 @@ import pytest
 from data_cases import HUMANEVAL
 
 from spo_ext.data.contests import parse_apps, parse_code_contests
-from spo_ext.data.evalplus import parse_evalplus
-from spo_ext.data.functions import parse_humaneval, parse_mbpp
+from spo_ext.data.functions import parse_evalplus, parse_humaneval, parse_mbpp
 from spo_ext.data.records import Defaults
 from spo_ext.data.tests import submission
 from spo_ext.sandbox import (

@@ -11,7 +11,7 @@ import torch
 from publish_cases import lora_model, tiny_model, tiny_tokenizer, trained
 
 from spo_ext.durable import exchange_folders
-from spo_ext.trainer.policy_weights import policy_state
+from spo_ext.trainer.model import policy_state
 from spo_ext.trainer.publish import DirectoryPublisher
 
 transformers = pytest.importorskip("transformers")

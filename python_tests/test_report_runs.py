@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from spo_ext.evaluation import curves
+from spo_ext.evaluation import panels
 from spo_ext.evaluation.panels import (
     PANELS,
     lines_of,
@@ -143,13 +143,13 @@ def test_smoothing_has_no_lag_and_no_bias_at_the_ends() -> None:
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The axes of a chart instead of its PNG."""
-    monkeypatch.setattr(curves, "png_bytes", lambda figure: figure.axes[0])
+    monkeypatch.setattr(panels, "png_bytes", lambda figure: figure.axes[0])
 
 
 def chart(name: str, **series: list[float]) -> Any:
     panel = next(panel for panel in PANELS if panel.name == name)
     points = {key: Series(list(range(len(row))), row) for key, row in series.items()}
-    return curves.draw_panel(panel, points)
+    return panels.draw_panel(panel, points)
 
 
 def test_many_values_are_drawn_raw_and_smoothed(axes: Any) -> None:
@@ -179,7 +179,7 @@ def test_axes_are_logarithmic_only_where_it_helps(axes: Any) -> None:
 
 def test_nothing_logged_is_no_chart(axes: Any) -> None:
     assert chart("loss", reward=[1.0]) is None
-    assert curves.draw_pass_curves([]) is None
+    assert panels.draw_pass_curves([]) is None
 
 
 def test_pass_curves_come_from_the_counts(axes: Any, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_pass_curves_come_from_the_counts(axes: Any, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         rows = [{"n": 8, "c": c} for c in correct] + [{"n": 2, "c": 1}]  # six were not judged
         (tmp_path / name / "evaluation.json").write_text(json.dumps({"per_prompt": rows}))
-    drawn = curves.draw_pass_curves(read_run(tmp_path).evaluations)
+    drawn = panels.draw_pass_curves(read_run(tmp_path).evaluations)
     first, _ = drawn.lines
     assert list(first.get_xdata()) == list(range(1, 9))
     expected = [mean_pass_at_k(8, correct, k) for k in range(3, 9)]

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache, Qwen2Config
 
-from spo_ext.rollout.decoding import roomy_cache
+from spo_ext.rollout.embedded import roomy_cache
 
 CONFIG = Qwen2Config(num_hidden_layers=2)
 

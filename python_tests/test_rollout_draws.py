@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spo_ext.rollout.draws import Draw, completion_seeds, derived_seed, nucleus, pick
+from spo_ext.rollout.generation import Draw, completion_seeds, derived_seed, nucleus, pick
 
 
 def test_tokens_come_as_often_as_their_weight_says() -> None:

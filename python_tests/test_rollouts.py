@@ -12,7 +12,7 @@ import pytest
 from rollout_cases import END, Scripted, decode, odd_ones, rows, words
 
 from spo_ext.rollout import Generation, Judgement, Rollouts, Sampling
-from spo_ext.rollout.stats import Tally
+from spo_ext.rollout.rollouts import Tally
 from spo_ext.store import Origin, Prompt, StoredPrompt, TrajectoryStore
 
 SAMPLING = Sampling(n=4, temperature=0.5, top_p=0.9, max_new_tokens=9, seed=1)

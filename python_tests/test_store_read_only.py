@@ -22,7 +22,7 @@ import evaluation_cases
 from store_cases import ROOT, add_prompts, policy, start_process, trajectory
 
 from spo_ext.cli import main
-from spo_ext.store import SchemaError, TrajectoryStore, database, migrations
+from spo_ext.store import SchemaError, TrajectoryStore, database, schema
 
 ENVIRONMENT = {
     **os.environ,
@@ -264,7 +264,7 @@ def test_a_url_may_ask_for_reading_only(tmp_path: Path) -> None:
             add_prompts(store, 9)
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE spo_schema SET version = 2")
-    with pytest.raises(SchemaError, match=f"schema version {migrations.CURRENT}, got 2; open it"):
+    with pytest.raises(SchemaError, match=f"schema version {schema.CURRENT}, got 2; open it"):
         TrajectoryStore(f"sqlite:///file:{file}?mode=ro&uri=true")
 
 

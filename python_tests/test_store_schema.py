@@ -21,7 +21,7 @@ from spo_ext.store import (
     SamplerConfig,
     SchemaError,
     TrajectoryStore,
-    migrations,
+    schema,
 )
 
 HERE = Path(__file__).parent
@@ -113,7 +113,7 @@ def test_a_migrated_store_is_like_a_new_one(
     with TrajectoryStore(version_1) as migrated, TrajectoryStore(new) as created:
         assert tables(migrated) == tables(created)
         with migrated.database.read() as connection:
-            assert migrations.stored_version(connection) == migrations.CURRENT
+            assert schema.stored_version(connection) == schema.CURRENT
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def test_a_migration_is_done_whole_or_not_at_all(
         connection.exec_driver_sql("CREATE TABLE half (id INTEGER)")
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, failing))
-    monkeypatch.setattr(migrations, "CURRENT", migrations.CURRENT + 1)
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, failing))
+    monkeypatch.setattr(schema, "CURRENT", schema.CURRENT + 1)
     with pytest.raises(RuntimeError, match="power cut"):
         TrajectoryStore(version_1)
     monkeypatch.undo()
@@ -148,7 +148,7 @@ def test_a_newer_store_is_refused_and_left_alone(store_target: str) -> None:
     execute(store_target, "UPDATE spo_schema SET version = 99")
     with pytest.raises(SchemaError, match="has schema version 99, this spo_ext knows up to"):
         TrajectoryStore(store_target)
-    execute(store_target, f"UPDATE spo_schema SET version = {migrations.CURRENT}")
+    execute(store_target, f"UPDATE spo_schema SET version = {schema.CURRENT}")
     TrajectoryStore(store_target).close()
 
 

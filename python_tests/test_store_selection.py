@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_ext.store import SamplerConfig, SampleShortfall, Stratum
-from spo_ext.store.index import Columns, Index
-from spo_ext.store.selection import Selection, select
+from spo_ext.store.selection import Columns, Index, Selection, select
 
 MIXTURES = st.sampled_from(
     [

@@ -18,13 +18,13 @@ from trainer_cases import fill, make_model, make_tokenizer
 from trainer_process import settings
 
 from spo_ext.rollout import Generation, Judgement
+from spo_ext.rollout.values import PromptValues
 from spo_ext.store import Origin, PromptValue, SampleShortfall, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, feed, reference
 from spo_ext.trainer.feed import Feed
 from spo_ext.trainer.model import HeadSettings, answer_logprobs
 from spo_ext.trainer.producer import Producer
 from spo_ext.trainer.reference import Reference
-from spo_ext.trainer.values import PromptValues
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 from trainer_cases import dev_prompts, fill, make_model, make_tokenizer
 from trainer_process import settings, train
 
-from spo_ext.modes import evaluating
+from spo_ext.models import evaluating
 from spo_ext.rollout import ModelGenerator
 from spo_ext.store import TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
@@ -178,7 +178,7 @@ def _as_gpu(device: torch.device) -> torch.device:
 
 
 def test_a_log_line_that_a_crash_cut_off_does_not_spoil_the_log(folder: Path) -> None:
-    from spo_ext.evaluation.files import read_json_lines
+    from spo_ext.durable import read_json_lines
 
     log = folder / "run" / "metrics.jsonl"
     log.parent.mkdir()

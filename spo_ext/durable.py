@@ -1,11 +1,14 @@
-"""Files that outlive a crash: written whole and flushed, then renamed into place."""
+"""Files that outlive a crash, written whole; and those of JSON that others read meanwhile."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Of Linux: see renameat2(2).
 _AT_FDCWD = -100
@@ -66,3 +69,47 @@ def _exchange_at_once(first: Path, second: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # the file system cannot
         return False
     raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file; a last line without its end is not finished and left out.
+
+    Raises ValueError for any other line that is no JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:80]!r}")
+            yield row
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError unless it is a JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Removes what a process that died has left behind the last end of a line.
+
+    For before a file is appended to: in the midst of it such a line could not be read.
+    """
+    if path.is_file():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def write_json(path: Path, value: object) -> None:
+    """The file appears when it is complete."""
+    write_text(path, json.dumps(value, indent=1) + "\n")

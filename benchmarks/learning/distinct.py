@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from spo_ext.contests.vocabulary import EOS, PAD
-from spo_ext.rollout.decoding import roomy_cache
+from spo_ext.rollout.embedded import roomy_cache
 
 from .policy import Samples, pad_prompts, read, up_to_end
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 import spo_ext
 from spo_ext.contests.programs import MAX_PROGRAM_TOKENS
 from spo_ext.contests.vocabulary import EOS, PAD
-from spo_ext.rollout.decoding import roomy_cache
+from spo_ext.rollout.embedded import roomy_cache
 
 IGNORED = -100
 _ROWS_PER_PASS = 128

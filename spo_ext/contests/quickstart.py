@@ -136,7 +136,7 @@ def _prepare(contest: Contest, options: argparse.Namespace) -> None:
 
 def summary(out: Path) -> str:
     """Before and after as aligned text, and where to look."""
-    from spo_ext.evaluation.summary import label
+    from spo_ext.evaluation.records import label
 
     before, after = (
         json.loads((out / name / "evaluation.json").read_text(encoding="utf-8"))["values"]

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArgumen
 from spo_ext.contests.programs import demonstrate
 from spo_ext.contests.recipe import Contest
 from spo_ext.contests.vocabulary import EOS, GO, PAD, TOKENS, encode_prompt
-from spo_ext.trainer.runlog import show_progress
+from spo_ext.trainer.metrics import show_progress
 
 _MAX_PROMPT_TOKENS = 32
 _WARMUP_STEPS = 50

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from spo_ext.checks import number
-from spo_ext.data.readers import need_pyarrow
+from spo_ext.data.importer import need_pyarrow
 from spo_ext.data.records import Content
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.data.trl import json_line, trl_row

@@ -13,8 +13,7 @@ from spo_ext.data.contests import (
     parse_livecodebench,
     parse_taco,
 )
-from spo_ext.data.evalplus import parse_evalplus
-from spo_ext.data.functions import parse_humaneval, parse_mbpp
+from spo_ext.data.functions import parse_evalplus, parse_humaneval, parse_mbpp
 from spo_ext.data.records import Defaults, Fields, Record, Row, RowError
 from spo_ext.data.trl import parse_trl
 from spo_ext.store.records import RESERVED

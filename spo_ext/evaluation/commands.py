@@ -89,8 +89,8 @@ def _eval(options: argparse.Namespace) -> int:
         # Imported here: they need packages that the other commands do not.
         from spo_ext.data.tokens import Tokenizer
         from spo_ext.evaluation import producers
+        from spo_ext.evaluation.records import table
         from spo_ext.evaluation.stored import evaluate_stored
-        from spo_ext.evaluation.summary import table
         from spo_ext.store import TrajectoryStore
     except ImportError as error:
         return fail(error)

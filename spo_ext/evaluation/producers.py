@@ -20,8 +20,8 @@ def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generat
     Raises ImportError without transformers, ValueError if there is no model.
     """
     if options.server is None:
+        from spo_ext.models import load_model
         from spo_ext.rollout.embedded import ModelGenerator
-        from spo_ext.rollout.loading import load_model
 
         model = load_model(options.model)
         embedded: Generator = ModelGenerator(model, tokenizer, batch_size=options.batch_size)

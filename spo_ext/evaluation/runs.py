@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo_ext.evaluation.files import read_json, read_json_lines
+from spo_ext.durable import read_json, read_json_lines
 
 _NO_METRICS = {"step", "epoch", "total_flos", "num_input_tokens_seen"}
 _STATE = "trainer_state.json"

@@ -15,10 +15,9 @@ from typing import Any
 
 from spo_ext.checks import check_integer, refuse
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.durable import read_json, read_json_lines, write_json
 from spo_ext.evaluation.evaluate import evaluate
-from spo_ext.evaluation.files import read_json, read_json_lines, write_json
-from spo_ext.evaluation.records import Evaluation, Sample
-from spo_ext.evaluation.summary import summary
+from spo_ext.evaluation.records import Evaluation, Sample, summary
 from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling
 from spo_ext.rollout.rewards import judged_by, named_split
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore

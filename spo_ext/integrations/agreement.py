@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_ext.integrations.heads import inside, longest, ordinary_tokens
-from spo_ext.modes import evaluating
+from spo_ext.models import evaluating
 from spo_ext.trainer.batches import TokenBatch, Tokens, collate, collate_shared
 
 Way = Literal["shared", "row", "rows", "padded", "left", "equal"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spo_ext.head import HeadOptions
 from spo_ext.integrations.adapters import head_device, plain_layer
-from spo_ext.modes import evaluating
+from spo_ext.models import evaluating
 
 _OWNER = "add_token_logprobs"
 _LENGTH = 16

@@ -22,7 +22,7 @@ from spo_ext.integrations.heads import (
     read_head,
     router_loss,
 )
-from spo_ext.modes import evaluating
+from spo_ext.models import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -32,7 +32,7 @@ from spo_ext.integrations.trl_parts import (
     rolled,
     sums_of,
 )
-from spo_ext.modes import has_dropout
+from spo_ext.models import has_dropout
 
 try:
     from trl.models.utils import disable_gradient_checkpointing

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from spo_ext.rollout.follow import latest_policy
     from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling
     from spo_ext.rollout.rewards import load_reward
-    from spo_ext.rollout.rollouts import Rollouts
+    from spo_ext.rollout.rollouts import Rollouts, RolloutStats
     from spo_ext.rollout.server import ServerError, ServerGenerator
-    from spo_ext.rollout.stats import RolloutStats
     from spo_ext.rollout.values import estimate_q0
 
 __all__ = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from spo_ext.checks import check_integer
-from spo_ext.rollout.draws import derived_seed
+from spo_ext.rollout.generation import derived_seed
 
 LATEST, FINISHED, RUN = "latest", "finished", "run"
 VERSION = re.compile(r"version-(\d+)")

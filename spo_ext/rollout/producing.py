@@ -15,11 +15,11 @@ from typing import Any
 
 from spo_ext.commands import fail, failures, import_from_here, require_store
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.models import load_model
 from spo_ext.rollout.arguments import checked_sampling, make_reward, make_server
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
-from spo_ext.rollout.loading import load_model
 from spo_ext.rollout.rewards import named_split, needs_of
 from spo_ext.rollout.rollouts import Rollouts
 from spo_ext.rollout.served import ServedPolicy

@@ -14,8 +14,7 @@ from spo_ext.data.records import RowError
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.rollout import dialects
 from spo_ext.rollout.dialects import Dialect, ReplyError
-from spo_ext.rollout.draws import completion_seeds, derived_seed
-from spo_ext.rollout.generation import Generation, Sampling
+from spo_ext.rollout.generation import Generation, Sampling, completion_seeds, derived_seed
 from spo_ext.shown import hide_passwords, visible
 from spo_ext.store.records import Prompt, StoredPrompt
 

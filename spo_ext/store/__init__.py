@@ -16,7 +16,6 @@ except ImportError as error:
     ) from error
 
 from spo_ext.store.fingerprint import reference_fingerprint
-from spo_ext.store.migrations import SchemaError
 from spo_ext.store.mixture import SamplerConfig, Stratum
 from spo_ext.store.records import (
     Appended,
@@ -28,6 +27,7 @@ from spo_ext.store.records import (
     Trajectory,
 )
 from spo_ext.store.sampler import Batch, Sampler
+from spo_ext.store.schema import SchemaError
 from spo_ext.store.selection import SampleShortfall
 from spo_ext.store.store import TrajectoryStore
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from spo_ext.checks import check_integer, check_name, refuse
 from spo_ext.store import schema
-from spo_ext.store.index import Index
 from spo_ext.store.mixture import SamplerConfig
 from spo_ext.store.records import StoredTrajectory
-from spo_ext.store.selection import Selection, select
+from spo_ext.store.selection import Index, Selection, select
 from spo_ext.store.store import TrajectoryStore
 
 

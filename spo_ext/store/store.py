@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from torch import Tensor
 
 from spo_ext.checks import check_name, check_one_of, refuse
-from spo_ext.store import migrations, queries, rows, schema, scores
+from spo_ext.store import queries, rows, schema, scores
 from spo_ext.store.database import Database
 from spo_ext.store.records import (
     Appended,
@@ -59,7 +59,7 @@ class TrajectoryStore:
         self._timeout_s, self._retry_s = timeout_s, retry_s
         self._name = uuid4().hex
         self.database = Database(target, timeout_s, retry_s)
-        self.database.open(migrations.migrate, migrations.require_current)
+        self.database.open(schema.migrate, schema.require_current)
 
     def __repr__(self) -> str:
         return f"TrajectoryStore({self.database.shown!r})"

@@ -108,7 +108,7 @@ def _load(folder: str, settings: ModelArguments) -> Any:
     import torch
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    from spo_ext.rollout.loading import load_model
+    from spo_ext.models import load_model
 
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(
@@ -173,7 +173,7 @@ def add_score(subparsers: Subparsers) -> None:
 def _score(options: argparse.Namespace) -> int:
     try:
         from spo_ext.data.tokens import load_tokenizer
-        from spo_ext.rollout.loading import load_model
+        from spo_ext.models import load_model
         from spo_ext.store import TrajectoryStore
         from spo_ext.trainer.score import score_store
     except ImportError as error:

@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from spo_ext.checks import refuse
+from spo_ext.rollout.values import PromptValues
 from spo_ext.store import Batch, Sampler, SampleShortfall, StoredTrajectory, TrajectoryStore
 from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.reference import Prompts, Reference
-from spo_ext.trainer.values import PromptValues
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from spo_ext.rollout.follow import (
     version_of,
 )
 from spo_ext.shown import hide_passwords, visible
-from spo_ext.trainer.policy_weights import is_peft, policy_state
+from spo_ext.trainer.model import is_peft, policy_state
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spo_ext.checks import refuse
 from spo_ext.integrations.agreement import rope_limit
-from spo_ext.modes import evaluating
+from spo_ext.models import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
 from spo_ext.trainer.batches import Layout, Tokens, collate, company
 from spo_ext.trainer.config import SPOConfig

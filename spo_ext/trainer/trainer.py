@@ -26,14 +26,14 @@ from spo_ext.rollout import Generator, Reward, Sampling
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.rewards import as_reward, judged_by
 from spo_ext.rollout.rollouts import Rollouts
-from spo_ext.rollout.values import estimate_q0
+from spo_ext.rollout.values import PromptValues, estimate_q0
 from spo_ext.shown import hide_passwords
 from spo_ext.store import StoredPrompt, TrajectoryStore
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.health import Health
-from spo_ext.trainer.metrics import Meter, add_loss, add_online, add_tokens
+from spo_ext.trainer.metrics import Meter, RunLog, add_loss, add_online, add_tokens, show_progress
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
@@ -45,12 +45,9 @@ from spo_ext.trainer.model import (
     precision_of,
     round_like_sharded,
 )
-from spo_ext.trainer.producer import Producer
+from spo_ext.trainer.producer import Producer, SharedRollouts
 from spo_ext.trainer.publish import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
-from spo_ext.trainer.runlog import RunLog, show_progress
-from spo_ext.trainer.together import SharedRollouts
-from spo_ext.trainer.values import PromptValues
 from spo_ext.trainer.weights import online_baseline, sequence_weights
 
 logger = logging.getLogger(__name__)

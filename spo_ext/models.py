@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders that save_pretrained wrote; nothing is downloaded."""
+"""Models from folders that save_pretrained wrote, nothing downloaded; and the modes of a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 def load_model(
@@ -82,3 +84,34 @@ def _bars(quiet: bool) -> Iterator[None]:
     finally:
         if change:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and each module as it was afterwards: some may have been frozen so."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets dropout and layer drop of every module to 0, those of adapters included."""
+    for module, name, _ in _dropout(model):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(probability > 0 for *_, probability in _dropout(model))
+
+
+def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Models keep the probability in modules for dropout, or as a number of their own."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            of_dropout = "drop" in name or (isinstance(module, _DropoutNd) and name == "p")
+            if of_dropout and isinstance(value, float):
+                yield module, name, value
