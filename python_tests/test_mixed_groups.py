@@ -134,7 +134,9 @@ def micro_batch(online: torch.Tensor) -> tuple[torch.Tensor, MicroBatch]:
     tokens = TokenBatch({}, torch.arange(11), torch.zeros(11, dtype=torch.int64), split)
     unknown = torch.full((11,), torch.nan)
     cut = torch.zeros(6, dtype=torch.bool)
-    batch = MicroBatch(tokens, ref, REWARDS, GROUPS, None, unknown, online, cut, 0.0, 1.0)
+    turns = torch.ones(6, dtype=torch.int64)
+    rows = (split, ref, REWARDS, None, turns, GROUPS)
+    batch = MicroBatch(tokens, *rows, None, unknown, online, cut, 0.0, 1.0)
     return logprobs, batch
 
 

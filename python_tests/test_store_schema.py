@@ -40,6 +40,13 @@ def execute(target: str, script: str) -> None:
         connection.execute(script)
 
 
+def back_to_version_5(target: str) -> None:
+    """As it was before there were turns."""
+    columns = ("completion_mask", "contexts", "token_rewards", "info")
+    drop = "".join(f"ALTER TABLE trajectories DROP COLUMN {name};" for name in columns)
+    execute(target, drop + "UPDATE spo_schema SET version = 5;")
+
+
 def tables(store: TrajectoryStore) -> dict[str, Any]:
     """Columns, keys and indices of every table."""
     with store.database.read() as connection:
@@ -95,6 +102,7 @@ def test_a_store_of_version_4_is_migrated_with_its_rows(store_target: str) -> No
     with TrajectoryStore(store_target) as store:
         key = store.add_prompt(prompt)
         store.append([trajectory(key, 1, policy())])
+    back_to_version_5(store_target)
     drop = "ALTER TABLE prompts DROP COLUMN columns; UPDATE spo_schema SET version = 4;"
     execute(store_target, drop)
     with TrajectoryStore(store_target) as store:

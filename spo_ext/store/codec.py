@@ -1,4 +1,4 @@
-"""Records as bytes: token ids, log-probabilities, JSON, and the hashes that identify content.
+"""Records as bytes: token ids, masks, log-probabilities, JSON, and the hashes of content.
 
 Hashes cover content alone, never an id or a time, so that the same trajectory has the same hash in
 every store and in whatever order it came.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,31 @@ def decode_floats(data: bytes) -> Tensor:
     values = array("f")
     values.frombytes(data)
     return torch.tensor(_little_endian(values), dtype=torch.float32, device="cpu")
+
+
+def encode_mask(mask: Sequence[bool]) -> bytes:
+    """A bit for each, the first the lowest of the first byte."""
+    bits = "".join("1" if one else "0" for one in reversed(mask))
+    return int(bits or "0", 2).to_bytes((len(mask) + 7) // 8, "little")
+
+
+def decode_mask(data: bytes, size: int) -> tuple[bool, ...]:
+    bits = format(int.from_bytes(data, "little"), f"0{size}b")
+    return tuple(bit == "1" for bit in reversed(bits))
+
+
+def encode_contexts(contexts: Mapping[int, Sequence[int]]) -> bytes:
+    """Where each begins, how many tokens it has, and these."""
+    return encode_tokens([n for start, ids in contexts.items() for n in (start, len(ids), *ids)])
+
+
+def decode_contexts(data: bytes) -> dict[int, tuple[int, ...]]:
+    numbers, found, place = decode_tokens(data), {}, 0
+    while place < len(numbers):
+        start, size = numbers[place : place + 2]
+        found[start] = numbers[place + 2 : place + 2 + size]
+        place += 2 + size
+    return found
 
 
 def _little_endian(values: array[Any]) -> array[Any]:

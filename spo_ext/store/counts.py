@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from spo_ext.rollout.generation import Need
 from spo_ext.store import TrajectoryStore, schema
-from spo_ext.store.codec import encode_json
+from spo_ext.store.codec import decode_floats, encode_json
 from spo_ext.store.records import Origin, Split
 from spo_ext.store.rows import chunks
 
@@ -57,7 +57,7 @@ def rewards_drawn(
     temperature: float,
     top_p: float,
 ) -> list[tuple[int, float, int]]:
-    """(prompt id, reward, times drawn) of the trajectories of a run's policy."""
+    """(prompt id, total reward, times drawn) of the trajectories of a run's policy."""
     table = schema.trajectories.c
     where = [table.kind == "policy", table.run == run]
     where += [table.temperature == temperature, table.top_p == top_p]
@@ -67,11 +67,11 @@ def rewards_drawn(
     def look_up(connection: sa.Connection) -> list[tuple[int, float, int]]:
         found: list[tuple[int, float, int]] = []
         for part in chunks(list(prompt_ids)):
-            query = sa.select(table.prompt_id, table.reward, 1 + table.duplicates).where(
-                table.prompt_id.in_(part), *where
-            )
-            rows = connection.execute(query.order_by(table.id))
-            found += [(int(row[0]), float(row[1]), int(row[2])) for row in rows]
+            columns = (table.prompt_id, table.reward, table.token_rewards, 1 + table.duplicates)
+            query = sa.select(*columns).where(table.prompt_id.in_(part), *where)
+            for prompt, reward, paid, times in connection.execute(query.order_by(table.id)):
+                on_the_way = 0.0 if paid is None else float(decode_floats(paid).double().sum())
+                found.append((int(prompt), float(reward) + on_the_way, int(times)))
         return found
 
     return store.database.reading(look_up)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -108,19 +109,38 @@ class Prompt:
             )
 
 
+class Segment(NamedTuple):
+    """A context, what follows it, and which of that the policy wrote (None: all)."""
+
+    context: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    mask: tuple[bool, ...] | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """A completion of a stored prompt.
+    """What followed a stored prompt: a completion, or the turns of a policy and its environment.
 
     Args:
         prompt_id: from `add_prompt`.
-        token_ids: [T], T >= 1, as they were generated, the end token included if there was one.
-        reward: finite or -inf; reason says why (a failed test, a judge's words).
+        token_ids: [T], T >= 1, as they were generated, the end token included if there was one;
+            of several turns all, with what the environment said in between.
+        reward: finite or -inf, at the end; reason says why (a failed test, a judge's words).
         finish: "eos", or "truncated" at a limit of length.
-        behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32.
+        behaviour_logprobs: [T] nats, of the policy that sampled it, kept as float32; 0 where
+            another wrote the token.
         temperature: of the sampling; None if unknown, as for a human's.
         top_p: of the sampling; None if unknown.
         draw: tells equal completions of one origin apart, which would be one row otherwise.
+        completion_mask: [T] bool, True where the policy wrote the token, False where a tool, a user
+            or a template did; None if the policy wrote all. At least one is True.
+        contexts: what the policy read where it was not the prompt and all tokens so far: by the
+            place in token_ids from which on it holds, the ids that stand there instead of all that
+            came before. So are turns kept whose template writes earlier turns anew.
+        token_rewards: [T], rewards on the way, besides the one at the end; the return of the
+            trajectory is the sum of all. None if there are none. A token of the environment hands
+            its reward to the policy's last token before it.
+        info: JSON of the writer's own; no part of what tells trajectories apart.
     """
 
     prompt_id: int
@@ -133,6 +153,10 @@ class Trajectory:
     temperature: float | None = None
     top_p: float | None = None
     draw: int = 0
+    completion_mask: Sequence[bool] | None = None
+    contexts: Mapping[int, Sequence[int]] | None = None
+    token_rewards: Tensor | Sequence[float] | None = None
+    info: Any = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -150,14 +174,60 @@ class Trajectory:
         check_one_of("Trajectory", "finish", self.finish, get_args(Finish))
         if not isinstance(self.reason, str):
             refuse("Trajectory", "reason", "text", self.reason)
+        size = len(self.token_ids)
+        mask = _mask(self.completion_mask, size)
+        put("completion_mask", mask)
+        put("contexts", _contexts(self.contexts, size))
         if self.behaviour_logprobs is not None:
-            name, size = "behaviour_logprobs", len(self.token_ids)
-            put(name, logprob_tensor("Trajectory", name, self.behaviour_logprobs, size))
+            name, given = "behaviour_logprobs", self.behaviour_logprobs
+            put(name, per_token_tensor("Trajectory", name, given, size, mask))
+        if self.token_rewards is not None:
+            paid = per_token_tensor("Trajectory", "token_rewards", self.token_rewards, size)
+            if mask is not None and bool(paid[: mask.index(True)].any()):
+                expected = "0 before the policy's first token, which they cannot depend on"
+                refuse("Trajectory", "token_rewards", expected, paid.tolist())
+            put("token_rewards", paid if bool(paid.any()) else None)
+        try:
+            encode_json(self.info)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Trajectory: info must be JSON, got {error}") from None
         if self.temperature is not None:
             put("temperature", number("Trajectory", "temperature", self.temperature, at_least=0.0))
         if self.top_p is not None:
             put("top_p", number("Trajectory", "top_p", self.top_p, above=0.0, at_most=1.0))
         check_integer("Trajectory", "draw", self.draw, 0)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """How many of token_ids the policy wrote."""
+        mask = self.completion_mask
+        return len(self.token_ids) if mask is None else sum(mask)
+
+    @property
+    def num_turns(self) -> int:
+        """How often the policy spoke."""
+        mask = self.completion_mask or (True,) * len(self.token_ids)
+        starts = self.contexts or {}
+        return sum(one and (i == 0 or not mask[i - 1] or i in starts) for i, one in enumerate(mask))
+
+    @property
+    def total_reward(self) -> float:
+        """The return: the reward at the end and those on the way."""
+        paid = self.token_rewards
+        return self.reward + (0.0 if paid is None else float(torch.as_tensor(paid).double().sum()))
+
+    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
+        """What the policy read and what followed, once for each context."""
+        contexts = self.contexts or {}
+        starts = [0, *contexts, len(self.token_ids)]
+        return [
+            Segment(
+                tuple(contexts.get(start, prompt_ids)),
+                tuple(self.token_ids[start:end]),
+                None if self.completion_mask is None else tuple(self.completion_mask[start:end]),
+            )
+            for start, end in itertools.pairwise(starts)
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -224,8 +294,42 @@ class Appended:
     conflicts: int
 
 
-def logprob_tensor(owner: str, name: str, values: object, size: int) -> Tensor:
-    """float32 [size], finite."""
+def _mask(given: object, size: int) -> tuple[bool, ...] | None:
+    """None if all are True."""
+    if given is None:
+        return None
+    values = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(values, Sequence) or not all(one in (True, False) for one in values):
+        refuse("Trajectory", "completion_mask", "true or false for each token", given)
+    mask = tuple(map(bool, values))
+    if len(mask) != size or not any(mask):
+        expected = f"[{size}], one for each token, with at least one of the policy's"
+        refuse("Trajectory", "completion_mask", expected, given)
+    return None if all(mask) else mask
+
+
+def _contexts(given: object, size: int) -> dict[int, tuple[int, ...]] | None:
+    """In the order of their places; None without any."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        refuse("Trajectory", "contexts", "token ids by the place where they begin to hold", given)
+    for start in given:
+        if type(start) is not int or not 0 < start < size:
+            refuse("Trajectory", "contexts", f"by places from 1 to {size - 1}", start)
+        if not len(given[start]):
+            refuse("Trajectory", f"contexts[{start}]", "at least one token", given[start])
+    found = {
+        start: token_tuple("Trajectory", f"contexts[{start}]", given[start])
+        for start in sorted(given)
+    }
+    return found or None
+
+
+def per_token_tensor(
+    owner: str, name: str, values: object, size: int, mask: Sequence[bool] | None = None
+) -> Tensor:
+    """float32 [size], finite, and 0 where the mask is False, whatever stands there."""
     try:
         tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -233,6 +337,8 @@ def logprob_tensor(owner: str, name: str, values: object, size: int) -> Tensor:
     if tensor.shape != (size,):
         got = list(tensor.shape)
         raise ValueError(f"{owner}: {name} must be [{size}], one per token, got {got}")
+    if mask is not None:
+        tensor = tensor.where(torch.tensor(mask), 0.0)
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{owner}: {name} must be finite, got nan or infinity")
     return tensor

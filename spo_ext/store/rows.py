@@ -11,10 +11,14 @@ import sqlalchemy as sa
 from spo_ext.store import schema
 from spo_ext.store.codec import (
     content_hash,
+    decode_contexts,
     decode_floats,
+    decode_mask,
     decode_tokens,
+    encode_contexts,
     encode_floats,
     encode_json,
+    encode_mask,
     encode_tokens,
 )
 from spo_ext.store.records import Origin, Prompt, StoredPrompt, StoredTrajectory, Trajectory
@@ -56,19 +60,26 @@ def stored_prompt(row: sa.Row[Any]) -> StoredPrompt:
 
 
 def trajectory_row(trajectory: Trajectory, prompt_hash: bytes) -> Row:
-    """The reward and log-probabilities are no part of the hash: they are measured, not written."""
+    """Rewards and log-probabilities are no part of the hash: they are measured, not written."""
     origin = trajectory.origin
     token_ids = encode_tokens(trajectory.token_ids)
     who = (origin.kind, origin.run, origin.policy_version, origin.model)
     how = (trajectory.temperature, trajectory.top_p, trajectory.finish)
     # A first draw has the hash that all had before draws were told apart.
     again = (trajectory.draw,) if trajectory.draw else ()
-    behaviour = trajectory.behaviour_logprobs
+    behaviour, paid = trajectory.behaviour_logprobs, trajectory.token_rewards
+    mask, contexts = trajectory.completion_mask, trajectory.contexts
+    turns = (
+        None if mask is None else encode_mask(mask),
+        None if contexts is None else encode_contexts(contexts),
+    )
+    # One completion of one prompt has the hash that all had before there were turns.
+    more = () if turns == (None, None) else turns
     return {
-        "hash": content_hash(prompt_hash, token_ids, encode_json([*who, *how, *again])),
+        "hash": content_hash(prompt_hash, token_ids, encode_json([*who, *how, *again]), *more),
         "prompt_id": trajectory.prompt_id,
         "token_ids": token_ids,
-        "num_tokens": len(trajectory.token_ids),
+        "num_tokens": trajectory.num_policy_tokens,
         "reward": trajectory.reward,
         "reason": encode_json(trajectory.reason),
         "kind": origin.kind,
@@ -80,15 +91,20 @@ def trajectory_row(trajectory: Trajectory, prompt_hash: bytes) -> Row:
         "temperature": trajectory.temperature,
         "top_p": trajectory.top_p,
         "draw": trajectory.draw,
+        "completion_mask": turns[0],
+        "contexts": turns[1],
+        "token_rewards": None if paid is None else encode_floats(paid),
+        "info": None if trajectory.info is None else encode_json(trajectory.info),
         "created_at": time.time(),
     }
 
 
 def stored_trajectory(row: sa.Row[Any]) -> StoredTrajectory:
-    behaviour = row.behaviour_logprobs
+    behaviour, mask, paid = row.behaviour_logprobs, row.completion_mask, row.token_rewards
+    token_ids = decode_tokens(row.token_ids)
     return StoredTrajectory(
         prompt_id=row.prompt_id,
-        token_ids=decode_tokens(row.token_ids),
+        token_ids=token_ids,
         reward=row.reward,
         origin=Origin(row.kind, row.run, row.policy_version, row.model),
         finish=row.finish,
@@ -97,6 +113,10 @@ def stored_trajectory(row: sa.Row[Any]) -> StoredTrajectory:
         temperature=row.temperature,
         top_p=row.top_p,
         draw=row.draw,
+        completion_mask=None if mask is None else decode_mask(mask, len(token_ids)),
+        contexts=None if row.contexts is None else decode_contexts(row.contexts),
+        token_rewards=None if paid is None else decode_floats(paid),
+        info=None if row.info is None else json.loads(row.info),
         id=row.id,
         created_at=row.created_at,
         duplicates=row.duplicates,

@@ -50,7 +50,7 @@ trajectories = sa.Table(
     sa.Column("hash", sa.LargeBinary, nullable=False, unique=True),
     sa.Column("prompt_id", sa.ForeignKey("prompts.id"), nullable=False, index=True),
     sa.Column("token_ids", sa.LargeBinary, nullable=False),
-    sa.Column("num_tokens", sa.Integer, nullable=False),
+    sa.Column("num_tokens", sa.Integer, nullable=False),  # that the policy wrote
     sa.Column("reward", sa.Double, nullable=False),
     sa.Column("reason", _JSON, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
@@ -62,6 +62,11 @@ trajectories = sa.Table(
     sa.Column("temperature", sa.Double),
     sa.Column("top_p", sa.Double),
     sa.Column("created_at", sa.Double, nullable=False),
+    # Of trajectories of several turns; see records.Trajectory.
+    sa.Column("completion_mask", sa.LargeBinary),
+    sa.Column("contexts", sa.LargeBinary),
+    sa.Column("token_rewards", sa.LargeBinary),
+    sa.Column("info", _JSON),
     # How often it was appended again, and how often of those with another reward.
     sa.Column("draw", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("duplicates", sa.BigInteger, nullable=False, server_default="0"),
@@ -176,9 +181,21 @@ def _add_columns(connection: sa.Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE prompts ADD COLUMN columns TEXT")
 
 
+def _add_turns(connection: sa.Connection) -> None:
+    """5 to 6: trajectories of several turns: who wrote which token, and what the policy read."""
+    blob = "BYTEA" if connection.dialect.name == "postgresql" else "BLOB"
+    for column, kind in (
+        ("completion_mask", blob),
+        ("contexts", blob),
+        ("token_rewards", blob),
+        ("info", "TEXT"),
+    ):
+        connection.exec_driver_sql(f"ALTER TABLE trajectories ADD COLUMN {column} {kind}")
+
+
 # Step i leads from version i + 1 to i + 2. A step is SQL that both databases understand, and never
 # changes; the tables above are only ever the newest version.
-STEPS: tuple[Step, ...] = (_add_sampling, _add_draw, _add_appends, _add_columns)
+STEPS: tuple[Step, ...] = (_add_sampling, _add_draw, _add_appends, _add_columns, _add_turns)
 CURRENT = len(STEPS) + 1
 
 

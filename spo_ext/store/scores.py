@@ -10,7 +10,7 @@ from torch import Tensor
 from spo_ext.checks import check_name, refuse
 from spo_ext.store import schema
 from spo_ext.store.codec import decode_floats, encode_floats
-from spo_ext.store.records import PromptValue, logprob_tensor
+from spo_ext.store.records import PromptValue, per_token_tensor
 from spo_ext.store.rows import chunks, prompt_hashes
 
 
@@ -31,7 +31,7 @@ def put_ref_logprobs(
     for key, values in logprobs.items():
         if key not in sizes:
             refuse("put_ref_logprobs", "logprobs", "keyed by ids of stored trajectories", key)
-        tensor = logprob_tensor("put_ref_logprobs", f"logprobs[{key}]", values, sizes[key])
+        tensor = per_token_tensor("put_ref_logprobs", f"logprobs[{key}]", values, sizes[key])
         if key not in known:
             data = encode_floats(tensor)
             new.append({"trajectory_id": key, "fingerprint": fingerprint, "logprobs": data})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_ext.checks import refuse
+from spo_ext.store import Trajectory
 
 Layout = Literal["shared", "row", "rows", "padded", "equal"]
 
@@ -20,10 +21,15 @@ _TOKEN_COST = 768
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One prompt and its completion, as token ids; neither may be empty."""
+    """What the model reads first, and what follows, as token ids; neither may be empty.
+
+    mask: which of the completion the policy wrote, at least one; None if all. The others are read
+    and never predicted.
+    """
 
     prompt: Sequence[int]
     completion: Sequence[int]
+    mask: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -34,6 +40,13 @@ class Tokens:
             refuse("SPO", "completion", "at least one token", 0)
 
     @property
+    def places(self) -> Tensor:
+        """int64: where in the completion the policy's tokens are."""
+        if self.mask is None:
+            return torch.arange(len(self.completion))
+        return torch.tensor(self.mask).nonzero()[:, 0]
+
+    @property
     def read(self) -> list[int]:
         """What the model reads: the last token predicts nothing."""
         return self.all[:-1]
@@ -42,15 +55,32 @@ class Tokens:
     def all(self) -> list[int]:
         return [*self.prompt, *self.completion]
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def tokens_of(trajectory: Trajectory, prompt_ids: Sequence[int]) -> list[Tokens]:
+    """Those of each segment in which the policy wrote, without what nobody answered to."""
+    if trajectory.completion_mask is None and trajectory.contexts is None:
+        return [Tokens(prompt_ids, trajectory.token_ids)]
+    found = []
+    for context, ids, mask in trajectory.segments(prompt_ids):
+        if mask is None:
+            found.append(Tokens(context, ids))
+        elif any(mask):
+            end = len(mask) - mask[::-1].index(True)
+            found.append(Tokens(context, ids[:end], mask[:end]))
+    return found
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """What the model reads, and where the completions lie in it.
 
     model_inputs: input_ids and position_ids [B, L], and for "padded" attention_mask [B, L].
-    index: int64 [N], the states that predict the tokens of completions, in the flattened batch.
+    index: int64 [N], the states that predict the policy's tokens, in the flattened batch.
     targets: int64 [N], those tokens.
-    cu_seqlens: int64 [S + 1], where each completion starts in index and targets.
+    cu_seqlens: int64 [S + 1], where those of each sequence start in index and targets.
     sequences, layout: what `collate` was given, from which smaller batches can be made.
     calls: how often the model is called at least, because other ranks do.
     parts: int64 [2, B, L] for "shared", the prompt or completion that each column belongs to, and
@@ -119,9 +149,9 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
         positions[row, start : start + length] = torch.arange(length)
         mask[row, start : start + length] = 1
         first = row * width + start + len(tokens.prompt) - 1
-        index.append(torch.arange(first, first + len(tokens.completion)))
-        targets.append(torch.tensor(tokens.completion))
-        sizes.append(len(tokens.completion))
+        index.append(first + tokens.places)
+        targets.append(torch.tensor(tokens.completion)[tokens.places])
+        sizes.append(len(tokens.places))
     inputs = {"input_ids": ids, "position_ids": positions}
     if layout == "padded":
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -135,7 +165,7 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
 def company(tokens: Tokens, layout: Layout, limit: int | None) -> int:
     """Sequences with the same number may be in one call of the model: 0, or their length where only
     those of one length may. limit: see `rope_limit`."""
-    size = len(tokens.prompt) + len(tokens.completion)
+    size = len(tokens)
     return size if layout == "equal" or (limit is not None and size > limit) else 0
 
 
@@ -172,12 +202,13 @@ def collate_shared(
             ids[row, columns] = read
             positions[row, columns] = len(prompt) + torch.arange(len(read))
             of_column[0, row, columns] = parts
-            index[i] = torch.cat([last_of_prompt, row * width + torch.arange(end, end + len(read))])
+            behind = row * width + torch.arange(end, end + len(read))
+            index[i] = torch.cat([last_of_prompt, behind])[sequences[i].places]
             end += len(read)
         parts += 1
     inputs = {"input_ids": ids, "position_ids": positions}
-    targets = torch.cat([torch.tensor(tokens.completion) for tokens in sequences])
-    sizes = torch.tensor([0, *(len(tokens.completion) for tokens in sequences)])
+    targets = torch.cat([torch.tensor(tokens.completion)[tokens.places] for tokens in sequences])
+    sizes = torch.tensor([0, *map(len, index)])
     where = (torch.cat(index), targets, sizes.cumsum(0))
     return TokenBatch(inputs, *where, tuple(sequences), "shared", parts=of_column)
 

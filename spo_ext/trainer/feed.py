@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_ext.checks import refuse
 from spo_ext.rollout.values import PromptValues
 from spo_ext.store import Batch, Sampler, SampleShortfall, StoredTrajectory, TrajectoryStore
-from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate, company
+from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate, company, tokens_of
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.reference import Prompts, Reference
 
@@ -26,8 +26,11 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """S of a step's trajectories; tensors on the CPU, per token [N] or per sequence [S].
+    """S of a step's trajectories; tensors on the CPU, per token [N] of the policy's or per
+    trajectory [S].
 
+    tokens: a sequence for every segment. cu_seqlens: int64 [S + 1], where each trajectory starts.
+    token_rewards: rewards on the way, None if there are none. turns: how often the policy spoke.
     behaviour_logprobs: of the policy that wrote it, nan where they are not known. online: bool,
     written by the policy of this run; truncated: bool, cut at a limit of length. floor: the lowest
     reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
@@ -36,8 +39,11 @@ class MicroBatch:
     """
 
     tokens: TokenBatch
+    cu_seqlens: Tensor
     ref_logprobs: Tensor
     rewards: Tensor
+    token_rewards: Tensor | None
+    turns: Tensor
     groups: Tensor
     q0: Tensor | None
     behaviour_logprobs: Tensor
@@ -49,8 +55,18 @@ class MicroBatch:
     @property
     def behaviour_sums(self) -> Tensor:
         """float32 [S], nan where it is not known."""
-        parts = torch.split(self.behaviour_logprobs, self.tokens.cu_seqlens.diff().tolist())
-        return torch.stack([part.double().sum() for part in parts]).float()
+        return self._sums(self.behaviour_logprobs).float()
+
+    @property
+    def paid(self) -> Tensor:
+        """float64 [S], the sums of the rewards on the way."""
+        if self.token_rewards is None:
+            return torch.zeros(len(self.rewards), dtype=torch.float64)
+        return self._sums(self.token_rewards)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        parts = torch.split(values, self.cu_seqlens.diff().tolist())
+        return torch.stack([part.double().sum() for part in parts])
 
 
 class Feed:
@@ -107,17 +123,21 @@ class Feed:
             self._values.complete(batch.trajectories)
         prompts = prompt_tokens(self._store, {row.prompt_id for row in batch.trajectories})
         config = self._config
-        kept = self._kept(batch, prompts)
+        tokens = [tokens_of(row, prompts[row.prompt_id]) for row in batch.trajectories]
+        kept = self._kept(tokens)
         bounds = self._bounds(batch)
         here = config.process_index * config.gradient_accumulation_steps
         split = [range(*pair) for pair in itertools.pairwise(bounds)]
         calls = [
-            len({self._company(batch, prompts, i) for i in part if i in kept}) for part in split
+            len({self._company(one) for i in part if i in kept for one in tokens[i]})
+            for part in split
         ]
         steps = config.gradient_accumulation_steps
         parts = [
             # As many calls of the model as the rank that needs most: all take part in each.
-            self._micro_batch(batch, prompts, kept, split[here + i], max(1, *calls[i::steps]))
+            self._micro_batch(
+                batch, prompts, tokens, kept, split[here + i], max(1, *calls[i::steps])
+            )
             for i in range(steps)
         ]
         metrics = batch.metrics()
@@ -133,10 +153,10 @@ class Feed:
         changes = batch.groups.diff().nonzero()[:, 0] + 1  # mixed groups differ in size
         return [0, *changes.tolist(), count][:: size // self._config.group_size]
 
-    def _kept(self, batch: Batch, prompts: Prompts) -> dict[int, int]:
+    def _kept(self, tokens: Sequence[Sequence[Tokens]]) -> dict[int, int]:
         """Tokens of each trajectory that is not too long, by its place in the batch."""
-        rows, most = batch.trajectories, self._config.max_tokens
-        sizes = [len(prompts[row.prompt_id]) + len(row.token_ids) for row in rows]
+        most = self._config.max_tokens
+        sizes = [sum(map(len, segments)) for segments in tokens]
         kept = {i: size for i, size in enumerate(sizes) if most is None or size <= most}
         if not kept:
             expected = f"at least {min(sizes)}, the tokens of the shortest of a step's trajectories"
@@ -195,20 +215,29 @@ class Feed:
         online = "online" in self._sampler.config.fractions
         return self._sampler.next_batch(policy_version if online else None)
 
-    def _company(self, batch: Batch, prompts: Prompts, place: int) -> int:
-        row = batch.trajectories[place]
-        return company(Tokens(prompts[row.prompt_id], row.token_ids), self._layout, self._limit)
+    def _company(self, tokens: Tokens) -> int:
+        return company(tokens, self._layout, self._limit)
 
     def _micro_batch(
-        self, batch: Batch, prompts: Prompts, kept: Mapping[int, int], part: range, calls: int
+        self,
+        batch: Batch,
+        prompts: Prompts,
+        tokens: Sequence[Sequence[Tokens]],
+        kept: Mapping[int, int],
+        part: range,
+        calls: int,
     ) -> MicroBatch:
         mine = [i for i in part if i in kept]
         places = mine or [min(kept, key=lambda i: kept[i])]
         rows = [batch.trajectories[i] for i in places]
-        tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in rows]
+        segments = [one for i in places for one in tokens[i]]
         rewards = batch.rewards
+        paid = [_token_rewards(row) for row in rows]
         return MicroBatch(
-            tokens=replace(collate(tokens, self._layout), calls=calls),
+            tokens=replace(collate(segments, self._layout), calls=calls),
+            cu_seqlens=torch.tensor([0, *(row.num_policy_tokens for row in rows)]).cumsum(0),
+            token_rewards=torch.cat(paid) if any(map(torch.any, paid)) else None,
+            turns=torch.tensor([row.num_turns for row in rows]),
             ref_logprobs=torch.cat(self._reference.logprobs(rows, prompts)),
             rewards=rewards[places],
             groups=batch.groups[places],
@@ -235,4 +264,19 @@ def prompt_tokens(store: TrajectoryStore, ids: set[int]) -> dict[int, Sequence[i
 
 def _behaviour(row: StoredTrajectory) -> Tensor:
     known = row.behaviour_logprobs
-    return torch.full((len(row.token_ids),), torch.nan) if known is None else torch.as_tensor(known)
+    if known is None:
+        return torch.full((row.num_policy_tokens,), torch.nan)
+    known = torch.as_tensor(known)
+    return known if row.completion_mask is None else known[torch.tensor(row.completion_mask)]
+
+
+def _token_rewards(row: StoredTrajectory) -> Tensor:
+    """Of the policy's tokens; what the environment's have goes to the last of these before it."""
+    if row.token_rewards is None:
+        return torch.zeros(row.num_policy_tokens)
+    given = torch.as_tensor(row.token_rewards)
+    mask = row.completion_mask
+    if mask is None:
+        return given
+    receivers = torch.tensor(mask).cumsum(0).sub(1).clamp(min=0)  # nothing stands before the first
+    return torch.zeros(row.num_policy_tokens).index_add(0, receivers, given)

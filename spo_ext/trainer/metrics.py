@@ -92,9 +92,15 @@ def add_loss(meter: Meter, stats: LossStats, rewards: Tensor, floor: float) -> N
         meter.add(f"_{name}", values, where=finite)
 
 
+def add_turns(meter: Meter, batch: MicroBatch) -> None:
+    """Of all rows: how often the policy spoke, and what it was given on the way."""
+    meter.add("store/turns", batch.turns)
+    meter.add("_paid", batch.paid)
+
+
 def add_online(meter: Meter, batch: MicroBatch) -> None:
     """Of the rows that the policy of this run wrote: what `Health` watches."""
-    online, lengths = batch.online, batch.tokens.cu_seqlens.diff()
+    online, lengths = batch.online, batch.cu_seqlens.diff()
     meter.add("store/online_length", lengths, where=online)
     meter.add("store/online_truncated", batch.truncated, where=online)
     meter.add("store/online_reward", batch.rewards, where=online & batch.rewards.isfinite())
@@ -114,6 +120,8 @@ def _derived(means: dict[str, float]) -> dict[str, float]:
     if "_surprise" in means:
         # A mean over tokens; -log-prob of what a policy wrote is an unbiased estimate of entropy.
         means["store/behaviour_entropy"] = means["_surprise"] / means["_surprise_tokens"]
+    if means.get("_paid"):
+        means["store/token_rewards"] = means["_paid"]
     if "_rr" in means:
         means["store/reward"] = r
         means["store/reward_std"] = max(0.0, means["_rr"] - r * r) ** 0.5

@@ -15,7 +15,7 @@ from spo_ext.checks import refuse
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.models import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
-from spo_ext.trainer.batches import Layout, Tokens, collate, company
+from spo_ext.trainer.batches import Layout, Tokens, collate, company, tokens_of
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.model import (
     Precision,
@@ -29,6 +29,7 @@ from spo_ext.trainer.model import (
 )
 
 Prompts = Mapping[int, Sequence[int]]
+_Segment = tuple[int, int, Tokens]  # of which trajectory, which of its segments
 _NOTHING = Tokens([0], [0])  # for a rank that has no more to score
 
 
@@ -110,7 +111,7 @@ class Reference:
         return cls(store, fingerprint, None, precision=precision, **how)
 
     def logprobs(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> list[Tensor]:
-        """float32 [T] for each, from the store, or scored and then stored.
+        """Of the policy's tokens of each, float32, from the store, or scored and then stored.
 
         Raises ValueError if some are not stored and there is no model to score them with.
         """
@@ -142,26 +143,35 @@ class Reference:
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
-        parts = []
-        for together in self._together(rows, prompts):
-            parts += _parts(together, prompts, self._batch_tokens)
+        segments = {row.id: tokens_of(row, prompts[row.prompt_id]) for row in rows}
+        parts = [
+            part
+            for together in self._together(segments)
+            for part in _parts(together, self._batch_tokens)
+        ]
+        scored: dict[int, dict[int, Tensor]] = {row.id: {} for row in rows}
         for part in parts + [[]] * (self._rounds(len(parts)) - len(parts)):
-            tokens = [Tokens(prompts[row.prompt_id], row.token_ids) for row in part]
+            tokens = [one for _, _, one in part]
             with self.speaking():
-                scored = score_tokens(self.model, tokens or [_NOTHING], self._layout)
-            pairs = zip(part, scored, strict=False)
-            self.store.put_ref_logprobs(self.fingerprint, {row.id: lp for row, lp in pairs})
+                found = score_tokens(self.model, tokens or [_NOTHING], self._layout)
+            for (key, place, _), logprobs in zip(part, found, strict=False):
+                scored[key][place] = logprobs
+            whole = [key for key, of in scored.items() if len(of) == len(segments[key])]
+            done = {key: scored.pop(key) for key in whole}
+            self.store.put_ref_logprobs(
+                self.fingerprint,
+                {key: torch.cat([of[place] for place in sorted(of)]) for key, of in done.items()},
+            )
 
-    def _together(
-        self, rows: Sequence[StoredTrajectory], prompts: Prompts
-    ) -> Iterable[list[StoredTrajectory]]:
-        """Rows that may be in one call of the model, so that ranks can count their calls."""
+    def _together(self, segments: Mapping[int, Sequence[Tokens]]) -> Iterable[list[_Segment]]:
+        """Segments that may be in one call of the model, so that ranks can count their calls."""
         assert self.model is not None
-        groups: dict[int, list[StoredTrajectory]] = {}
+        groups: dict[int, list[_Segment]] = {}
         limit = rope_limit(base_model(self.model).config)
-        for row in rows:
-            tokens = Tokens(prompts[row.prompt_id], row.token_ids)
-            groups.setdefault(company(tokens, self._layout, limit), []).append(row)
+        for key, of_row in segments.items():
+            for place, tokens in enumerate(of_row):
+                number = company(tokens, self._layout, limit)
+                groups.setdefault(number, []).append((key, place, tokens))
         return groups.values()
 
     def _rounds(self, mine: int) -> int:
@@ -227,17 +237,15 @@ def score_tokens(model: nn.Module, tokens: Sequence[Tokens], layout: Layout) -> 
     return list(torch.split(found.float().cpu(), sizes))
 
 
-def _parts(
-    rows: Sequence[StoredTrajectory], prompts: Prompts, batch_tokens: int
-) -> list[list[StoredTrajectory]]:
+def _parts(segments: Sequence[_Segment], batch_tokens: int) -> list[list[_Segment]]:
     """Cut where the tokens reach batch_tokens; a longer one stands alone."""
-    parts: list[list[StoredTrajectory]] = []
+    parts: list[list[_Segment]] = []
     room = 0
-    for row in rows:
-        size = len(prompts[row.prompt_id]) + len(row.token_ids)
+    for segment in segments:
+        size = len(segment[2])
         if size > room:
             parts.append([])
             room = batch_tokens
-        parts[-1].append(row)
+        parts[-1].append(segment)
         room -= size
     return parts

@@ -33,7 +33,15 @@ from spo_ext.trainer import checkpoints
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import Feed, MicroBatch
 from spo_ext.trainer.health import Health
-from spo_ext.trainer.metrics import Meter, RunLog, add_loss, add_online, add_tokens, show_progress
+from spo_ext.trainer.metrics import (
+    Meter,
+    RunLog,
+    add_loss,
+    add_online,
+    add_tokens,
+    add_turns,
+    show_progress,
+)
 from spo_ext.trainer.model import (
     HeadSettings,
     answer_logprobs,
@@ -229,13 +237,14 @@ class SPOTrainer(Trainer):
         )
         device = logprobs.device
         rewards = batch.rewards.to(device)
-        ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.tokens.cu_seqlens.to(device)
+        ref_logprobs, cu_seqlens = batch.ref_logprobs.to(device), batch.cu_seqlens.to(device)
         # DDP and FSDP2 average the gradients of the ranks.
         share = batch.share * self.accelerator.num_processes
         weights = sequence_weights(self.args, logprobs, rewards, batch)
         q0, options = batch.q0, self.args.loss_options()
         if self.args.online_baseline:
             q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
+        paid = None if batch.token_rewards is None else batch.token_rewards.to(device)
         loss, stats = spo_ext.loss(
             logprobs,
             ref_logprobs[None],  # per token, though there be as many sequences
@@ -245,6 +254,7 @@ class SPOTrainer(Trainer):
             groups=batch.groups.to(device) if options["objective"] == "group" else None,
             weights=weights,
             return_stats=True,
+            token_rewards=paid,
             **options,
         )
         if weights is not None:
@@ -252,6 +262,7 @@ class SPOTrainer(Trainer):
         add_tokens(meter, logprobs, ref_logprobs, entropy)
         add_loss(meter, stats, rewards, batch.floor)
         add_online(meter, batch)
+        add_turns(meter, batch)
         scaled: Tensor = loss * share
         if router_loss is not None:
             meter.add("aux_loss", router_loss[None])

@@ -19,7 +19,7 @@ def online_baseline(
     all too long has the mean over its other rows.
     """
     groups, counted = _counted(batch)
-    gain = batch.rewards.double().to(logprobs.device)
+    gain = (batch.rewards.double() + batch.paid).to(logprobs.device)
     gain = gain - config.beta * _sums(logprobs - ref_logprobs, batch)
     # Not by `spo_ext.prompt_value`: it waits for the device, and adds by index_add, in any order on
     # a GPU. A product has one order.
@@ -76,4 +76,4 @@ def _counted(batch: MicroBatch) -> tuple[Tensor, Tensor]:
 def _sums(values: Tensor, batch: MicroBatch) -> Tensor:
     """Of per-token values [N] over each sequence, [S], float64, without a gradient."""
     ends = torch.cat([values.new_zeros(1), values.detach().double().cumsum(0)])
-    return ends[batch.tokens.cu_seqlens.to(values.device)].diff()
+    return ends[batch.cu_seqlens.to(values.device)].diff()
