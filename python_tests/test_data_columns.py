@@ -185,7 +185,7 @@ REST = {"verl": {"reward_model": {"style": "rule"}}}
 
 def test_every_format_can_be_named() -> None:
     assert set(_FORMATS) == {"auto", *PARSERS}
-    assert {form[0] for form in FORMS.values()} == set(PARSERS) - {"evalplus"}
+    assert {form[0] for form in FORMS.values()} == set(PARSERS) - {"evalplus", "verifiers", "atif"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -238,17 +238,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     **{
         name: ({"prompt": "a", name: value}, f"the column {name} cannot be used: {why}")
         for name, value, why in (
-            ("completion_mask", [0, 1], "tokens that are not the policy's"),
-            ("env_mask", [1], "tokens that are not the policy's"),
-            ("tool_mask", [1], "tokens that are not the policy's"),
-            ("tools", [{"name": "f"}], "the chat template would not get it"),
-            ("chat_template_kwargs", {"enable_thinking": False}, "the chat template"),
             ("images", ["a.png"], "the prompt is stored as text alone"),
             ("image", {"bytes": "x"}, "the prompt is stored as text alone"),
             ("audio", "a.wav", "the prompt is stored as text alone"),
         )
     },
-    "masks of other forms": ({**cases.MBPP, "completion_mask": [1]}, "completion_mask cannot be"),
+    "masks of other forms": (
+        {**cases.MBPP, "completion_mask": [1]},
+        "completion_mask is of rows of format trl, and this one is of format mbpp",
+    ),
+    "a mask without ids": ({"prompt": "a", "env_mask": [1]}, "env_mask is of token ids, and the"),
+    "a mask too short": (
+        {"prompt": "a", "completion_ids": [1, 2], "tool_mask": [1], "reward": 1},
+        "tool_mask must have one entry for each of 2 tokens, got 1",
+    ),
+    "a mask of others": (
+        {"prompt": "a", "completion_ids": [1], "tool_mask": ["x"], "reward": 1},
+        "tool_mask must be a list of 0 and 1",
+    ),
+    "two masks": (
+        {"prompt": "a", "completion_ids": [1], "tool_mask": [1], "env_mask": [1], "reward": 1},
+        "a row must have one mask of its tokens, got env_mask, tool_mask",
+    ),
+    "tools of a text": ({"prompt": "a", "tools": [{"name": "f"}]}, "tools is for a chat template"),
+    "tools that are none": ({"prompt": CHAT, "tools": {"name": "f"}}, "tools must be a list"),
+    "arguments of ours": (
+        {"prompt": CHAT, "chat_template_kwargs": {"tokenize": True}},
+        "chat_template_kwargs must be without tokenize, which are ours",
+    ),
+    "rewards of turns": (
+        {"prompt": "a", "completion": "b", "turn_rewards": [1], "reward": 1},
+        "turn_rewards must come with a completion of messages",
+    ),
     "parts": (
         {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
         "prompt must be text, got a part of type 'image'",
@@ -256,15 +277,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a turn of a tool": (
         {"prompt": CHAT, "completion": [*REPLY, {"role": "tool", "content": "5"}, *REPLY],
          "completion_ids": [1], "reward": 1},
-        "completion must be one message of the assistant, got assistant, tool, assistant",
+        "completion_ids of several turns must come with a completion_mask",
     ),
-    "two turns": ({"prompt": CHAT, "completion": REPLY * 2, "reward": 1}, "assistant, assistant"),
-    "no turn": ({"prompt": CHAT, "completion": [], "reward": 1}, "of the assistant, got none"),
+    "no turn": ({"prompt": CHAT, "completion": [], "reward": 1}, "begin with the assistant's, got"),
     "a user's turn": ({"prompt": CHAT, "completion": CHAT, "reward": 1}, "got user"),
-    "calls": (
-        {"messages": [*CHAT, {**REPLY[0], "tool_calls": [{"name": "f"}]}], "reward": 1},
-        "the last message must be .*, got assistant with calls of tools",
-    ),
     "supervised": ({"prompt": "a", "completion": "b"}, "needs a reward, or a label"),
     "a reward of nothing": ({"prompt": "a", "reward": 1}, "the column reward means something else"),
     "steps": ({"prompt": "a", "completions": ["b"], "labels": [True]}, "--without-columns complet"),

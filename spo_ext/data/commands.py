@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Those of formats.PARSERS, which need packages that the other commands do not.
 _FORMATS = tuple(
     "auto trl verl gsm8k math code_contests taco apps mbpp mbppplus humaneval humanevalplus "
-    "evalplus livecodebench".split()
+    "evalplus livecodebench verifiers atif".split()
 )
 _SPLITS = ("train", "dev", "test")
 _ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"
@@ -30,8 +30,9 @@ def add_import(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "import",
         help="prompts, tests and trajectories from JSONL or Parquet into a store",
-        description="Reads .jsonl, .jsonl.gz and .parquet. Bad rows go to the standard error and "
-        "the rest is stored; the exit status is then 1. To repeat an import changes nothing.",
+        description="Reads .jsonl, .jsonl.gz, .json and .parquet. Bad rows go to the standard "
+        "error and the rest is stored; the exit status is then 1. To repeat an import changes "
+        "nothing.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     _add_common(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from spo_ext.data.importer import need_pyarrow
 from spo_ext.data.records import Content
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.data.trl import json_line, trl_row
+from spo_ext.data.turns import MESSAGES
 from spo_ext.store import TrajectoryStore
-from spo_ext.store.records import Split, StoredPrompt
+from spo_ext.store.records import Split, StoredPrompt, StoredTrajectory
 
 _ROWS = 256  # in memory, and in a row group of Parquet
 
@@ -75,18 +76,24 @@ def _rows(
             empty = False
             if min_reward is not None and item.reward < min_reward:
                 continue
-            ids = tuple(item.token_ids)
-            completion = _completion(tokenizer, prompt, ids) if tokenizer else None
-            yield trl_row(prompt, item, completion, as_text)
+            yield trl_row(prompt, item, _completion(tokenizer, prompt, item), as_text)
         if empty and run is None and min_reward is None:
             yield trl_row(prompt, None, None, as_text)
 
 
-def _completion(tokenizer: Tokenizer, prompt: StoredPrompt, ids: tuple[int, ...]) -> Content:
+def _completion(
+    tokenizer: Tokenizer | None, prompt: StoredPrompt, item: StoredTrajectory
+) -> Content | None:
+    """Messages as they came; else what the tokens say, unless they are of several turns."""
+    if isinstance(item.info, dict) and MESSAGES in item.info:
+        given: Content = item.info[MESSAGES]
+        return given
+    if tokenizer is None or item.completion_mask is not None or item.contexts is not None:
+        return None
     before = prompt.token_ids
-    return tokenizer.completion(
-        prompt.content, ids, tokenizer.prompt_ids(prompt.content) if before is None else before
-    )
+    if before is None:
+        before = tokenizer.prompt_ids(prompt.content, prompt.template)
+    return tokenizer.completion(prompt.content, tuple(item.token_ids), before)
 
 
 def _open(path: Path, packed: bool) -> IO[bytes]:
@@ -153,13 +160,19 @@ def _kind(value: Any) -> str:
 def _is_plain_chat(prompt: StoredPrompt) -> bool:
     if isinstance(prompt.content, str):
         return False
-    for message in prompt.content:
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            raise ValueError(
-                "a Parquet column of messages holds role and content as text, and prompt "
-                f"{prompt.id} has something else: export to JSONL"
-            )
+    if not _fits(prompt.content):
+        raise ValueError(
+            "a Parquet column of messages holds role and content as text, and prompt "
+            f"{prompt.id} has something else: export to JSONL"
+        )
     return True
+
+
+def _fits(messages: Sequence[Mapping[str, Any]] | None) -> bool:
+    return all(
+        set(message) == {"role", "content"} and isinstance(message["content"], str)
+        for message in messages or ()
+    )
 
 
 def _both(one: str, other: str) -> str:
@@ -176,7 +189,7 @@ def _write_parquet(rows: Iterator[dict[str, Any]], path: Path, table: _Table) ->
     message = pyarrow.struct([("role", text), ("content", text)])
     words, ids = pyarrow.list_(message) if table.chat else text, pyarrow.list_(pyarrow.int64())
     columns = [("prompt", words), ("prompt_ids", ids), ("completion", words)]
-    columns += [("completion_ids", ids), ("reward", pyarrow.float64())]
+    columns += [("completion_ids", ids), ("completion_mask", ids), ("reward", pyarrow.float64())]
     columns += [(name, text) for name in ("tests", "answer", "split", "spo")]
     for name, kind in table.kinds.items():
         plain = getattr(pyarrow, kind.strip("[]") or "string")()
@@ -186,6 +199,8 @@ def _write_parquet(rows: Iterator[dict[str, Any]], path: Path, table: _Table) ->
     with parquet.ParquetWriter(path, schema) as writer:
         batch: list[dict[str, Any]] = []
         for row in rows:
+            if table.chat and not _fits(row["completion"]):
+                row["completion"] = None  # It stands in `spo`, and its token ids beside it.
             batch.append(row)
             if len(batch) == _ROWS:
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))

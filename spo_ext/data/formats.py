@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from spo_ext.data.agents import parse_atif, parse_verifiers
 from spo_ext.data.answers import parse_gsm8k, parse_math, parse_verl
 from spo_ext.data.contests import (
     parse_apps,
@@ -15,7 +16,7 @@ from spo_ext.data.contests import (
 )
 from spo_ext.data.functions import parse_evalplus, parse_humaneval, parse_mbpp
 from spo_ext.data.records import Defaults, Fields, Record, Row, RowError
-from spo_ext.data.trl import parse_trl
+from spo_ext.data.trl import MASKS, parse_trl
 from spo_ext.store.records import RESERVED
 
 Parser = Callable[[Row, Defaults], Record]
@@ -45,11 +46,15 @@ PARSERS: dict[str, Parser] = {
     "humaneval": parse_humaneval,
     "humanevalplus": _either(parse_evalplus, parse_humaneval),
     "livecodebench": parse_livecodebench,
+    "verifiers": parse_verifiers,
+    "atif": parse_atif,
 }
 
 # The first whose columns are all there; any may have others.
 _SIGNS = (
     ("trl", {"spo"}),
+    ("verifiers", {"task", "agent", "nodes"}),
+    ("atif", {"schema_version", "agent", "steps"}),
     ("code_contests", {"description", "public_tests"}),
     ("livecodebench", {"question_content", "public_test_cases"}),
     ("apps", {"question", "input_output", "problem_id"}),
@@ -69,18 +74,9 @@ _PROGRAMS = set(
     "starter_code entry_point canonical_solution test_cases input_output public_tests "
     "private_tests public_test_cases private_test_cases base_input plus_input unit_tests".split()
 )
-_POLICYS = "tokens that are not the policy's would be learned as its own (no masks are stored yet)"
 _UNSEEN = "the prompt is stored as text alone, and the policy would not see it"
-_TEMPLATES = "the chat template would not get it, and the policy would see another prompt"
-_UNSTORED = {
-    **dict.fromkeys(
-        "completion_mask env_mask tool_mask assistant_mask assistant_masks response_mask "
-        "loss_mask".split(),
-        _POLICYS,
-    ),
-    **dict.fromkeys("image images video videos audio audios".split(), _UNSEEN),
-    **dict.fromkeys(("tools", "chat_template_kwargs"), _TEMPLATES),
-}
+_UNSTORED = dict.fromkeys("image images video videos audio audios".split(), _UNSEEN)
+_OF_TURNS = (*MASKS, "tools", "chat_template_kwargs", "turn_rewards")
 
 
 def parse_row(row: Mapping[str, Any], format_name: str, defaults: Defaults) -> Record:
@@ -96,6 +92,12 @@ def parse_row(row: Mapping[str, Any], format_name: str, defaults: Defaults) -> R
             raise RowError(f"the column {name} cannot be used: {_UNSTORED[name]}")
     name = _detect(fields) if format_name == "auto" else format_name
     record = PARSERS[name](fields, defaults)
+    for column in () if exported else fields.left():
+        if column in _OF_TURNS and column not in without and fields[column] not in ([], {}, ""):
+            raise RowError(
+                f"the column {column} is of rows of format trl, and this one is of format {name}: "
+                f"--format trl, or --without-columns {column}"
+            )
     prompt = record.prompt
     if prompt.answer is None and name != "trl":
         prompt = replace(prompt, answer=fields.get("answer"))

@@ -17,6 +17,7 @@ from spo_ext.data.contamination import NGRAM, Contamination
 from spo_ext.data.formats import PARSERS, parse_row
 from spo_ext.data.records import Completion, Defaults, Record, RowError, shown, whole_number
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.data.turns import MESSAGES, is_plain, join
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 from spo_ext.store.loading import Loaded, Ready, load, other_columns
 from spo_ext.store.records import Split
@@ -36,8 +37,10 @@ def read_rows(path: Path) -> Iterator[Numbered]:
         yield from _read_parquet(path)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _read_lines(path)
+    elif path.suffix == ".json":
+        yield from _read_whole(path)
     else:
-        raise ValueError(f"{path}: a file must end in .jsonl, .jsonl.gz or .parquet")
+        raise ValueError(f"{path}: a file must end in .jsonl, .jsonl.gz, .json or .parquet")
 
 
 def need_pyarrow() -> tuple[Any, Any]:
@@ -61,6 +64,18 @@ def _read_lines(path: Path) -> Iterator[Numbered]:
                     yield number, _row(line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield number + 1, RowError(f"the file cannot be read from here on: {error}")
+
+
+def _read_whole(path: Path) -> Iterator[Numbered]:
+    """One object, as agents write their logs, or a list of objects."""
+    try:
+        found = json.loads(path.read_bytes(), parse_int=whole_number)
+    except (ValueError, RecursionError) as error:
+        yield 1, RowError(f"no JSON: {error}")
+        return
+    for place, row in enumerate(found if isinstance(found, list) else [found], start=1):
+        wrong = RowError(f"a row must be an object, got {shown(row)}")
+        yield place, row if isinstance(row, dict) else wrong
 
 
 def _row(line: bytes) -> dict[str, Any] | RowError:
@@ -284,7 +299,7 @@ class Importer:
     def _tokenised(self, record: Record) -> tuple[Prompt, list[Trajectory]]:
         prompt, tokenizer = record.prompt, self._settings.tokenizer
         if prompt.token_ids is None and tokenizer is not None:
-            ids = tokenizer.prompt_ids(prompt.content)
+            ids = tokenizer.prompt_ids(prompt.content, prompt.template)
             prompt = replace(prompt, token_ids=ids)
         trajectories = []
         for item in record.completions:
@@ -297,25 +312,44 @@ class Importer:
 
     def _trajectory(self, prompt: Prompt, item: Completion) -> Trajectory | None:
         ids, tokenizer = item.token_ids, self._settings.tokenizer
-        if ids is None and tokenizer is None:
+        turns, info = item.turns, item.info
+        if ids is None and turns is None and tokenizer is None:
             if item.solution:
                 return None
             raise RowError("the completion has no completion_ids, and no tokenizer is given")
-        if ids is None:
+        if ids is None and turns is None and not isinstance(item.content, str):
             assert tokenizer is not None and item.content is not None
-            ids = tokenizer.completion_ids(
-                prompt.content, item.content, item.finish, prompt.token_ids
+            turns = tokenizer.turns(
+                prompt.content,
+                item.content,
+                item.finish,
+                prompt.token_ids,
+                prompt.template,
+                item.turn_rewards,
             )
+        written: dict[str, Any]
+        if turns is not None:
+            written = join(prompt.token_ids or (), turns)
+        else:
+            if ids is None:
+                assert tokenizer is not None and isinstance(item.content, str)
+                ids = tokenizer.completion_ids(
+                    prompt.content, item.content, item.finish, prompt.token_ids
+                )
+            names = ("completion_mask", "contexts", "token_rewards", "behaviour_logprobs")
+            written = {"token_ids": ids, **{name: getattr(item, name) for name in names}}
+        if isinstance(item.content, list) and not is_plain(item.content) and not info:
+            info = {MESSAGES: item.content}  # which no tokens say in full
         return Trajectory(
             1,  # load puts the prompt's id here
-            ids,
-            item.reward,
-            item.origin,
-            item.finish,
-            item.reason,
-            item.behaviour_logprobs,
-            item.temperature,
-            item.top_p,
+            reward=item.reward,
+            origin=item.origin,
+            finish=item.finish,
+            reason=item.reason,
+            temperature=item.temperature,
+            top_p=item.top_p,
+            info=info,
+            **written,
         )
 
     def _say(self, kind: str, path: Path, row: int, reason: str) -> None:

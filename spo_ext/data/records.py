@@ -21,10 +21,29 @@ class RowError(ValueError):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What the policy read, all of it, and what it wrote then.
+
+    token_ids may be empty in a last turn, whose context is what the environment said at the end.
+    logprobs: one for each of token_ids. reward: for this turn, besides that of the trajectory. own:
+    False if another wrote it in the policy's place, from whom nothing is to be learned.
+    """
+
+    context: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] | None = None
+    reward: float = 0.0
+    own: bool = True
+
+
+@dataclass(frozen=True)
 class Completion:
     """A trajectory to be; content may be None where token_ids are given.
 
-    A solution comes with a prompt and tests that are worth having without it.
+    A solution comes with a prompt and tests that are worth having without it. turns: how the row
+    gives it, in token ids; else content may be messages of several turns, to which turn_rewards
+    belong, one for each of the assistant's. completion_mask, contexts, token_rewards, info: as in
+    `Trajectory`.
     """
 
     content: Content | None
@@ -37,6 +56,12 @@ class Completion:
     temperature: float | None = None
     top_p: float | None = None
     solution: bool = False
+    completion_mask: Sequence[bool] | None = None
+    contexts: Mapping[int, Sequence[int]] | None = None
+    token_rewards: Sequence[float] | None = None
+    info: Any = None
+    turns: Sequence[Turn] | None = None
+    turn_rewards: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
-from spo_ext.data.records import Content, RowError, shown
+from spo_ext.data.records import Content, RowError, Turn, shown
 from spo_ext.store.records import Finish
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -74,16 +77,18 @@ class Tokenizer:
         ends = dict.fromkeys((self.eos_token_id, *self._ends))
         return tuple(end for end in ends if end is not None)
 
-    def prompt_ids(self, content: Content) -> list[int]:
+    def prompt_ids(self, content: Content, template: Mapping[str, Any] = _NONE) -> list[int]:
         """With the special tokens and the generation prompt that the tokenizer adds before what is
-        to be written; an end token that it puts behind a text is left out."""
+        to be written; an end token that it puts behind a text is left out. template: arguments of
+        the chat template besides the messages, as `Prompt.template` has them."""
         if isinstance(content, str):
             plain, ids = self._ids(content, special=False), self._ids(content, special=True)
             for end in range(len(ids), len(plain) - 1, -1) if plain else ():
                 if ids[end - len(plain) : end] == plain:
                     return ids[:end]
             return ids
-        return self._ids(self._chat(list(content), generate=True), special=False)
+        start = self._chat(list(content), template, "prompt")
+        return self._ids(start, special=False)
 
     def completion_ids(
         self,
@@ -95,24 +100,86 @@ class Tokenizer:
         """What follows the prompt's ids in the tokens of both texts, as if they were one.
 
         One that finished ends with one end token, at which the policy's generation ends: of the
-        model's generation_config, else the tokenizer's, and of messages the one that the chat
-        template writes after the last. Where the text's tokens begin otherwise than with
-        prompt_ids (default: the prompt's), others are taken that make the same text with them.
+        model's generation_config, else the tokenizer's, and of a message the one that the chat
+        template writes after it. Where the text's tokens begin otherwise than with prompt_ids
+        (default: the prompt's), others are taken that make the same text with them.
 
         Raises RowError.
         """
-        if isinstance(prompt, str) or isinstance(completion, str):
-            if not isinstance(completion, str) or not isinstance(prompt, str):
-                raise RowError("prompt and completion must both be text or both be messages")
-            start, rest, end = prompt, completion, self.eos_token_id
-        else:
-            start, rest = self._chat(list(prompt), generate=True), ""
-            whole = self._chat([*prompt, *completion], generate=False)
-            if not whole.startswith(start):
-                raise RowError("the chat template changes the prompt when the completion follows")
-            rest, end = self._turn(whole[len(start) :], completion)
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise RowError("prompt and completion must both be text or both be messages")
+        if not isinstance(completion, str):
+            turns = self.turns(prompt, completion, finish, prompt_ids)
+            if len(turns) != 1:
+                raise RowError(f"completion must be of one turn, got {len(turns)}: see turns")
+            return list(turns[0].token_ids)
+        assert isinstance(prompt, str)
         given = self.prompt_ids(prompt) if prompt_ids is None else list(prompt_ids)
-        ids = self._following(start, rest, given)
+        return self._ended(self._following(prompt, completion, given), self.eos_token_id, finish)
+
+    def turns(
+        self,
+        prompt: Content,
+        messages: Sequence[Mapping[str, Any]],
+        finish: Finish,
+        prompt_ids: Sequence[int] | None = None,
+        template: Mapping[str, Any] = _NONE,
+        rewards: Sequence[float] | None = None,
+    ) -> list[Turn]:
+        """A turn for each message of the assistant, and one without tokens for what follows the
+        last: what the chat template writes before it, and what it makes of it, as the policy would
+        have written it.
+
+        What others say in between is read behind the tokens so far, as long as the template leaves
+        these as they are. A message of the assistant with `weight` 0 is not the policy's own.
+        rewards: one for each message of the assistant.
+
+        Raises RowError.
+        """
+        if isinstance(prompt, str):
+            raise RowError("messages of several turns must have a prompt of messages")
+        made: list[Turn] = []
+        before, paid = list(prompt), list(rewards or ())
+        said = [message.get("role") for message in messages].count("assistant")
+        if rewards is not None and len(paid) != said:
+            raise RowError(f"turn_rewards must be {said}, one for each turn, got {len(paid)}")
+        start = self._chat(before, template, "prompt")
+        tokens = self.prompt_ids(prompt, template) if prompt_ids is None else list(prompt_ids)
+        text = start
+        for message in messages:
+            if message.get("role") == "assistant":
+                if len(before) > len(prompt):
+                    start = self._chat(before, template, "answer")
+                    tokens = self._read(text, start, tokens)
+                whole = self._chat([*before, message], template, "whole")
+                if not whole.startswith(start):
+                    raise RowError(
+                        "the chat template changes the prompt when the completion follows"
+                    )
+                rest, end = self._turn(whole[len(start) :], message)
+                last = len(made) + 1 == said
+                ids = self._following(start, rest, tokens)
+                ids = self._ended(ids, end, finish if last else "eos")
+                reward = float(paid[len(made)]) if paid else 0.0
+                made.append(Turn(tokens, ids, reward=reward, own=message.get("weight") != 0))
+                tokens = [*tokens, *ids]
+                text = start + rest + ("" if end is None else self._text([end]))
+            before.append(message)
+        if made and before[-1].get("role") != "assistant":
+            whole = self._chat(before, template, "whole")
+            made.append(Turn(self._read(text, whole, tokens), ()))
+        return made
+
+    def _read(self, text: str, now: str, tokens: list[int]) -> list[int]:
+        """Ids of the text now, those of the text before it being given."""
+        if now.startswith(text):
+            try:
+                return [*tokens, *self._following(text, now[len(text) :], tokens)]
+            except RowError:  # no two tokens meet there
+                pass
+        return self._ids(now, special=False)
+
+    def _ended(self, ids: list[int], end: int | None, finish: Finish) -> list[int]:
         if ids and ids[-1] == end:
             ids = ids[:-1]
         return ids if finish == "truncated" or end is None else [*ids, end]
@@ -132,10 +199,10 @@ class Tokenizer:
             words = whole[len(start) :] if whole.startswith(start) else words
         return words if isinstance(prompt, str) else [{"role": "assistant", "content": words}]
 
-    def _turn(self, rest: str, completion: Sequence[Mapping[str, Any]]) -> tuple[str, int | None]:
+    def _turn(self, rest: str, message: Mapping[str, Any]) -> tuple[str, int | None]:
         """What a template wrote after the prompt as far as the policy writes it, without the end
         token, and the end token."""
-        said = completion[-1].get("content") if completion else None
+        said = message.get("content")
         said = said.strip() if isinstance(said, str) else ""
         place = rest.find(said) + len(said) if said in rest else 0
         added = self._tokenizer.added_tokens_decoder.items()
@@ -176,15 +243,47 @@ class Tokenizer:
         ids: list[int] = self._tokenizer(words, add_special_tokens=special)["input_ids"]
         return ids
 
-    def _chat(self, messages: list[Mapping[str, Any]], generate: bool) -> str:
-        # As TRL: a prompt that ends in the assistant's words is to be continued.
-        continued = generate and messages[-1].get("role") == "assistant"
-        how = {"continue_final_message": True} if continued else {"add_generation_prompt": generate}
+    def _chat(
+        self,
+        messages: list[Mapping[str, Any]],
+        template: Mapping[str, Any],
+        purpose: Literal["prompt", "answer", "whole"],
+    ) -> str:
+        """purpose: "prompt" is continued if it ends in the assistant's words, as TRL has it; after
+        "answer" the assistant begins to speak."""
+        continued = purpose == "prompt" and messages[-1].get("role") == "assistant"
+        how: dict[str, Any] = {"add_generation_prompt": purpose != "whole"}
+        if continued:
+            how = {"continue_final_message": True}
+        rendered = list(map(_rendered, messages))
         try:
-            words: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **how)
+            words: str = self._tokenizer.apply_chat_template(
+                rendered, tokenize=False, **template, **how
+            )
         except Exception as error:  # a template is a program that raises what it likes
             raise RowError(f"the chat template failed: {error}") from None
         return words
+
+
+def _rendered(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the arguments of calls as objects, which templates expect, and not as OpenAI's text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:  # as the policy wrote it
+        return call
+    assert isinstance(function, Mapping)
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 _ANCHORS = ("\n", " ", ".", "0", "a")

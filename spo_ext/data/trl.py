@@ -1,7 +1,10 @@
 """Rows as TRL's trainers take them: prompt, completion (texts or messages), and a reward.
 
 Besides them a row may have prompt_ids, completion_ids, tests, answer and split; all other columns
-are kept with the prompt, as TRL gives them to reward functions. What an exported row knows more
+are kept with the prompt, as TRL gives them to reward functions, and tools and chat_template_kwargs
+go to the chat template. A completion may be messages of several turns, those of tools and users
+among them, or token ids with completion_mask (or a name of `MASKS`), which says what the policy
+wrote; turn_rewards has one for each message of the assistant. What an exported row knows more
 stands in its column `spo`, as JSON in text; tests and answer of such a row are JSON in text too, so
 that all rows have columns of one type, and so are the columns that `spo` names in "json".
 """
@@ -44,13 +47,32 @@ def parse_trl(row: Row, defaults: Defaults) -> Record:
         tests=tests,
         answer=answer,
         split=defaults.split_of(row),
-        columns=_decoded(row, extra or {}),
+        columns={
+            **(_decoded(row, extra or {}) or {}),
+            **({} if exported else _template(row, content)),
+        }
+        or None,
     )
     ids = row.get("completion_ids") if len(completions) < 2 else None
     if not completions and ids is None:
+        _need_ids(row)
         return Record(prompt)
     origin = _origin(row, extra, defaults)
     how = {name: extra[name] for name in _HOW if extra.get(name) is not None} if extra else {}
+    if "contexts" in how:
+        how["contexts"] = _contexts(how["contexts"])
+    if ids is None:
+        _need_ids(row)
+    else:
+        how["completion_mask"] = _mask(row, len(ids))
+        turns = [len(said) for said, _ in completions if not isinstance(said, str)]
+        if turns and turns[0] > 1 and how["completion_mask"] is None and not exported:
+            raise RowError(
+                "completion_ids of several turns must come with a completion_mask, or tokens of "
+                "tools and users would be learned as the policy's own"
+            )
+    if row.get("turn_rewards") is not None:
+        how["turn_rewards"] = _turn_rewards(row, completions, ids)
     if not completions:
         return Record(prompt, (Completion(None, _reward(row), origin, token_ids=ids, **how),))
     items = tuple(
@@ -60,6 +82,80 @@ def parse_trl(row: Row, defaults: Defaults) -> Record:
         for completion, reward in completions
     )
     return Record(prompt, items, notes=notes)
+
+
+# What TRL, verl and others call a mask of the tokens that the policy wrote.
+MASKS = (
+    "completion_mask",
+    "env_mask",
+    "tool_mask",
+    "response_mask",
+    "assistant_masks",
+    "assistant_mask",
+    "loss_mask",
+)
+
+
+def _mask(row: Row, size: int) -> list[bool] | None:
+    """Of the completion; one may be of prompt and completion together. Raises RowError."""
+    names = [name for name in MASKS if row.get(name) is not None]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise RowError(f"a row must have one mask of its tokens, got {', '.join(names)}")
+    [name], mask = names, parsed(row, names[0])
+    if not isinstance(mask, list) or not all(one in (0, 1) for one in mask):
+        raise RowError(f"{name} must be a list of 0 and 1, got {shown(mask)}")
+    before = len(mask) - size
+    if before == len(row.get("prompt_ids") or ()) and not any(mask[:before]):
+        mask = mask[before:]
+    if len(mask) != size:
+        raise RowError(f"{name} must have one entry for each of {size} tokens, got {len(mask)}")
+    return list(map(bool, mask))
+
+
+def _need_ids(row: Row) -> None:
+    for name in MASKS:
+        if row.get(name) is not None:
+            raise RowError(f"{name} is of token ids, and the row has no completion_ids")
+
+
+def _turn_rewards(row: Row, completions: Any, ids: Any) -> list[float]:
+    """Raises RowError."""
+    rewards = parsed(row, "turn_rewards")
+    if not isinstance(rewards, list) or not all(isinstance(one, int | float) for one in rewards):
+        raise RowError(f"turn_rewards must be a list of numbers, got {shown(rewards)}")
+    if ids is not None or len(completions) != 1 or isinstance(completions[0][0], str):
+        raise RowError("turn_rewards must come with a completion of messages, without its ids")
+    return rewards
+
+
+def _template(row: Row, content: Content) -> dict[str, Any]:
+    """The columns that the chat template gets. Raises RowError."""
+    found: dict[str, Any] = {}
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value: Any = parsed(row, name)
+        if value is None or value in ([], {}):
+            continue
+        if not isinstance(value, kind):
+            raise RowError(f"{name} must be a {kind.__name__}, got {shown(value)}")
+        if isinstance(content, str):
+            raise RowError(f"{name} is for a chat template, and the prompt is text")
+        found[name] = value
+    taken = sorted(found.get("chat_template_kwargs", {}).keys() & _OURS)
+    if taken:
+        raise RowError(f"chat_template_kwargs must be without {', '.join(taken)}, which are ours")
+    return found
+
+
+_OURS = {"tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+
+
+def _contexts(given: Any) -> dict[int, Any]:
+    """As `_extra` wrote them: JSON has text for keys. Raises RowError."""
+    if not isinstance(given, dict) or not all(key.isdecimal() for key in given):
+        raise RowError(f"spo.contexts must be token ids by place, got {shown(given)}")
+    return {int(key): ids for key, ids in given.items()}
 
 
 def readable(name: str, content: Content) -> Content:
@@ -84,22 +180,27 @@ def _plain_message(name: str, message: Any) -> Any:
     return {**message, "content": "".join(texts)}
 
 
-def _one_turn(name: str, completion: Content) -> Content:
-    """Text, or one message of the assistant; all its tokens are the policy's. Raises RowError."""
+def _spoken(name: str, completion: Content) -> Content:
+    """Text, or messages that begin with one of the assistant. Raises RowError."""
     if isinstance(completion, str):
         return completion
     roles = [m.get("role") if isinstance(m, Mapping) else None for m in completion]
-    calls = any(m.get(key) for m in completion for key in _CALLS if isinstance(m, Mapping))
-    if roles != ["assistant"] or calls:
-        got = ", ".join(map(str, roles)) + (" with calls of tools" if calls else "")
-        raise RowError(
-            f"{name} must be one message of the assistant, got {got or 'none'}: tokens of tools, "
-            "users and other turns would be learned as the policy's own (masks are not stored yet)"
-        )
+    if not roles or roles[0] != "assistant" or None in roles:
+        got = ", ".join(map(str, roles)) or "none"
+        raise RowError(f"{name} must be messages that begin with the assistant's, got {got}")
     return readable(name, completion)
 
 
-_HOW = ("finish", "reason", "behaviour_logprobs", "temperature", "top_p")
+_HOW = (
+    "finish",
+    "reason",
+    "behaviour_logprobs",
+    "temperature",
+    "top_p",
+    "contexts",
+    "token_rewards",
+    "info",
+)
 
 
 def trl_row(
@@ -121,6 +222,7 @@ def trl_row(
         "prompt_ids": None if prompt.token_ids is None else list(prompt.token_ids),
         "completion": completion,
         "completion_ids": None if trajectory is None else list(trajectory.token_ids),
+        "completion_mask": _written(trajectory),
         "reward": None if trajectory is None else trajectory.reward,
         "tests": encode_json(prompt.tests),
         "answer": encode_json(prompt.answer),
@@ -135,6 +237,7 @@ def trl_row(
 
 def _extra(trajectory: StoredTrajectory) -> dict[str, Any]:
     origin, behaviour = trajectory.origin, trajectory.behaviour_logprobs
+    paid, contexts = trajectory.token_rewards, trajectory.contexts
     values = {
         "origin": {name: getattr(origin, name) for name in _ORIGIN},
         "finish": trajectory.finish,
@@ -142,8 +245,16 @@ def _extra(trajectory: StoredTrajectory) -> dict[str, Any]:
         "temperature": trajectory.temperature,
         "top_p": trajectory.top_p,
         "behaviour_logprobs": None if behaviour is None else torch.as_tensor(behaviour).tolist(),
+        "contexts": None if contexts is None else {str(k): list(v) for k, v in contexts.items()},
+        "token_rewards": None if paid is None else torch.as_tensor(paid).tolist(),
+        "info": trajectory.info,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _written(trajectory: StoredTrajectory | None) -> list[int] | None:
+    mask = None if trajectory is None else trajectory.completion_mask
+    return None if mask is None else list(map(int, mask))
 
 
 _ORIGIN = ("kind", "run", "policy_version", "model")
@@ -175,17 +286,20 @@ def _conversation(
 ) -> tuple[Content, list[tuple[Content, float | None]], tuple[str, ...]]:
     """Prompt, completions, each with a reward if its place says it, and notes.
 
-    Of `messages` alone, the last is the completion if an assistant's.
+    Of `messages` alone, the completion is what begins with the first of the assistant.
     """
-    content = row.get("prompt")
+    content: Any = row.get("prompt")
     if not exported and (row.get("chosen") is not None or row.get("rejected") is not None):
         return _preference(row, content)
     if content is None:
         messages = row.get("messages")
         if isinstance(messages, list) and messages:
-            last = messages[-1]
-            if len(messages) > 1 and isinstance(last, Mapping) and last.get("role") == "assistant":
-                return messages[:-1], [(_one_turn("the last message", [last]), None)], ()
+            roles = [m.get("role") if isinstance(m, Mapping) else None for m in messages]
+            replies = [i for i, role in enumerate(roles) if i and role == "assistant"]
+            asked = [i for i in replies if "user" in roles[:i]]
+            if replies:
+                first = (asked or replies)[0]
+                return messages[:first], [(_spoken("messages", messages[first:]), None)], ()
             content = messages
     if not isinstance(content, str | list):
         raise RowError(f"prompt must be text or messages, got {shown(content)}")
@@ -196,7 +310,7 @@ def _conversation(
         raise RowError(f"completion must be text or messages, got {shown(completion)}")
     if isinstance(content, str) != isinstance(completion, str):
         raise RowError("prompt and completion must both be text or both be messages")
-    return content, [(_one_turn("completion", completion), None)], ()
+    return content, [(_spoken("completion", completion), None)], ()
 
 
 def _preference(
@@ -220,13 +334,10 @@ def _preference(
         )
     assert chosen is not None and rejected is not None  # They are of the prompt's type.
     completions: list[tuple[Content, float | None]] = [
-        (_one_turn("chosen", chosen), 1.0),
-        (_one_turn("rejected", rejected), 0.0),
+        (_spoken("chosen", chosen), 1.0),
+        (_spoken("rejected", rejected), 0.0),
     ]
     return content, completions, ("chosen gets reward 1, rejected 0",)
-
-
-_CALLS = ("tool_calls", "function_call")
 
 
 def _reward(row: Row) -> float:

@@ -257,7 +257,9 @@ class _Nothing:
 def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
     if prompt.token_ids is not None:
         return prompt
-    return dataclasses.replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
+    return dataclasses.replace(
+        prompt, token_ids=tokenizer.prompt_ids(prompt.content, prompt.template)
+    )
 
 
 def _keep(

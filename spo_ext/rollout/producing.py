@@ -283,4 +283,4 @@ class _Producer:
 def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
     if prompt.token_ids is not None:
         return prompt
-    return replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
+    return replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content, prompt.template))

@@ -108,6 +108,14 @@ class Prompt:
                 self, "token_ids", token_tuple("Prompt", "token_ids", self.token_ids)
             )
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Arguments of the chat template besides the messages: the columns tools and
+        chat_template_kwargs."""
+        columns = self.columns or {}
+        tools = {"tools": columns["tools"]} if columns.get("tools") else {}
+        return {**columns.get("chat_template_kwargs", {}), **tools}
+
 
 class Segment(NamedTuple):
     """A context, what follows it, and which of that the policy wrote (None: all)."""
