@@ -100,9 +100,10 @@ bench: build
 	$(BIN)/python benchmarks/cost.py build/bench/cost.json build/bench/cost.png
 	$(BIN)/python benchmarks/vocabulary_order.py build/bench/vocabulary_order.json
 
-# SPO beside its controls: tables here, report.html and plots in build/learning/.
+# SPO beside its controls in BUDGET minutes: tables here, runs in build/learning/. Goes on where it ended.
 reproduce: build sandbox
-	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m learning --budget $(BUDGET) --split test
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m learning.recipes --budget $(BUDGET) \
+		--split test --out build/learning/runs.jsonl
 
 # The source distribution builds and imports by itself.
 package: $(VENV)/.ready

@@ -1,8 +1,7 @@
 """The GRPO control against TRL's GRPOTrainer: same loss, same gradients on the same batches.
 
-TRL's trainer reads neither a trajectory store nor the sampler of the miniature, so it cannot stand
-in for the control; that the control computes what it computes is shown here. Last run against
-TRL 1.16.
+TRL's trainer reads no trajectory store, so it cannot stand in for the control; that the control
+computes what it computes is shown here. Last run against TRL 1.16.
 """
 
 import pytest
@@ -13,17 +12,15 @@ pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("sqlalchemy")
 
+from types import SimpleNamespace
+
 from learning import baselines
-from learning.feed import Rows
-from learning.methods import METHODS
-from learning.settings import Config
-from learning.updates import Updater
+from learning.controls import GRPO, grpo_loss
 from trl import GRPOConfig, GRPOTrainer
 
 from spo_ext.trainer.batches import TokenBatch, Tokens, collate
-from spo_ext.trainer.model import HeadSettings, answer_logprobs
+from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
 
-GRPO = METHODS["grpo"]
 GENERATIONS = 4
 PROMPTS = ["w2 w3", "w4 w5 w6", "w7", "w8 w9 w10 w11"]
 # Strengths that the control has; what else TRL has a default for in the loss is that default.
@@ -79,14 +76,14 @@ def lists(ids, mask):
     return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
 
 
-def rows_of(inputs) -> Rows:
-    """A batch of TRL as the harness has it."""
+def rows_of(inputs):
+    """A batch of TRL as the control has it."""
     prompts = lists(inputs["prompt_ids"], inputs["prompt_mask"])
     completions = lists(inputs["completion_ids"], inputs["completion_mask"])
     kept = inputs["completion_mask"].bool()
     known = {tuple(prompt): n for n, prompt in enumerate(prompts)}
     pairs = zip(prompts, completions, strict=True)
-    return Rows(
+    return SimpleNamespace(
         tokens=collate([Tokens(*pair) for pair in pairs], "padded"),
         ref_logprobs=inputs["ref_per_token_logps"][kept],
         behaviour_logprobs=inputs["old_per_token_logps"][kept],
@@ -96,14 +93,14 @@ def rows_of(inputs) -> Rows:
     )
 
 
-def harness_step(weights, rows):
-    """Loss and gradients of one update of the control, from these weights."""
+def control_step(weights, rows):
+    """Loss, what is logged, and gradients of the control from these weights."""
     policy = example("tiny").tiny_model()
     policy.load_state_dict(weights)
     answer_logprobs(policy, HeadSettings())
-    config = Config(max_grad_norm=1e9)  # so that the gradients are left as they are
-    found = Updater(GRPO, policy, config, steps=1, reference_rewards=None).update(rows, 1)
-    return found, [parameter.grad for parameter in policy.parameters()]
+    logprobs, _ = completion_logprobs(policy, rows.tokens)
+    loss, values = grpo_loss(logprobs, rows, GRPO.clip, GRPO.kl)
+    return loss.item(), values, torch.autograd.grad(loss, list(policy.parameters()))
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
@@ -120,8 +117,8 @@ def test_updates_are_those_of_the_trainer(tmp_path, loss_type):
     for weights, inputs, loss, gradients in made.calls:
         assert len(set(inputs["completion_mask"].sum(1).tolist())) > 2
         assert len(set(inputs["prompt_mask"].sum(1).tolist())) == 2
-        found, ours = harness_step(weights, rows_of(inputs))
-        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+        ours_loss, found, ours = control_step(weights, rows_of(inputs))
+        assert ours_loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
         largest = max(float(gradient.abs().max()) for gradient in gradients)
         for got, want in zip(ours, gradients, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * largest)
@@ -132,7 +129,7 @@ def test_updates_are_those_of_the_trainer(tmp_path, loss_type):
 
 
 def double_batch():
-    """Log-probabilities of the policy, its inputs for TRL, and the rows of the harness: float64.
+    """Log-probabilities of the policy, its inputs for TRL, and the rows of the control: float64.
 
     Ratios far on both sides of the clip and inside it, two groups of mixed rewards and one that
     agrees.
@@ -148,7 +145,14 @@ def double_batch():
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     count = int(sizes.sum())
     tokens = TokenBatch({}, torch.arange(count), torch.zeros(count, dtype=torch.int64), ends)
-    rows = Rows(tokens, ref[kept], old[kept], rewards, groups, torch.ones(12, dtype=torch.bool))
+    rows = SimpleNamespace(
+        tokens=tokens,
+        ref_logprobs=ref[kept],
+        behaviour_logprobs=old[kept],
+        rewards=rewards,
+        groups=groups,
+        online=torch.ones(12, dtype=torch.bool),
+    )
     inputs = {
         "prompt_ids": torch.full((12, 1), 2),
         "prompt_mask": torch.ones(12, 1, dtype=torch.int64),
@@ -170,8 +174,7 @@ def losses(folder, monkeypatch, **options):
     found = (new, torch.zeros_like(new), None)
     monkeypatch.setattr(made, "_get_per_token_logps_and_entropies", lambda *_, **__: found)
     theirs = GRPOTrainer._compute_loss(made, made.model, inputs)
-    updater = Updater(GRPO, example("tiny").tiny_model(), Config(), 1, None)
-    ours, _ = updater._grpo_loss(new[inputs["completion_mask"].bool()], rows)
+    ours, _ = grpo_loss(new[inputs["completion_mask"].bool()], rows, GRPO.clip, GRPO.kl)
     pairs = [(loss, torch.autograd.grad(loss, new)[0]) for loss in (theirs, ours)]
     return pairs, new, inputs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_evaluations_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_panels_take_what_they_name() -> None:
     one = Series([1], [1.0])
-    names = ["reward", "rewards/a/mean", "rewards/b/mean", "pass@10", "mine", "rewards/a/std"]
+    names = ["reward", "rewards/a/mean", "rewards/b/mean", "eval_pass@10", "mine", "rewards/a/std"]
     series = dict.fromkeys(names, one)
     by_name = {panel.name: lines_of(panel, series) for panel in PANELS}
     assert [line.label for line in by_name["reward"]] == [
@@ -121,7 +122,7 @@ def test_panels_take_what_they_name() -> None:
         "rewards/b/mean",
     ]
     assert len({line.colour for line in by_name["reward"]}) == 3
-    assert [line.label for line in by_name["pass_rate"]] == ["pass@10"]
+    assert [line.label for line in by_name["pass_rate"]] == ["eval_pass@10"]
     assert by_name["loss"] == []
     assert [line.label for line in lines_of(PANELS[3], {"spo/log_ratio": one})] == [
         "log-ratio of a completion, mean"
@@ -196,3 +197,50 @@ def test_pass_curves_come_from_the_counts(axes: Any, tmp_path: Path) -> None:
     assert first.get_ydata()[0] == pytest.approx((12 / 8 + 1 / 2) / 5)
     labels = [text.get_text() for text in drawn.get_legend().get_texts()]
     assert labels == ["evaluation-1", "evaluation-2"]
+
+
+# What the trainer logs and no panel shows: the report has it in a table.
+IN_THE_TABLE = {
+    "frac_reward_zero_std", "reward_std", "store/reward_std", "rewards/*/std",
+    "rollout/*", "store/online_*", "store/behaviour_entropy",
+    "store/age_seconds", "store/duplicates", "store/length", "store/shortfall", "store/too_long",
+    "spo/weight", "health/warnings", "eval_num_tokens", "eval_truncated", "eval_rewards/*/mean",
+    "eval_distinct_correct", "train_*",
+}  # fmt: skip
+# What panels show of trainers that are not ours: TRL's, with `SPOMixin`.
+OF_OTHERS = {"eval_loss", "step_time"}
+
+
+def short(completions: list[str], **columns: Any) -> list[float]:
+    return [-float(len(text)) for text in completions]
+
+
+def test_panels_and_the_trainer_know_the_same_names(tmp_path: Path) -> None:
+    for package in ("torch", "transformers", "accelerate", "sqlalchemy"):
+        pytest.importorskip(package)
+    from trainer_cases import dev_prompts, fill, make_model, make_tokenizer
+    from trainer_process import settings
+
+    from spo_ext.store import PromptValue, TrajectoryStore
+    from spo_ext.trainer import SPOConfig, SPOTrainer
+
+    with TrajectoryStore(tmp_path / "store.db") as store:
+        fill(store)
+        dev_prompts(store)
+        store.put_q0({p.id: PromptValue(0.3, 4, 0.5, 1.0) for p in store.prompts("train")})
+    everything = {
+        "mixture": "half-online", "objective": "squared", "rarity": 1.0, "max_tokens": 60,
+        "max_new_tokens": 40, "reward": ["answer", "test_report_runs:short"],
+        "eval_strategy": "steps", "eval_steps": 1, "eval_samples": 2, "eval_k": [1, 2],
+        "eval_success": -100.0, "max_steps": 2,
+    }  # fmt: skip
+    config = SPOConfig(**settings(tmp_path, **everything))
+    SPOTrainer(make_model(), config, make_tokenizer()).train()
+    logged = read_run(tmp_path / "run").series
+    unseen = unplaced(logged)
+    assert [n for n in unseen if not any(fnmatchcase(n, known) for known in IN_THE_TABLE)] == []
+    assert [known for known in IN_THE_TABLE if not any(fnmatchcase(n, known) for n in unseen)] == []
+    patterns = {curve.pattern for panel in PANELS for curve in panel.curves}
+    names = [name.removeprefix("spo/") for name in logged]
+    nobody = {one for one in patterns if not any(fnmatchcase(name, one) for name in names)}
+    assert nobody == OF_OTHERS

@@ -50,16 +50,15 @@ def likelihood_loss(logprobs: Tensor, rows: Rows, success: float) -> Tensor:
 
 
 def surrogate(
-    logprobs: Tensor, rows: Rows, advantages: Tensor, clip: float, old: Tensor | None = None
+    logprobs: Tensor, rows: Rows, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Values]:
     """PPO's clipped loss on the rows that the policy sampled, and what to log.
 
-    advantages: [S, T] or [S, 1]. old: [N], around which ratios are clipped, by default those of
-    the policy that wrote the rows.
+    advantages: [S, T] or [S, 1]. Ratios are to the policy that wrote the rows.
     """
     cut = rows.tokens.cu_seqlens
     new, mask = padded(logprobs, cut)
-    old = padded(known(rows) if old is None else old, cut)[0]
+    old = padded(known(rows), cut)[0]
     sampled = mask * rows.online[:, None]
     loss = baselines.clipped_loss(new, old, advantages, sampled, clip)
     beyond = (((new - old).detach().exp() - 1).abs() > clip).to(mask)
@@ -78,6 +77,24 @@ def grpo_loss(logprobs: Tensor, rows: Rows, clip: float, kl: float) -> tuple[Ten
     old, ref = padded(known(rows), cut)[0], padded(rows.ref_logprobs, cut)[0]
     penalty = baselines.kl_estimate(new, old, ref, mask * online[:, None])
     return loss + kl * penalty, values
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    rows: Rows,
+    critic: Critic,
+    *,
+    clip: float,
+    kl: float,
+    gae_lambda: float,
+    max_grad_norm: float,
+) -> tuple[Tensor, Values]:
+    """PPO's by the values of the critic, which takes its own step on the way; and what to log."""
+    values, mask = padded(critic.values(rows), rows.tokens.cu_seqlens)
+    sampled = mask * rows.online[:, None]
+    advantages, returns = critic.targets(values.detach(), rows, kl, gae_lambda)
+    critic.step(values, returns, sampled, max_grad_norm)
+    return surrogate(logprobs, rows, baselines.whitened(advantages, sampled), clip)
 
 
 def known(rows: Rows) -> Tensor:
@@ -166,15 +183,19 @@ class PPO(Control):
 
     def __init__(self, model: nn.Module, *arguments: Any, **options: Any) -> None:
         super().__init__(model, *arguments, **options)
-        self.critic = Critic(model, self.value_learning_rate)
+        self.critic = Critic(model, self.value_learning_rate)  # type: ignore[arg-type]
 
     def loss_of(self, logprobs: Tensor, rows: Rows) -> tuple[Tensor, Values]:
         assert self.lr_scheduler is not None
         share = self.lr_scheduler.get_last_lr()[0] / self.args.learning_rate
         for group in self.critic.optimizer.param_groups:
             group["lr"] = self.value_learning_rate * share
-        values, mask = padded(self.critic.values(rows), rows.tokens.cu_seqlens)
-        sampled = mask * rows.online[:, None]
-        advantages, returns = self.critic.targets(values.detach(), rows, self.kl, self.gae_lambda)
-        self.critic.step(values, returns, sampled, self.args.max_grad_norm)
-        return surrogate(logprobs, rows, baselines.whitened(advantages, sampled), self.clip)
+        return ppo_loss(
+            logprobs,
+            rows,
+            self.critic,
+            clip=self.clip,
+            kl=self.kl,
+            gae_lambda=self.gae_lambda,
+            max_grad_norm=self.args.max_grad_norm,
+        )

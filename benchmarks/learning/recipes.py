@@ -1,9 +1,9 @@
-"""Named recipes of `SPOTrainer`: how the quickstart, this page's methods and its controls learn.
+"""Named recipes of `SPOTrainer`, and runs of them beside each other.
 
-    PYTHONPATH=benchmarks python -m learning.recipes --recipes group-0.1 ppo --out FILE.jsonl
+    PYTHONPATH=benchmarks python -m learning.recipes --recipes spo ppo --out FILE.jsonl
 
 A recipe is a supervised start and settings of the trainer, as anybody would give them. A run is a
-line of FILE, and what is there is not run again.
+line of FILE, and what is there is not run again. In the end all of FILE is shown as tables.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +30,22 @@ from transformers import Qwen2ForCausalLM
 from spo_ext.contests.problems import Problem, Split
 from spo_ext.contests.recipe import PROMPTS_PER_BATCH, spo_settings
 from spo_ext.contests.vocabulary import as_prompts, make_tokenizer
-from spo_ext.sandbox import Sandbox
+from spo_ext.durable import cut_unfinished_line
 from spo_ext.store import Origin, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
+from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
 from .controls import GRPO, PPO, SFT
 from .evaluation import evaluate
-from .judging import Grader
-from .offline import write_solutions
 from .references import load_reference, reference_key
-from .settings import Setting, setting_named
+from .settings import SETTINGS, Setting
+from .tables import columns, read_records, tables
 
 # Every step samples its batch from the policy as it is.
 _ONLINE: dict[str, Any] = {"sync_every": 1, "rollout_batch_size": PROMPTS_PER_BATCH}
 _SPO = _ONLINE | {"beta": 0.1, "max_grad_norm": 0.2}
 _CONTROL = _ONLINE | {"max_grad_norm": 1.0}
-_HALF_ONLINE = _SPO | {
-    "mixture": "half-online",
-    "mixed_groups": True,
-    "temperature": 0.8,
-}
+_HALF_ONLINE = _SPO | {"mixture": "half-online", "mixed_groups": True, "temperature": 0.8}
 _SUPERVISED: dict[str, Any] = {
     "mixture": "offline",
     "rollouts": "none",
@@ -60,40 +61,36 @@ class Recipe:
     """What the trainer is given.
 
     changes: of `spo_ext.contests.recipe.spo_settings`. trainer: `SPOTrainer` or a control.
-    sft_share: of all steps, on solutions first; the result is the reference of the rest. method:
-    what the records of the harness call it.
+    sft_share: of all steps, on solutions first; the result is the reference of the rest.
     """
 
-    method: str
     changes: dict[str, Any] = field(default_factory=dict)
     trainer: type[SPOTrainer] = SPOTrainer
     sft_share: float = 0.0
 
 
 RECIPES = {
-    "quickstart": Recipe("group:beta=0.05"),
-    "spo": Recipe("group-0.1", _SPO),
-    "half-online": Recipe(
-        "group-0.1:offline=near,offline_share=0.5,baseline=online_group,sharpen=0.8", _HALF_ONLINE
-    ),
-    "sft-spo": Recipe("sft-group", _SPO, sft_share=0.75),
-    "sft": Recipe("sft", _SUPERVISED, SFT),
-    "expert": Recipe("expert", _CONTROL, SFT),
-    "grpo": Recipe("grpo", _CONTROL, GRPO),
-    "ppo": Recipe("ppo", _CONTROL, PPO),
-    "sft-ppo": Recipe("sft-ppo", _CONTROL, PPO, sft_share=0.75),
+    "quickstart": Recipe(),
+    "spo": Recipe(_SPO),
+    "half-online": Recipe(_HALF_ONLINE),
+    "sft-spo": Recipe(_SPO, sft_share=0.75),
+    "sft": Recipe(_SUPERVISED, SFT),
+    "expert": Recipe(_CONTROL, SFT),
+    "grpo": Recipe(_CONTROL, GRPO),
+    "ppo": Recipe(_CONTROL, PPO),
+    "sft-ppo": Recipe(_CONTROL, PPO, sft_share=0.75),
 }
+# A budget may end in the middle, so what matters most comes first.
+_DEFAULT = ("ppo", "spo", "sft", "sft-ppo", "sft-spo", "half-online", "grpo", "expert")
 
 
 def fill(store: TrajectoryStore, setting: Setting, problems: Sequence[Problem]) -> None:
     """The training problems with their known solutions."""
     prompts = store.add_prompts(as_prompts(problems, "train"))
-    length = setting.config.max_program_tokens
-    solutions = write_solutions(problems, "near", setting.offline_solutions, length, seed=0)
     store.append(
         [
             Trajectory(prompt, ids, 1.0, Origin("human"), "eos")
-            for prompt, programs in zip(prompts, solutions, strict=True)
+            for prompt, programs in zip(prompts, setting.solutions(problems), strict=True)
             for ids in programs
         ]
     )
@@ -103,9 +100,8 @@ def settings(
     recipe: Recipe, setting: Setting, folder: Path, run: str, steps: int, seed: int
 ) -> SPOConfig:
     """Those of the quickstart with the recipe's changes, and the sizes of the setting."""
-    config = setting.config
     given = spo_settings(
-        config,
+        setting,
         folder,
         output_dir=str(folder / run),
         max_steps=steps,
@@ -113,9 +109,9 @@ def settings(
         logging_strategy="no",
         disable_tqdm=True,
     )
-    group = config.num_generations
+    group = setting.num_generations
     sizes = {"group_size": group, "num_generations": group}
-    sizes["per_device_train_batch_size"] = config.prompts_per_batch * group
+    sizes["per_device_train_batch_size"] = setting.prompts_per_batch * group
     if recipe.changes.get("mixture") == "half-online":
         sizes["num_generations"] = group // 2
     return SPOConfig(**(given | sizes | recipe.changes))
@@ -135,95 +131,118 @@ def learn(
     return trainer
 
 
-def perform(
-    name: str,
-    setting: Setting,
-    reference_seed: int,
-    seed: int,
-    steps: int,
-    cache: Path,
-    split: Split,
-) -> dict[str, Any]:
-    """Trains, and evaluates on the split before and after."""
-    recipe = RECIPES[name]
-    torch.set_num_threads(setting.config.threads)
-    origin = load_reference(setting, reference_seed, cache)
+@dataclass(frozen=True)
+class Run:
+    """One recipe in one setting with one pair of seeds, evaluated on the split."""
+
+    recipe: str
+    setting: str
+    split: Split
+    reference_seed: int
+    seed: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe} r{self.reference_seed} s{self.seed}"
+
+
+def perform(run: Run, cache: Path) -> dict[str, Any]:
+    """Trains, and evaluates before and after. References are in the cache."""
+    recipe, setting = RECIPES[run.recipe], SETTINGS[run.setting]
+    commit = machine.commit()  # now: somebody may commit while it runs
+    torch.set_num_threads(1)  # of these sizes a second one only waits for its turn
+    origin = load_reference(setting, run.reference_seed, cache)
     policy = copy.deepcopy(origin).requires_grad_(True)
-    held_out = setting.problems(split, reference_seed)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Sandbox(workers=setting.config.sandbox_workers) as sandbox,
-    ):
+    answer_logprobs(origin, HeadSettings())
+    held_out = setting.problems(run.split, run.reference_seed)
+    before = evaluate(origin, origin, held_out, setting, run.seed)
+    with tempfile.TemporaryDirectory() as folder:
         with TrajectoryStore(Path(folder) / "store.db") as store:
-            fill(store, setting, setting.problems("train", reference_seed))
+            fill(store, setting, setting.problems("train", run.reference_seed))
         started, cpu = time.perf_counter(), time.process_time()
-        trainer = learn(recipe, setting, policy, Path(folder), steps, seed)
+        trainer = learn(recipe, setting, policy, Path(folder), run.steps, run.seed)
         spent = {
             "training_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
         }
         sampled = sum(1 for _ in trainer.store.trajectories(run=trainer.args.run))
-        looks = []
-        for model in (origin, sharpened(policy, trainer.args.temperature)):
-            grader = Grader(sandbox)
-            found = evaluate(model, origin, origin, held_out, grader, setting.config, seed, None)
-            names = ("pass_at", "correct", "distinct_correct", "entropy", "kl", "mean_tokens")
-            looks.append({name: found[name] for name in names})
+        temperature = trainer.args.temperature
+        after = evaluate(policy, origin, held_out, setting, run.seed, temperature)
     return {
-        "recipe": name,
-        "method": recipe.method,
-        "setting": setting.name,
-        "split": split,
-        "reference_seed": reference_seed,
-        "seed": seed,
-        "steps": steps,
+        **asdict(run),
         "sampled": sampled,
-        "before": looks[0],
-        "after": looks[1],
+        "before": before,
+        "after": after,
         **spent,
-        "reference": reference_key(setting, reference_seed),
-        "commit": machine.commit(),
+        "reference": reference_key(setting, run.reference_seed),
+        "commit": commit,
         "processor": machine.processor(),
         "torch": torch.__version__,
     }
 
 
-def sharpened(policy: Qwen2ForCausalLM, temperature: float) -> Qwen2ForCausalLM:
-    """Its policy at the temperature, as a model that is sampled at 1."""
-    model = copy.deepcopy(policy).requires_grad_(False).eval()
-    model.lm_head.weight.div_(temperature)
-    return model
+def sweep(runs: Sequence[Run], out: Path, cache: Path, workers: int, minutes: float) -> list[Run]:
+    """Adds to `out` what it has no line of; returns the runs that there was no time for.
+
+    The references come first. Then no run is begun that would end after the minutes, going by the
+    longest one before it. Killed, it goes on where it was.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    cut_unfinished_line(out)
+    lines = read_records([out]) if out.exists() else []
+    done = [[line.get(field.name) for field in fields(Run)] for line in lines]
+    left = [run for run in runs if list(asdict(run).values()) not in done]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    active: dict[Future[dict[str, Any]], float] = {}
+    longest = 0.0
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        references = dict.fromkeys((run.setting, run.reference_seed) for run in left)
+        for made in [pool.submit(load_reference, SETTINGS[a], b, cache) for a, b in references]:
+            made.result()
+        while active or left:
+            while left and len(active) < workers and time.monotonic() + longest < deadline:
+                active[pool.submit(perform, left.pop(0), cache)] = time.monotonic()
+            if not active:
+                break
+            for future in wait(active, return_when=FIRST_COMPLETED).done:
+                longest = max(longest, time.monotonic() - active.pop(future))
+                found = future.result()
+                with out.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                run = Run(**{field.name: found[field.name] for field in fields(Run)})
+                print(
+                    run, *(f"{read(found):.3f}" for read in columns([found]).values()), flush=True
+                )
+    return left
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m learning.recipes", description=__doc__)
     add = parser.add_argument
-    add("--recipes", nargs="+", choices=RECIPES, default=["spo", "ppo", "sft-spo", "half-online"])
-    add("--setting", default="standard", help="tiny, for a trial; standard")
+    add("--recipes", nargs="+", choices=RECIPES, default=_DEFAULT)
+    add("--setting", choices=SETTINGS, default="standard", help="tiny is for a trial")
     add("--reference-seeds", nargs="+", type=int, default=[0, 1])
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--steps", type=int, default=120)
     add("--split", choices=("development", "test"), default="development")
+    add("--budget", type=float, default=math.inf, help="minutes, in which no run may end later")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--cache", type=Path, default=Path("build/learning/references"))
     add("--out", type=Path, required=True, help="a .jsonl file")
-    options = parser.parse_args()
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    keys = ("recipe", "setting", "split", "reference_seed", "seed", "steps")
-    done = {tuple(json.loads(line)[key] for key in keys) for line in lines}
-    setting = setting_named(options.setting)
-    for seed in options.seeds:
-        for reference_seed in options.reference_seeds:
-            for name in options.recipes:
-                key = (name, setting.name, options.split, reference_seed, seed, options.steps)
-                if key in done:
-                    continue
-                found = perform(
-                    name, setting, reference_seed, seed, options.steps, options.cache, options.split
-                )
-                with options.out.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                after = found["after"]["pass_at"]
-                print(*key, f"{after[0]:.3f} {after[min(10, len(after)) - 1]:.3f}", flush=True)
+    options = parser.parse_args(words)
+    # Both seeds change together first, so that two pairs already vary both; a sweep that is cut
+    # short has whole rows of them.
+    pairs = sorted(product(options.reference_seeds, options.seeds), key=lambda p: (max(p), p))
+    runs = [
+        Run(name, options.setting, options.split, *pair, options.steps)
+        for pair in pairs
+        for name in options.recipes
+    ]
+    left = sweep(runs, options.out, options.cache, options.workers, options.budget)
+    if left:
+        print(f"no time for {len(left)} runs: {', '.join(map(str, left))}")
+    if options.out.exists():
+        print(tables(read_records([options.out]), "ppo"))
 
 
 if __name__ == "__main__":

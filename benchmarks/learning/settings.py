@@ -1,147 +1,89 @@
-"""The settings that methods are compared in, and their problems."""
+"""The settings that recipes are compared in: their problems, solutions and sizes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from spo_ext.contests.problems import Problem, Split
-from spo_ext.contests.recipe import Contest
+from spo_ext.contests.programs import STYLE_WEIGHTS, STYLES, write_program
+from spo_ext.contests.recipe import NUM_GENERATIONS, PROMPTS_PER_BATCH, Contest
+from spo_ext.contests.vocabulary import encode_program
+
+_TRIES = 40  # draws per solution that is wanted: some problems have few different ones
 
 
 @dataclass(frozen=True)
-class Config(Contest):
-    """A contest, and the sizes of batches and evaluations."""
+class Setting(Contest):
+    """A contest, and the sizes of batches and evaluations.
 
-    prompts_per_batch: int = 16
-    num_generations: int = 8
-    warmup_steps: int = 10
-    max_grad_norm: float = 1.0
-    reference_samples: int = 16  # per problem, for q0
-    evaluation_samples: int = 20
-    evaluation_k: int = 10
-    kl_problems: int = 40  # KL needs a reference pass, so only these problems pay for it
-    threads: int = 1
-    sandbox_workers: int = 1
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods have in common.
-
-    config: problems, policy, supervised stage and sizes of a batch.
-    offline_solutions: known correct programs per training problem that has any.
-    offline_problems: training problems that have, None for all.
-    sync_every: batches between two looks at the policy, whatever a method would choose.
-    skipped_problems: held-out problems that are left to other settings.
-    evaluations: of a run, beside the one before it. Four cost as much as training does.
+    offline_solutions: known correct programs of each training problem.
+    kl_problems: of an evaluation, those that pay for a pass of the reference.
     """
 
-    name: str
-    about: str
-    config: Config
+    name: str = "standard"
     offline_solutions: int = 8
-    offline_problems: int | None = None
-    sync_every: int | None = None
-    skipped_problems: int = 0
-    evaluations: int = 4
+    prompts_per_batch: int = PROMPTS_PER_BATCH
+    num_generations: int = NUM_GENERATIONS
+    evaluation_samples: int = 20
+    kl_problems: int = 40
 
     def problems(self, split: Split, reference_seed: int) -> list[Problem]:
         """Development and test problems are the same for every seed; training problems are not.
 
         A specification belongs to one split by its hash, so nothing that is trained on is tested.
         """
-        config = self.config
-        of_seed = reference_seed if split == "train" else 0
-        skipped = 0 if split == "train" else self.skipped_problems
-        count = config.train_problems if split == "train" else config.evaluation_problems
-        drawn = config.draw(split, skipped + count, of_seed)
-        return drawn[skipped:]
+        if split == "train":
+            return self.draw(split, self.train_problems, reference_seed)
+        return self.draw(split, self.evaluation_problems, 0)
 
+    def solutions(self, problems: Sequence[Problem]) -> list[list[list[int]]]:
+        """At most `offline_solutions` different correct programs per problem, at least one.
 
-_STANDARD = Config()
-_SPARSE = replace(_STANDARD, least_operations=4, most_operations=5, max_program_tokens=56)
-# For tests: seconds, and nothing that it says about learning is worth reading.
-_TINY = replace(
-    _STANDARD,
-    most_operations=1,
-    max_program_tokens=20,
-    train_problems=12,
-    evaluation_problems=6,
-    evaluation_samples=4,
-    evaluation_k=2,
-    hidden_tests=3,
-    hidden_size=32,
-    intermediate_size=48,
-    layers=1,
-    heads=2,
-    sft_steps=8,
-    sft_batch=16,
-    prompts_per_batch=3,
-    num_generations=4,
-    reference_samples=4,
-    kl_problems=4,
-)
+        They are written by nobody whose log-probabilities are known, in the styles of the
+        demonstrations. Raises ValueError for a problem without a program that is short enough.
+        """
+        rng = random.Random("0 offline near")
+        return [self._solve(problem, rng) for problem in problems]
 
-_STALE = (10, 40, 100)
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("standard", "the problems of spo quickstart", _STANDARD),
-        Setting(
-            "sparse",
-            "four or five operations: the reference hardly ever finds a solution",
-            _SPARSE,
-            offline_solutions=4,
-        ),
-        Setting(
-            "few",
-            "sparse, with solutions known for a tenth of the training problems",
-            _SPARSE,
-            offline_solutions=4,
-            offline_problems=64,
-        ),
-        *(
-            Setting(
-                f"stale-{batches}",
-                f"standard, with the behaviour policy synced every {batches} batches",
-                _STANDARD,
-                sync_every=batches,
+    def _solve(self, problem: Problem, rng: random.Random) -> list[list[int]]:
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(_TRIES * self.offline_solutions):
+            style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+            program = encode_program(write_program(rng, problem.specification, style))
+            if len(program) <= self.max_program_tokens:
+                found[tuple(program)] = None
+            if len(found) == self.offline_solutions:
+                break
+        if not found:
+            raise ValueError(
+                f"max_program_tokens must leave room for a solution of {problem.description!r}, "
+                f"got {self.max_program_tokens}"
             )
-            for batches in _STALE
-        ),
-        Setting("tiny", "for tests of the harness", _TINY, offline_solutions=3),
-    )
+        return [list(program) for program in found]
+
+
+SETTINGS = {
+    "standard": Setting(),
+    # For tests: seconds, and nothing that it says about learning is worth reading.
+    "tiny": Setting(
+        name="tiny",
+        offline_solutions=3,
+        most_operations=1,
+        max_program_tokens=20,
+        train_problems=12,
+        evaluation_problems=6,
+        evaluation_samples=4,
+        hidden_tests=3,
+        hidden_size=32,
+        intermediate_size=48,
+        layers=1,
+        heads=2,
+        sft_steps=8,
+        sft_batch=16,
+        prompts_per_batch=3,
+        num_generations=4,
+        kl_problems=4,
+    ),
 }
-
-
-def _on_others(known: Setting, name: str, problems: int) -> Setting:
-    """Evaluated, before and after a run, on so many problems, none of which `known` has."""
-    return replace(
-        known,
-        name=name,
-        about=f"{known.name}, evaluated on {problems} other problems",
-        config=replace(known.config, evaluation_problems=problems),
-        skipped_problems=known.config.evaluation_problems,
-        evaluations=1,
-    )
-
-
-SETTINGS |= {
-    "fresh": _on_others(SETTINGS["standard"], "fresh", 960),
-    "fresh-few": _on_others(SETTINGS["few"], "fresh-few", 640),
-}
-
-
-def setting_named(name: str) -> Setting:
-    """One of SETTINGS, or "stale-K" for any K batches. Raises ValueError for another name."""
-    if name in SETTINGS:
-        return SETTINGS[name]
-    kind, _, batches = name.partition("-")
-    if kind == "stale" and batches.isdecimal() and int(batches) > 0:
-        return replace(
-            SETTINGS["stale-10"],
-            name=name,
-            about=f"standard, with the behaviour policy synced every {batches} batches",
-            sync_every=int(batches),
-        )
-    raise ValueError(f"setting must be one of {', '.join(SETTINGS)} or stale-K, got {name!r}")

@@ -1,165 +1,161 @@
-"""Records of runs as numbers to compare: means, intervals and paired differences."""
+"""Records of runs as tables: means, and differences between runs of the same seeds.
+
+    PYTHONPATH=benchmarks python -m learning.tables benchmarks/results/learning/test.jsonl.gz
+
+A record is a line of JSON: what ran (recipe or method, setting, split, reference_seed, seed,
+steps), sampled, and the evaluations `before` and `after`; older ones have a `curve` in between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import gzip
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from spo_ext.evaluation.records import Estimate, estimate
 
 Record = dict[str, Any]
-# Reference seed, seed, and what the reference passed in the evaluation before the first step: one
-# that was trained on another kind of processor is not quite the same for the same seed.
-Pair = tuple[int, int, tuple[float, ...]]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A number of a finished run; digits after the point."""
-
-    title: str
-    digits: int
-    read: Callable[[Record], float | None]
-
-
-@dataclass(frozen=True)
-class Series:
-    """All runs of one method and one length in one setting. method: its name in tables."""
-
-    method: str
-    runs: tuple[Record, ...]
-
-    @property
-    def by_pair(self) -> dict[Pair, Record]:
-        return {
-            (run["reference_seed"], run["seed"], tuple(run["curve"][0]["pass_at"])): run
-            for run in self.runs
-        }
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """Raises OSError or ValueError for a file that cannot be read."""
+    lines = []
+    for path in paths:
+        data = path.read_bytes()
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        lines += text.decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def columns_of(k: int) -> list[Column]:
-    """What the tables show; k is that of pass@k."""
-    return [
-        Column("pass@1", 3, lambda run: pass_at(last(run), 1)),
-        Column(f"pass@{k}", 3, lambda run: pass_at(last(run), k)),
-        Column("distinct correct", 2, lambda run: float(last(run)["distinct_correct"])),
-        Column("KL", 2, lambda run: float(last(run)["kl"])),
-        Column("entropy", 2, lambda run: float(last(run)["entropy"])),
-        Column("tokens", 1, lambda run: float(last(run)["mean_tokens"])),
-        Column("Q_T ranked", 3, lambda run: _calibration(run, "ranked")),
-        Column("Q_T residual", 3, lambda run: _calibration(run, "residual_rms")),
-        Column("sampled", 0, lambda run: float(last(run)["sampled"])),
-        Column("updates", 0, lambda run: float(last(run)["updates"])),
-        Column("training s", 0, lambda run: float(last(run)["training_seconds"])),
-    ]
+def columns(runs: Sequence[Record]) -> dict[str, Callable[[Record], float]]:
+    """What tables show of each run; pass@10, or of the most that all have samples for."""
+    most = min(10, *(len(run["after"]["pass_at"]) for run in runs))
+    return {
+        "pass@1": lambda run: float(run["after"]["pass_at"][0]),
+        f"pass@{most}": lambda run: float(run["after"]["pass_at"][most - 1]),
+        "distinct correct": lambda run: float(run["after"]["distinct_correct"]),
+        "KL": lambda run: float(run["after"]["kl"]),
+        "entropy": lambda run: float(run["after"]["entropy"]),
+    }
 
 
-def last(run: Record) -> dict[str, Any]:
-    """The evaluation at the end of a run."""
-    point: dict[str, Any] = run["curve"][-1]
-    return point
+def name_of(record: Record) -> str:
+    """Its recipe; the method, where no recipe made it."""
+    return str(record.get("recipe") or record["method"])
 
 
-def pass_at(point: dict[str, Any], k: int) -> float:
-    """Of one evaluation; k counts from 1."""
-    return float(point["pass_at"][k - 1])
-
-
-def evaluation_k(runs: Sequence[Record]) -> int:
-    """The k that the settings of the runs report."""
-    return int(runs[0]["setting_settings"]["config"]["evaluation_k"])
-
-
-def by_method(records: Sequence[Record]) -> list[Series]:
-    """Records of one setting, in the order in which methods first appear.
-
-    Where runs differ in length, a method's name says how many batches it had: "ppo@120".
-    """
+def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """In order of appearance; "ppo@120" where runs of a name differ in length."""
     found: dict[tuple[str, int], list[Record]] = {}
     for record in records:
-        found.setdefault((record["method"], record["steps"]), []).append(record)
-    one_length = len({steps for _, steps in found}) == 1
+        found.setdefault((name_of(record), record["steps"]), []).append(record)
+    lengths = [name for name, _ in found]
+    return {
+        name if lengths.count(name) == 1 else f"{name}@{steps}": runs
+        for (name, steps), runs in found.items()
+    }
+
+
+def at_step(records: Sequence[Record], step: int) -> list[Record]:
+    """Runs as they were after so many of their steps; those not evaluated then are left out."""
     return [
-        Series(method if one_length else f"{method}@{steps}", tuple(runs))
-        for (method, steps), runs in found.items()
+        {**record, "after": point, "sampled": point["sampled"]}
+        for record in records
+        for point in (
+            *record.get("curve", ()),
+            {**record, **record["after"], "step": record["steps"]},
+        )
+        if point["step"] == step
     ]
 
 
-def series_named(methods: Sequence[Series], name: str) -> Series | None:
-    """By its name in tables, or the longest runs of the method; None if there are none."""
-    found = [series for series in methods if name in (series.method, series.runs[0]["method"])]
-    return max(found, key=lambda one: (one.method == name, one.runs[0]["steps"]), default=None)
+def difference(
+    ours: Sequence[Record], theirs: Sequence[Record], read: Callable[[Record], float]
+) -> Estimate | None:
+    """Mean of ours - theirs over the pairs of seeds that both have; None if there are none.
 
-
-def by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """In order of appearance. Runs on different problems are different settings."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        title = f"{record['setting']}, {record['split']} problems"
-        found.setdefault(title, []).append(record)
-    return found
-
-
-def mean(series: Series, column: Column) -> Estimate | None:
-    """Over the runs, with a 95% bootstrap interval over pairs of seeds; None if one has none."""
-    values = [column.read(run) for run in series.runs]
-    known = [value for value in values if value is not None]
-    return estimate(known) if len(known) == len(values) else None
-
-
-def difference(series: Series, control: Series, column: Column) -> Estimate | None:
-    """Mean of series - control over the pairs that both have, with its interval; None if none."""
-    ours, theirs = series.by_pair, control.by_pair
-    values = []
-    for pair in sorted(ours.keys() & theirs.keys()):
-        mine, other = column.read(ours[pair]), column.read(theirs[pair])
-        if mine is None or other is None:
-            return None
-        values.append(mine - other)
-    return estimate(values)
-
-
-def samples_to_reach(series: Series, level: float, k: int) -> float | None:
-    """Sampled programs until the mean curve of pass@k is at the level; None if it never is.
-
-    Between two evaluations the curve is taken as straight.
+    A pair is of one reference: one that was trained on another kind of processor is not quite the
+    same for the same seed, which shows in the evaluation before the first step.
     """
-    curve = mean_curve(series, "sampled", lambda point: pass_at(point, k))
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
-        if y1 >= level:
-            share = 0.0 if y0 >= level else (level - y0) / (y1 - y0)
-            return x0 + share * (x1 - x0)
-    return None
+    mine, other = _by_pair(ours), _by_pair(theirs)
+    shared = sorted(mine.keys() & other.keys())
+    return estimate([read(mine[pair]) - read(other[pair]) for pair in shared])
 
 
-def mean_curve(
-    series: Series, against: str, read: Callable[[dict[str, Any]], float]
-) -> list[tuple[float, float]]:
-    """Mean over the runs of (what was used, what was read) at every step that all evaluated."""
-    curves = [{point["step"]: point for point in run["curve"]} for run in series.runs]
-    points = []
-    for step in sorted(set.intersection(*map(set, curves))):
-        column = [curve[step] for curve in curves]
-        used = sum(point[against] for point in column) / len(column)
-        points.append((used, sum(map(read, column)) / len(column)))
-    return points
+def tables(records: Sequence[Record], control: str) -> str:
+    """Means and differences to the control, each with a 95% bootstrap interval over pairs of a
+    reference seed and a seed, as Markdown."""
+    settings: dict[str, list[Record]] = {}
+    for record in records:
+        settings.setdefault(f"{record['setting']}, {record['split']} problems", []).append(record)
+    parts = []
+    for title, found in settings.items():
+        groups = by_name(found)
+        reads = columns(found)
+        rows = [["", "pairs", "sampled", *reads]]
+        for name, runs in groups.items():
+            values = [shown(estimate(list(map(read, runs)))) for read in reads.values()]
+            sampled = sum(run["sampled"] for run in runs) / len(runs)
+            rows.append([name, str(len(runs)), f"{sampled:.0f}", *values])
+        parts += [f"## {title}", _markdown(rows)]
+        known = [name for name in groups if control in (name, name.partition("@")[0])]
+        against = max(known, key=lambda name: len(groups[name]), default=None)
+        rows = [[f"paired, to {against}", "pairs", *reads]]
+        for name, runs in groups.items():
+            if against in (name, None):
+                continue
+            paired = [difference(runs, groups[against], read) for read in reads.values()]
+            if paired[0] is not None:
+                rows.append([name, str(paired[0].prompts), *(shown(one, "+") for one in paired)])
+        parts += [_markdown(rows)] if len(rows) > 1 else []
+    return "\n\n".join(parts)
 
 
-def shown(value: Estimate | None, digits: int, signed: bool = False) -> str:
+def shown(value: Estimate | None, sign: str = "") -> str:
     """The mean and its interval as text."""
     if value is None:
         return "-"
-    sign = "+" if signed else ""
-
-    def text(number: float) -> str:
-        return f"{round(number, digits) + 0.0:{sign}.{digits}f}"  # never "-0.00"
-
-    if value.low is None or value.high is None or value.low == value.high:
-        return text(value.mean)
-    return f"{text(value.mean)} [{text(value.low)}, {text(value.high)}]"
+    known = [x for x in (value.mean, value.low, value.high) if x is not None]
+    numbers = [f"{round(x, 3) + 0.0:{sign}.3f}" for x in known]  # never "-0.000"
+    return numbers[0] if len(set(numbers)) == 1 else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 
-def _calibration(run: Record, name: str) -> float | None:
-    found = last(run)["calibration"]
-    return None if found is None or found[name] is None else float(found[name])
+def _by_pair(runs: Sequence[Record]) -> Mapping[tuple[int, int, tuple[float, ...]], Record]:
+    return {
+        (run["reference_seed"], run["seed"], tuple(run["before"]["pass_at"])): run for run in runs
+    }
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in ruled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m learning.tables", description=__doc__)
+    add = parser.add_argument
+    add("records", type=Path, nargs="+", help=".jsonl or .jsonl.gz")
+    add("--only", nargs="+", help="these recipes or methods")
+    add("--settings", nargs="+", help="these settings")
+    add("--control", default="ppo", help="what the others are compared with")
+    add("--step", type=int, help="as the runs were after this step, where that was evaluated")
+    options = parser.parse_args()
+    try:
+        found = [
+            record
+            for record in read_records(options.records)
+            if not options.settings or record["setting"] in options.settings
+            if not options.only or name_of(record) in options.only
+        ]
+        found = found if options.step is None else at_step(found, options.step)
+        print(tables(found, options.control))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

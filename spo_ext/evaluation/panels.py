@@ -110,13 +110,8 @@ PANELS = (
     ),
     Panel(
         "pass_rate",
-        "Completions that pass, share",
-        (
-            Curve("pass_rate", "training", BLUE),
-            Curve("eval_pass_rate", "held-out", INK),
-            Curve("pass@*", "", GREEN),
-            Curve("eval_pass@*", "", ORANGE),
-        ),
+        "Held-out prompts that are solved in k completions, share",
+        (Curve("eval_pass@*", "", ORANGE),),
         share=True,
     ),
     Panel(
@@ -131,7 +126,6 @@ PANELS = (
         (
             Curve("kl", "KL", VIOLET),
             Curve("log_ratio", "log-ratio of a completion, mean", PINK),
-            Curve("log_ratio_p95", "95th percentile", GREY),
         ),
     ),
     Panel("entropy", "Entropy of the policy, nats", (Curve("entropy", "entropy", GREEN),)),
@@ -142,8 +136,7 @@ PANELS = (
             Curve("terminal_q", "terminal Q", ORANGE),
             Curve("reward", "reward", BLUE),
             Curve("q0", "Q at the start", GREEN),
-            Curve("calibration*", "", VIOLET),
-            Curve("terminal_q_*", "", VIOLET),
+            Curve("calibration", "slope of the reward on it", VIOLET),
         ),
     ),
     Panel(
@@ -159,7 +152,6 @@ PANELS = (
         "Sequences at a bound, share",
         (
             Curve("clipped", "terminal Q clipped", ORANGE),
-            Curve("clipped_share", "terminal Q clipped", ORANGE),
             Curve("q0_at_floor", "Q at the start on its floor", GREEN),
             Curve("completions/clipped_ratio", "completion truncated", GREY),
         ),
@@ -194,8 +186,8 @@ PANELS = (
     Panel("learning_rate", "Learning rate", (Curve("learning_rate", "rate", INK),), exact=True),
     Panel(
         "step_time",
-        "Time of an optimiser step, seconds",
-        (Curve("step_time", "whole step", INK), Curve("step_time/*", "", ORANGE)),
+        "Time of an optimiser step and of its parts, seconds",
+        (Curve("step_time", "whole step", INK), Curve("time/*", "", ORANGE)),
     ),
 )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Of the last training step, for the top of the page.
 _HEADLINES = {
     "reward": "reward",
-    "pass_rate": "share that passes",
+    "eval_pass@1": "held-out pass@1",
     "loss": "loss",
     "kl": "KL to the reference, nats",
     "entropy": "entropy, nats",
