@@ -299,7 +299,7 @@ def test_an_update_learns_from_sampled_rows_by_the_values_before_it(online):
     )
     loss.backward()
     new, old, ref, flat = (
-        baselines.padded(part, rows.tokens.cu_seqlens)[0][:online]
+        baselines.padded(part, rows.cu_seqlens)[0][:online]
         for part in (
             completion_logprobs(model, rows.tokens)[0],
             rows.behaviour_logprobs,
@@ -311,7 +311,7 @@ def test_an_update_learns_from_sampled_rows_by_the_values_before_it(online):
             ).squeeze(-1),
         )
     )
-    mask = baselines.padded(rows.ref_logprobs, rows.tokens.cu_seqlens)[1][:online]
+    mask = baselines.padded(rows.ref_logprobs, rows.cu_seqlens)[1][:online]
     rewards = baselines.kl_rewards(old, ref, rows.rewards[:online], mask, KL)
     advantages, returns = baselines.gae(rewards, flat.detach(), mask, GAE_LAMBDA)
     want = baselines.clipped_loss(new, old, baselines.whitened(advantages, mask), mask, CLIP)

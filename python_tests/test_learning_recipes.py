@@ -73,8 +73,8 @@ def test_ppo_hands_its_parts_to_the_loss(sandbox, cache: Path, monkeypatch) -> N
     class Watched(PPO):
         def loss_of(self, logprobs, rows):
             found = super().loss_of(logprobs, rows)
-            old, mask = padded(known(rows), rows.tokens.cu_seqlens)
-            new = padded(logprobs.detach(), rows.tokens.cu_seqlens)[0]
+            old, mask = padded(known(rows), rows.cu_seqlens)
+            new = padded(logprobs.detach(), rows.cu_seqlens)[0]
             seen.append((float(found[0].detach()), float(((new - old) * mask).abs().max())))
             assert self.critic.optimizer.param_groups[0]["lr"] <= self.value_learning_rate
             return found

@@ -32,6 +32,8 @@ class Rows(Protocol):
     @property
     def tokens(self) -> TokenBatch: ...
     @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
     def ref_logprobs(self) -> Tensor: ...
     @property
     def behaviour_logprobs(self) -> Tensor: ...
@@ -45,7 +47,7 @@ class Rows(Protocol):
 
 def likelihood_loss(logprobs: Tensor, rows: Rows, success: float) -> Tensor:
     """Of the programs with this reward or more, the mean over their tokens."""
-    found, mask = padded(logprobs, rows.tokens.cu_seqlens)
+    found, mask = padded(logprobs, rows.cu_seqlens)
     return baselines.likelihood_loss(found, mask, (rows.rewards >= success).to(logprobs))
 
 
@@ -56,7 +58,7 @@ def surrogate(
 
     advantages: [S, T] or [S, 1]. Ratios are to the policy that wrote the rows.
     """
-    cut = rows.tokens.cu_seqlens
+    cut = rows.cu_seqlens
     new, mask = padded(logprobs, cut)
     old = padded(known(rows), cut)[0]
     sampled = mask * rows.online[:, None]
@@ -69,7 +71,7 @@ def surrogate(
 
 def grpo_loss(logprobs: Tensor, rows: Rows, clip: float, kl: float) -> tuple[Tensor, Values]:
     """GRPO's, with its penalty, and what to log."""
-    cut = rows.tokens.cu_seqlens
+    cut = rows.cu_seqlens
     online = rows.online.to(rows.rewards)
     advantages = baselines.group_advantages(rows.rewards, rows.groups, online)
     loss, values = surrogate(logprobs, rows, advantages[:, None], clip)
@@ -90,7 +92,7 @@ def ppo_loss(
     max_grad_norm: float,
 ) -> tuple[Tensor, Values]:
     """PPO's by the values of the critic, which takes its own step on the way; and what to log."""
-    values, mask = padded(critic.values(rows), rows.tokens.cu_seqlens)
+    values, mask = padded(critic.values(rows), rows.cu_seqlens)
     sampled = mask * rows.online[:, None]
     advantages, returns = critic.targets(values.detach(), rows, kl, gae_lambda)
     critic.step(values, returns, sampled, max_grad_norm)
@@ -130,7 +132,7 @@ class Critic:
         self, values: Tensor, rows: Rows, kl: float, gae_lambda: float
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns [S, T]; values: [S, T], without a gradient."""
-        cut = rows.tokens.cu_seqlens
+        cut = rows.cu_seqlens
         old, mask = padded(known(rows), cut)
         ref = padded(rows.ref_logprobs, cut)[0]
         rewards = baselines.kl_rewards(old, ref, rows.rewards, mask, kl)
