@@ -1,5 +1,6 @@
 """Shared fixtures: the devices under test, tolerances, seeded inputs."""
 
+import gc
 import os
 import tempfile
 import zlib
@@ -52,6 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items
         if not (item.get_closest_marker("cuda") and item.get_closest_marker("cpu_only"))
     ]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # trainers collect garbage, and would search all that was imported each time
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
