@@ -62,12 +62,7 @@ def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
                 "MASTER_PORT": str(port),
             }
         started.append(spawn(settings(folder, out=str(out), **options), environment))
-    for process in started:
-        process.join(600)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    assert codes == [0] * processes
+    assert [process.wait(600) for process in started] == [0] * processes
     return dict(torch.load(out))
 
 
