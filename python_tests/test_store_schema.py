@@ -202,9 +202,10 @@ from spo_ext.cli import main
 with contextlib.redirect_stderr(sys.stdout):
     main(["import", "rows.jsonl", "--store", "store.db"])
     main(["export", "rows.jsonl", "--store", "store.db"])
+    assert main(["rollout", "--store", "s", "--run", "r", "--model", "m"]) == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.count("pip install 'spo_ext[store]'") == 3
+    assert done.stdout.count("pip install 'spo_ext[store]'") == 4
 
 
 def test_the_example_of_docs_store_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
