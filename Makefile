@@ -37,8 +37,10 @@ CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
 
-test: build sandbox postgres lint docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-skip
+# Files in the order of conftest.py, so that the processes end together.
+test: build sandbox postgres
+	$(MAKE) --no-print-directory -j2 lint docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --benchmark-skip
 
 # torch by exact version and first: an open range may bring gigabytes of CUDA libraries.
 $(VENV)/.torch: constraints.txt

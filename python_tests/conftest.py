@@ -1,5 +1,6 @@
 """Shared fixtures: the devices under test, tolerances, seeded inputs."""
 
+import gc
 import os
 import tempfile
 import zlib
@@ -46,12 +47,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): has no CUDA variant")
 
 
+# Begun first, so that none of them is left for one process at the end.
+LONG = (
+    "test_cuda_emulation_sparse test_bring_your_own test_cuda_emulation_head test_gpu_calls "
+    "test_trainer_processes test_cuda_emulation_scan test_end_to_end test_trainer test_store_away "
+    "test_contests test_trainer_options test_rollout_served test_trainer_resume test_invariance"
+).split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     items[:] = [
         item
         for item in items
         if not (item.get_closest_marker("cuda") and item.get_closest_marker("cpu_only"))
     ]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # trainers collect garbage, and would search all that was imported each time
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -118,7 +118,7 @@ class Workplace:
         """Four completions of each test prompt, one prompt at a time."""
         where = ("--store", self.store, "--split", "test", "--out", self.run / "evaluation")
         how = ("--n", 4, "--k", "1,4", "--max-new-tokens", 5, "--batch-size", 4)
-        what = ("--model", self.run / "checkpoint-50", "--reward", self.reward)
+        what = ("--model", self.run, "--reward", self.reward)
         return self.start(name, "eval", *where, *how, *what, **environment)
 
     def metrics(self) -> dict[int, list[dict[str, Any]]]:

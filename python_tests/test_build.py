@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import warm
 
 from spo_ext import _compiled, build_info
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_setup(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process that finds its packages anew."""
     return subprocess.run(
         [sys.executable, *flags, "setup.py", "--version"],
         cwd=ROOT,
@@ -26,27 +28,39 @@ def run_setup(*flags: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
+def run_warm_setup(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Its status, standard output and standard error."""
+    process = warm.Process(
+        ["setup.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    said = process.communicate()
+    return process.wait(), *said
+
+
+def test_without_packages_one_clear_sentence():
+    result = run_setup("-S", PYTHONPATH="")
+    message = "building needs PyTorch, setuptools and ninja where spo_ext will run, not in"
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"spo_ext: {message}")
+
+
 @pytest.mark.parametrize(
-    "flags, environment, message",
+    "environment, message",
     [
-        (["-S"], {}, "building needs PyTorch, setuptools and ninja where spo_ext will run, not in"),
-        ([], {"SPO_CUDA": "yes"}, "SPO_CUDA must be 0, 1 or unset, got 'yes'"),
-        ([], {"SPO_CUDA": "1", "CUDA_HOME": "", "PATH": ""}, "SPO_CUDA=1 needs nvcc: install"),
-        ([], {"SPO_CUDA": "1", "CUDA_HOME": "no-such-folder"}, "SPO_CUDA=1 needs nvcc: install"),
-        (
-            [],
-            {"PATH": "", "CXX": "no-such-compiler"},
-            "building needs a C++17 compiler: install g++",
-        ),
+        ({"SPO_CUDA": "yes"}, "SPO_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"SPO_CUDA": "1", "CUDA_HOME": "", "PATH": ""}, "SPO_CUDA=1 needs nvcc: install"),
+        ({"SPO_CUDA": "1", "CUDA_HOME": "no-such-folder"}, "SPO_CUDA=1 needs nvcc: install"),
+        ({"PATH": "", "CXX": "no-such-compiler"}, "building needs a C++17 compiler: install g++"),
     ],
 )
-def test_one_clear_sentence(flags, environment, message):
-    if flags and "PYTHONPATH" in os.environ:
-        environment = {**environment, "PYTHONPATH": ""}
-    result = run_setup(*flags, **environment)
-    assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1].startswith(f"spo_ext: {message}")
-    assert "Traceback" not in result.stderr
+def test_one_clear_sentence(environment, message):
+    status, _, said = run_warm_setup("--version", **environment)
+    assert status != 0 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith(f"spo_ext: {message}")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +163,8 @@ def test_the_version_of_torch_is_that_of_the_build():
 
 
 def test_refusing_cuda_builds_for_cpu():
-    result = run_setup(SPO_CUDA="0")
-    assert result.returncode == 0 and result.stdout.strip().splitlines()[-1] == "0.2.0"
+    status, said, _ = run_warm_setup("--version", SPO_CUDA="0")
+    assert status == 0 and said.strip().splitlines()[-1] == "0.2.0"
 
 
 def test_pre_commit_has_the_pinned_versions():
@@ -171,13 +185,8 @@ def test_every_source_is_listed_once():
 def test_source_distribution_has_all_that_a_cuda_build_reads(tmp_path):
     """`make package` then builds it; a header left out would show on a machine with nvcc only."""
     command = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(
-        [sys.executable, "setup.py", *command],
-        cwd=ROOT,
-        env={**os.environ, "SPO_CUDA": "0"},
-        check=True,
-        capture_output=True,
-    )
+    status, _, said = run_warm_setup(*command, SPO_CUDA="0")
+    assert status == 0, said
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]

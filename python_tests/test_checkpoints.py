@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 from spo_ext.trainer import checkpoints
 from spo_ext.trainer.checkpoints import CheckpointError
@@ -101,12 +102,11 @@ def test_writing_over_a_checkpoint_takes_its_mark_away_first(memory_path: Path) 
 def test_a_process_killed_from_outside(tmp_path: Path) -> None:
     """A writer in a process of its own, killed by the clock while it saves over and over."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom test_checkpoints import save\nprint(flush=True)\n"
-        "for step in range(1, 100000): save(Path(sys.argv[2]), step)"
+        "import sys\nfrom pathlib import Path\n"
+        "from test_checkpoints import save\nprint(flush=True)\n"
+        "for step in range(1, 100000): save(Path(sys.argv[1]), step)"
     )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with warm.Process(["-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.3)

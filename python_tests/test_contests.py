@@ -191,20 +191,23 @@ TINY = ["--steps", "2", "--sft-steps", "3", "--train-problems", "64", "--threads
 TINY += ["--evaluation-problems", "3", "--evaluation-samples", "4"]
 
 
-@pytest.fixture(scope="module")
-def tiny_run(sandbox, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("tiny") / "nested" / "folder"
-    assert main(["quickstart", "--out", str(out), *TINY]) == 0
-    return out
+def results(out: Path) -> list[dict]:
+    """Before and after."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("eval*/evaluation.json"))]
 
 
-def test_a_run_leaves_what_a_user_would_have(tiny_run: Path) -> None:
+def test_a_run_leaves_what_a_user_would_have_and_repeats_with_the_seed(
+    sandbox, tmp_path: Path, capsys
+) -> None:
+    tiny_run = tmp_path / "nested" / "folder"
+    words = ["quickstart", "--out", str(tiny_run), *TINY]
+    assert main(words) == 0
     for name in ("train.yaml", "store.db", "model/tokenizer.json", "model.safetensors"):
         assert (tiny_run / name).is_file(), name
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 2 and "kl" in lines[0]
-    results = [json.loads(path.read_text()) for path in tiny_run.glob("eval*/evaluation.json")]
-    assert [result["completions"] for result in results] == [12, 12]
+    first = results(tiny_run)
+    assert [result["completions"] for result in first] == [12, 12]
     report = (tiny_run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', report)  # needs no other file
     with TrajectoryStore(tiny_run / "store.db") as store:
@@ -212,24 +215,13 @@ def test_a_run_leaves_what_a_user_would_have(tiny_run: Path) -> None:
         tests = [prompt.tests for prompt in store.prompts("test")]
     assert len(rows) == 512 and {row.reward for row in rows} <= {0.0, 1.0}
     assert len(tests) == 3 and all(len(cases) == 10 for cases in tests)
-
-
-def test_a_run_prints_the_commands_it_runs_and_repeats_with_the_seed(
-    tiny_run: Path, sandbox, tmp_path: Path, capsys
-) -> None:
-    words = ["quickstart", "--out", str(tmp_path), *TINY]
-    for _ in range(2):  # the second time over what the first one left
-        assert main(words) == 0
-        output = capsys.readouterr().out
-        found = re.findall(r"^\$ spo (\w+) ", output, re.MULTILINE)
-        assert found == ["eval", "train", "eval", "report"]
-        assert "pass@1 " in output.rpartition("after SPO")[2]
-        for name in ("evaluation-0-before", "evaluation-1-after"):
-            one, other = (
-                json.loads((out / name / "evaluation.json").read_text())["values"]
-                for out in (tiny_run, tmp_path)
-            )
-            assert one == other
+    capsys.readouterr()
+    assert main(words) == 0  # over what the first one left
+    output = capsys.readouterr().out
+    found = re.findall(r"^\$ spo (\w+) ", output, re.MULTILINE)
+    assert found == ["eval", "train", "eval", "report"]
+    assert "pass@1 " in output.rpartition("after SPO")[2]
+    assert [one["values"] for one in results(tiny_run)] == [one["values"] for one in first]
 
 
 # Errors

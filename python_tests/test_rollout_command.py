@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ from rollout_cases import (
     total,
     wait_for,
 )
-from store_cases import ROOT
 from test_rollout_server import asked, url  # noqa: F401
 
 from spo_ext.data.tests import call_tests, stdin_tests
@@ -169,22 +166,6 @@ def test_what_is_wrong_is_said(
     with pytest.raises(SystemExit, match="2"):
         rollout("--store", path, "--run", "r", "--server", "http://localhost/v1")
     assert "--served-model must be given with --server" in capsys.readouterr().err
-
-
-def test_without_sqlalchemy_it_says_what_to_install(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['sqlalchemy'] = None\n"
-        "from spo_ext.cli import main\n"
-        "sys.exit(main(['rollout', '--store', 's', '--run', 'r', '--model', 'm']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 1 and "pip install 'spo_ext[store]'" in done.stderr, done.stderr
 
 
 TWO = """

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 import torch
+import warm
 from rollout_cases import END, save_policy, tiny_model
 
 from spo_ext.data.tokens import Tokenizer
@@ -21,7 +22,8 @@ from spo_ext.rollout import Sampling, ServerError, ServerGenerator
 from spo_ext.store import Prompt
 
 for package in ("httpx", "fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package)
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is missing", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         port = free.getsockname()[1]
     command = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = (folder / "log").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *command],
+    process = warm.Process(
+        ["-c", "from transformers.cli.transformers import main; main()", *command],
         stdout=log,
         stderr=subprocess.STDOUT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

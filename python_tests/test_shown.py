@@ -70,9 +70,13 @@ def test_what_holds_no_password_stays(words: str) -> None:
     ],
 )
 def test_no_error_of_a_store_shows_a_password(
-    target: str, caplog: pytest.LogCaptureFixture, capsys: Any
+    target: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("psycopg")
+    monkeypatch.setattr("spo_ext.store.database._FIRST_S", 0.3)
     from spo_ext.store import TrajectoryStore
     from spo_ext.store.database import Database
 

@@ -23,7 +23,7 @@ from spo_ext.cli import main
 from spo_ext.store import Sampler, SamplerConfig, TrajectoryStore
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[postgres_server.Server]:
     why_not = postgres_server.missing()
     if why_not is not None:
@@ -121,7 +121,7 @@ def test_what_does_not_pass_is_not_waited_for(server: postgres_server.Server) ->
             TrajectoryStore(where)
         assert time.monotonic() - started < 100
     url = f"{server.url}/postgres"
-    server.stop("fast")
+    server.stop()
     started = time.monotonic()
     with pytest.raises(sa.exc.OperationalError, match="refused"):
         TrajectoryStore(url, retry_s=1.0)  # never reached: as likely a wrong address
@@ -139,15 +139,14 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_writers_outlive_a_restart(server: postgres_server.Server, mode: str) -> None:
-    url = f"{server.url}/postgres"
+def test_writers_outlive_restarts(server: postgres_server.Server) -> None:
+    url = postgres_server.new_schema(server.url)
     writers = [start_process(WRITER, url, *span) for span in (("0", "250"), ("250", "500"))]
     heads = []
     for writer in writers:
         assert writer.stdout is not None
         heads.append([writer.stdout.readline() for _ in range(10)])
-    for _ in range(3):
+    for mode in ("fast", "immediate"):
         server.stop(mode)
         time.sleep(0.3)
         server.start()
@@ -176,7 +175,7 @@ def test_a_run_of_two_ranks_and_two_producers_outlives_a_restart(
     pytest.importorskip("accelerate")
     from end_to_end_cases import workplace
 
-    url = f"{server.url}/postgres"
+    url = postgres_server.new_schema(server.url)
     with workplace(tmp_path, url) as place:
         names = ("--store", url, "--tokenizer", str(place.policy))
         assert main(["import", str(place.data_files()[-1]), *names]) == 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -19,16 +19,11 @@ import pytest
 pytest.importorskip("sqlalchemy")
 
 import evaluation_cases
-from store_cases import ROOT, add_prompts, policy, start_process, trajectory
+import warm
+from store_cases import add_prompts, policy, start_process, trajectory
 
 from spo_ext.cli import main
 from spo_ext.store import SchemaError, TrajectoryStore, database, schema
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    "OMP_NUM_THREADS": "1",
-}
 
 
 def without_wal(folder: Path) -> str:
@@ -130,19 +125,28 @@ def can_mount() -> bool:
 
 def run_where_read_only(path: Path, body: str, *arguments: str) -> str:
     """Python code where `path` is a read-only mount, for root too; what it prints."""
+    process = start_where_read_only(path, body, *arguments)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    return said
+
+
+def start_where_read_only(path: Path, body: str, *arguments: str) -> warm.Process:
     if not can_mount():
         pytest.skip("no user namespaces here, or no unshare")
-    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-    code = "import sys\nargv = sys.argv[1:]\n" + textwrap.dedent(body)
-    command = ["unshare", "-rm", "sh", "-c", script, str(path)]
-    done = subprocess.run(
-        [*command, sys.executable, "-c", code, *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code = f"from {__name__} import mount_read_only\nmount_read_only({str(path)!r})\n"
+    return start_process(code + textwrap.dedent(body), *arguments)
+
+
+def mount_read_only(path: str) -> None:
+    """For this process alone, as `unshare -rm` would begin it."""
+    ids = {"uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    new_user_and_mounts = 0x10000000 | 0x00020000
+    assert ctypes.CDLL(None).unshare(new_user_and_mounts) == 0
+    for name, words in {"setgroups": "deny", **ids}.items():
+        Path(f"/proc/self/{name}").write_text(words)
+    for how in (["--bind", path], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *how, path], check=True)
 
 
 COMMANDS = """
@@ -226,18 +230,7 @@ def test_reading_beside_a_writer_where_one_may_not_write(tmp_path: Path) -> None
                 print(store.counters()["prompts"], flush=True)
                 sys.stdin.readline()
     """
-    if not can_mount():
-        pytest.skip("no user namespaces here, or no unshare")
-    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-    code = "import sys\nargv = sys.argv[1:]\n" + textwrap.dedent(body)
-    command = ["unshare", "-rm", "sh", "-c", script, str(file.parent), sys.executable, "-c", code]
-    with subprocess.Popen(
-        [*command, str(file)],
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as reader:
+    with start_where_read_only(file.parent, body, str(file)) as reader:
         assert reader.stdin is not None and reader.stdout is not None
         assert reader.stdout.readline() == "3\n"
         with TrajectoryStore(file) as store:

@@ -196,38 +196,24 @@ def test_sqlite_is_durable_and_checks_foreign_keys(tmp_path: Path) -> None:
             assert [pragma(name) for name in names] == ["wal", 2, 1, 7000]
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_importing_spo_ext_does_not_import_sqlalchemy() -> None:
-    code = (
-        "import sys, spo_ext; print('sqlalchemy' in sys.modules, spo_ext.store.Prompt('a').split)"
-    )
-    assert run_python(code) == "False train"
-
-
-def test_without_sqlalchemy_the_error_says_what_to_install() -> None:
+def test_spo_ext_is_imported_without_sqlalchemy_and_says_what_to_install() -> None:
     code = """
-import sys
-sys.modules["sqlalchemy"] = None
+import contextlib, sys
 import spo_ext
+assert "sqlalchemy" not in sys.modules
+sys.modules["sqlalchemy"] = None
 try:
     spo_ext.store
 except ImportError as error:
     print(error)
-"""
-    assert "pip install 'spo_ext[store]'" in run_python(code)
-    command = """
-import contextlib, sys
-sys.modules["sqlalchemy"] = None
 from spo_ext.cli import main
 with contextlib.redirect_stderr(sys.stdout):
     main(["import", "rows.jsonl", "--store", "store.db"])
     main(["export", "rows.jsonl", "--store", "store.db"])
+    assert main(["rollout", "--store", "s", "--run", "r", "--model", "m"]) == 1
 """
-    assert run_python(command).count("pip install 'spo_ext[store]'") == 2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("pip install 'spo_ext[store]'") == 4
 
 
 def test_the_example_of_docs_store_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,13 @@ def test_several_processes_end_their_group(folder: Path) -> None:
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
 def test_failures_say_what_is_wrong(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str], words: str
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    words: str,
 ) -> None:
+    monkeypatch.setattr("spo_ext.store.database._FIRST_S", 0.3)
     (folder / "rewards.py").write_text("def good(completions):\n    return [1.0] * 4\n")
     given = dict(zip(command[1::2], command[2::2], strict=True))
     if command[0] == "train":

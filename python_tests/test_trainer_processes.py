@@ -62,12 +62,7 @@ def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
                 "MASTER_PORT": str(port),
             }
         started.append(spawn(settings(folder, out=str(out), **options), environment))
-    for process in started:
-        process.join(600)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    assert codes == [0] * processes
+    assert [process.wait(600) for process in started] == [0] * processes
     return dict(torch.load(out))
 
 
@@ -84,34 +79,31 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert relative_error(found["weights"][name], weight) < 1e-3, name
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(make_folder(tmp_path_factory.mktemp("one") / "a"), 1, **OFFLINE)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_ddp(tmp_path: Path, alone: dict[str, Any], accumulation: int) -> None:
-    sizes = {
-        "per_device_train_batch_size": 4 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-    }
-    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **sizes)
-    assert found["wrapped"] == "DistributedDataParallel"
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_learn_what_one_learns(tmp_path: Path, sharding: dict[str, Any]) -> None:
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    alone = run_alone(tmp_path, **OFFLINE)
+    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **sizes, **sharding)
+    assert found["sharded"] if sharding else found["wrapped"] == "DistributedDataParallel"
     check_same(found, alone)
 
 
-def test_fsdp2(tmp_path: Path, alone: dict[str, Any]) -> None:
-    sizes = {"per_device_train_batch_size": 4}
-    found = run(make_folder(tmp_path / "a"), 2, **OFFLINE, **FSDP2, **sizes)
-    assert found["sharded"]
-    check_same(found, alone)
+ALONE: dict[str, dict[str, Any]] = {}
+
+
+def run_alone(folder: Path, **options: Any) -> dict[str, Any]:
+    """What one process ends with, which the tests of DDP and of FSDP2 compare with."""
+    key = str(options)
+    if key not in ALONE:
+        ALONE[key] = run(make_folder(folder / "alone"), 1, **options)
+    return ALONE[key]
 
 
 @pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
 def test_a_rank_whose_sequences_are_all_too_long(tmp_path: Path, sharding: dict[str, Any]) -> None:
     """Only the short half of one rank counts, and the other computes along for nothing."""
     short = {**OFFLINE, "max_tokens": SHORT}
-    expected = run(make_folder(tmp_path / "a"), 1, **short)
+    expected = run_alone(tmp_path, **short)
     found = run(make_folder(tmp_path / "b"), 2, **short, **sharding, per_device_train_batch_size=4)
     kept = kept_by_rank(tmp_path / "b", 4)
     assert [0] in [sorted(counts)[:1] for counts in kept]

@@ -17,15 +17,53 @@ from trainer_process import settings, spawn
 
 from spo_ext.store import TrajectoryStore
 
-RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "sync_every": 4}
+RUN = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "sync_every": 4,
+    "mixture": "half-online",
+    "rollout_batch_size": 1,
+    "shape": {"attention_dropout": 0.1},
+}
+
+
+# As one who was killed meets them: none, one and several checkpoints; a batch that is drawn anew.
+KILLS = [
+    {"where": "append", "step": 2},  # it rolls out, one prompt at a time
+    {"where": "step", "step": 1},  # before the first checkpoint
+    {"where": "draw", "step": 3},  # the batch is recorded, nothing was learned from it
+    {"where": "checkpoint", "step": 4},  # the checkpoint is torn
+    {"where": "step", "step": 4},  # right after a checkpoint, where a version begins
+    {"where": "step", "step": 5},
+]
+
+
+def test_killed_and_resumed_again_and_again(tmp_path: Path) -> None:
+    whole, folder = make_folder(tmp_path / "whole"), make_folder(tmp_path / "a")
+    assert run(whole, out=str(whole / "end.pt")) == 0
+    held: set[int] = set()
+    for i, kill in enumerate(KILLS):
+        assert run(folder, kill=kill, resume=i > 0) == -signal.SIGKILL, kill
+        with TrajectoryStore(folder / "store.db") as store:
+            found = {row.id for row in store.trajectories()}
+            drawn = sum(1 for _ in store.trajectories(run="run"))
+        assert held <= found
+        assert i > 0 or 0 < drawn <= 8
+        held = found
+    assert run(folder, resume=True, out=str(folder / "end.pt")) == 0
+    with TrajectoryStore(folder / "store.db") as store:
+        assert held <= {row.id for row in store.trajectories()}
+    end, expected = torch.load(folder / "end.pt"), torch.load(whole / "end.pt")
+    for name, weight in expected["weights"].items():
+        assert torch.equal(end["weights"][name], weight), name
+    losses = [{line["step"]: line["loss"] for line in one["log"]} for one in (end, expected)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def run(folder: Path, **options: Any) -> int:
     """The exit status, in a process of its own."""
-    process = spawn(settings(folder, **RUN, **options))
-    process.join(600)
-    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    return int(process.exitcode)
+    return spawn(settings(folder, **RUN, **options)).wait(600)
 
 
 def make_folder(path: Path) -> Path:
@@ -33,55 +71,3 @@ def make_folder(path: Path) -> Path:
     with TrajectoryStore(path / "store.db") as store:
         fill(store)
     return path
-
-
-MIXTURE = {"mixture": "half-online", "shape": {"attention_dropout": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = make_folder(tmp_path_factory.mktemp("whole") / "a")
-    assert run(folder, **MIXTURE, out=str(folder / "end.pt")) == 0
-    return dict(torch.load(folder / "end.pt"))
-
-
-@pytest.mark.parametrize(
-    "kill",
-    [
-        {"where": "step", "step": 1},  # before the first checkpoint
-        {"where": "draw", "step": 3},  # the batch is recorded, nothing was learned from it
-        {"where": "step", "step": 4},  # right after a checkpoint, where a version begins
-        {"where": "checkpoint", "step": 4},  # the checkpoint is torn
-        {"where": "step", "step": 5},
-    ],
-    ids=lambda kill: f"{kill['where']}-{kill['step']}",
-)
-def test_killed_and_resumed(
-    tmp_path: Path, uninterrupted: dict[str, Any], kill: dict[str, Any]
-) -> None:
-    folder = make_folder(tmp_path / "a")
-    assert run(folder, **MIXTURE, kill=kill) == -signal.SIGKILL
-    with TrajectoryStore(folder / "store.db") as store:
-        held = {row.id for row in store.trajectories()}
-    assert run(folder, **MIXTURE, resume=True, out=str(folder / "end.pt")) == 0
-    end = torch.load(folder / "end.pt")
-    for name, weight in uninterrupted["weights"].items():
-        assert torch.equal(end["weights"][name], weight), name
-    expected = {line["step"]: line["loss"] for line in uninterrupted["log"]}
-    assert {line["step"]: line["loss"] for line in end["log"]} == expected
-    with TrajectoryStore(folder / "store.db") as store:
-        assert held <= {row.id for row in store.trajectories()}
-
-
-def test_killed_while_it_rolls_out(tmp_path: Path) -> None:
-    """One prompt a batch, and killed after two: the rest is drawn as it would have been."""
-    options = {**MIXTURE, "rollout_batch_size": 1}
-    whole, folder = make_folder(tmp_path / "whole"), make_folder(tmp_path / "a")
-    assert run(whole, **options, out=str(whole / "end.pt")) == 0
-    assert run(folder, **options, kill={"where": "append", "step": 2}) == -signal.SIGKILL
-    with TrajectoryStore(folder / "store.db") as store:
-        assert 0 < sum(1 for _ in store.trajectories(run="run")) <= 8
-    assert run(folder, **options, resume=True, out=str(folder / "end.pt")) == 0
-    ends = [torch.load(path / "end.pt")["weights"] for path in (whole, folder)]
-    for name, weight in ends[0].items():
-        assert torch.equal(ends[1][name], weight), name

@@ -74,7 +74,6 @@ class Watched(SPOTrainer):
 
 
 def measure(options: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     out = Path(options.pop("out"))
     model = make_model(**options.pop("shape"))
     if options.pop("adapters", False):

@@ -11,20 +11,17 @@ The options are the fields of SPOConfig, and beside them:
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import forkserver
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from trainer_cases import make_model, make_tokenizer, with_adapters
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401, imported once
 
 from spo_ext.store import TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
@@ -110,36 +107,17 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def spawn(options: dict[str, Any], environment: dict[str, str] | None = None) -> Any:
-    """`train` in a process of its own, forked from one that has imported everything already."""
-    return start(_alone, options, environment or {})
+def spawn(options: dict[str, Any], environment: dict[str, str] | None = None) -> warm.Process:
+    """`train` in a process of its own."""
+    return start(train, options, environment)
 
 
-def start(function: Callable[..., object], *arguments: Any) -> Any:
+def start(
+    function: Callable[..., object], options: Any, environment: dict[str, str] | None = None
+) -> warm.Process:
     """A process that runs a function of a module of the tests."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with _search_path():
-        forkserver.ensure_running()
-    process = context.Process(target=function, args=arguments, daemon=True)
-    process.start()
-    return process
-
-
-@contextmanager
-def _search_path() -> Iterator[None]:
-    """Lets the server find this module: until Python 3.14 it does not hear of sys.path."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-def _alone(options: dict[str, Any], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    train(options)
+    code = f"import json, sys, {function.__module__} as module\n"
+    code += f"module.{function.__name__}(json.loads(sys.argv[1]))"
+    return warm.Process(
+        ["-c", code, json.dumps(options)], env={**os.environ, **(environment or {})}
+    )

@@ -8,6 +8,7 @@ scripts. A child leads a session of its own and is killed with the process that 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -169,6 +170,7 @@ def _ask(
 def _serve(path: str) -> None:
     import matplotlib
     import peft  # noqa: F401
+    import trainer_process  # noqa: F401
     import trl  # noqa: F401
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401
 
@@ -178,6 +180,8 @@ def _serve(path: str) -> None:
     from spo_ext.trainer import SPOConfig, SPOTrainer  # noqa: F401
 
     matplotlib.use("agg")
+    gc.collect()
+    gc.freeze()  # what the children share they need not search
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that look after children
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -239,6 +243,23 @@ def _become(command: list[str], cwd: str, env: dict[str, str], streams: list[int
     os.environ.update(env)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
     sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
+    status: object = 0
+    try:
+        _run(command)
+    except SystemExit as end:
+        status = end.code or 0
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    # As Python ends, but for taking down all that was imported, which takes two seconds.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(command: list[str]) -> None:
     what, *rest = command
     if what == "spo":
         from spo_ext.cli import main
@@ -249,11 +270,10 @@ def _become(command: list[str], cwd: str, env: dict[str, str], streams: list[int
         code, *rest = rest
         sys.argv = ["-c", *rest]
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-        sys.exit()
+        return
     sys.argv = command
     sys.path.insert(0, os.path.dirname(os.path.abspath(what)))
     runpy.run_path(what, run_name="__main__")
-    sys.exit()
 
 
 def _command() -> None:

@@ -13,6 +13,22 @@ GRAD_TOLERANCE = {
 }
 
 
+# Hopper's kernels multiply 16-bit numbers alone; elsewhere "hopper" would repeat "portable".
+KERNELS = [("portable", torch.float32), ("portable", torch.bfloat16), ("hopper", torch.bfloat16)]
+# For what may depend on how each type is read, rounded and stored.
+ALL_KERNELS = [
+    *KERNELS,
+    ("portable", torch.float64),
+    ("portable", torch.half),
+    ("hopper", torch.half),
+]
+
+
+def everywhere(*shapes: tuple) -> list[tuple]:
+    """(kernels, shape): the first shape with all kernels."""
+    return [(k, shape) for shape in shapes for k in (ALL_KERNELS, KERNELS)[shape != shapes[0]]]
+
+
 class Case:
     """One call of both ops on the same inputs."""
 
