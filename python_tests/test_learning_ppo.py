@@ -215,7 +215,7 @@ def test_likelihood_is_a_mean_over_the_tokens_of_successes():
     logprobs = torch.tensor([-1.0, -2.0, -8.0, -9.0, -3.0], dtype=torch.float64)
     rewards = torch.tensor([1.0, 0.0, 1.0])
     tokens = TokenBatch({}, torch.arange(5), torch.zeros(5).long(), torch.tensor([0, 2, 4, 5]))
-    rows = SimpleNamespace(tokens=tokens, rewards=rewards)
+    rows = SimpleNamespace(tokens=tokens, cu_seqlens=tokens.cu_seqlens, rewards=rewards)
     assert likelihood_loss(logprobs, rows, 0.5).item() == pytest.approx((1 + 2 + 3) / 3, rel=1e-15)
     assert likelihood_loss(logprobs, rows, 1.5).item() == 0, "none"
 
@@ -256,6 +256,7 @@ def rows_of(model, online: int):
     near[1][sum(SIZES[:online]) :] = torch.nan
     return SimpleNamespace(
         tokens=tokens,
+        cu_seqlens=tokens.cu_seqlens,
         ref_logprobs=near[0],
         behaviour_logprobs=near[1],
         rewards=torch.tensor(REWARDS),
@@ -328,7 +329,9 @@ def test_a_value_is_that_of_the_state_before_its_token():
     found = []
     for last in (7, 8):
         tokens = collate([Tokens([2, 3], [4, 5, last, 6])], "padded")
-        found.append(critic.values(SimpleNamespace(tokens=tokens)).detach())
+        found.append(
+            critic.values(SimpleNamespace(tokens=tokens, cu_seqlens=tokens.cu_seqlens)).detach()
+        )
     torch.testing.assert_close(found[0][:3], found[1][:3], rtol=0, atol=1e-6)
     assert not torch.allclose(found[0][3], found[1][3], atol=1e-4)
 

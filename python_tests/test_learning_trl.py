@@ -83,8 +83,10 @@ def rows_of(inputs):
     kept = inputs["completion_mask"].bool()
     known = {tuple(prompt): n for n, prompt in enumerate(prompts)}
     pairs = zip(prompts, completions, strict=True)
+    tokens = collate([Tokens(*pair) for pair in pairs], "padded")
     return SimpleNamespace(
-        tokens=collate([Tokens(*pair) for pair in pairs], "padded"),
+        tokens=tokens,
+        cu_seqlens=tokens.cu_seqlens,
         ref_logprobs=inputs["ref_per_token_logps"][kept],
         behaviour_logprobs=inputs["old_per_token_logps"][kept],
         rewards=torch.tensor(reward(completions)),
@@ -147,6 +149,7 @@ def double_batch():
     tokens = TokenBatch({}, torch.arange(count), torch.zeros(count, dtype=torch.int64), ends)
     rows = SimpleNamespace(
         tokens=tokens,
+        cu_seqlens=tokens.cu_seqlens,
         ref_logprobs=ref[kept],
         behaviour_logprobs=old[kept],
         rewards=rewards,

@@ -203,12 +203,34 @@ def stored_samples(
     prompts = store.get_prompts([row.prompt_id for row in rows])
     articles = []
     for row, prompt in zip(rows, prompts, strict=True):
-        text = decode(row.token_ids) if decode else " ".join(map(str, row.token_ids))
         version = row.origin.policy_version
         title = f"trajectory {row.id}" + ("" if version is None else f", policy version {version}")
-        cell = _completion(title, text, row.reward, row.reason, None)
+        cell = _completion(title, _turns(row, decode), row.reward, row.reason, None)
         articles.append(_article(content_text(prompt.content), [cell]))
     return articles
+
+
+def _turns(row: StoredTrajectory, decode: Callable[[Sequence[int]], str] | None) -> str:
+    """What was written; of several turns with who wrote it, what was read anew, and the rewards."""
+
+    def words(ids: Sequence[int]) -> str:
+        return decode(ids) if decode else " ".join(map(str, ids))
+
+    if row.completion_mask is None and row.contexts is None and row.token_rewards is None:
+        return words(row.token_ids)
+    size = len(row.token_ids)
+    mask, contexts = row.completion_mask or (True,) * size, row.contexts or {}
+    paid = [0.0] * size if row.token_rewards is None else torch.as_tensor(row.token_rewards)
+    changes = [i for i in range(1, size) if mask[i] != mask[i - 1] or i in contexts]
+    parts = []
+    for start, end in pairwise([0, *changes, size]):
+        if start in contexts:
+            parts.append(f"[the policy reads anew] {words(contexts[start])}")
+        given = float(sum(paid[start:end]))
+        reward = f", reward {given:+g}" if given else ""
+        who = "policy" if mask[start] else "environment"
+        parts.append(f"[{who}{reward}] {words(row.token_ids[start:end])}")
+    return "\n".join(parts)
 
 
 def content_text(content: str | Iterable[Mapping[str, Any]]) -> str:
