@@ -255,3 +255,17 @@ def test_tokens_know_their_places() -> None:
     tokens = Tokens([2, 3], [4, 5, 6], [False, True, True])
     assert (tokens.places.tolist(), len(tokens), tokens.read) == ([1, 2], 5, [2, 3, 4, 5])
     assert copy.copy(tokens) == tokens
+
+
+def test_the_report_shows_who_wrote_what(store: TrajectoryStore) -> None:
+    from spo_ext.evaluation.report import stored_samples
+
+    key = store.add_prompt(Prompt("a", PROMPT))
+    store.append([several(key, origin=policy())])
+    [article] = stored_samples(store, "run", None)
+    expected = (
+        "[policy, reward +0.25] 8 9 1\n[environment, reward -0.5] 10 11 12\n"
+        "[policy, reward +0.125] 5 1\n[environment] 13\n"
+        "[the policy reads anew] 2 5 6 7 5 13\n[policy] 6 7 1"
+    )
+    assert expected in article

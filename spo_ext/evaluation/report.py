@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from spo_ext.evaluation.runs import Run, Saved, Series
 from spo_ext.shown import hide_passwords
 
 if TYPE_CHECKING:
-    from spo_ext.store import TrajectoryStore
+    from spo_ext.store import StoredTrajectory, TrajectoryStore
 
 
 # Of the last training step, for the top of the page.
@@ -220,7 +220,7 @@ def _turns(row: StoredTrajectory, decode: Callable[[Sequence[int]], str] | None)
         return words(row.token_ids)
     size = len(row.token_ids)
     mask, contexts = row.completion_mask or (True,) * size, row.contexts or {}
-    paid = [0.0] * size if row.token_rewards is None else torch.as_tensor(row.token_rewards)
+    paid = [0.0] * size if row.token_rewards is None else list(row.token_rewards)
     changes = [i for i in range(1, size) if mask[i] != mask[i - 1] or i in contexts]
     parts = []
     for start, end in pairwise([0, *changes, size]):
