@@ -136,7 +136,7 @@ def micro_batch(online: torch.Tensor) -> tuple[torch.Tensor, MicroBatch]:
     cut = torch.zeros(6, dtype=torch.bool)
     turns = torch.ones(6, dtype=torch.int64)
     rows = (split, ref, REWARDS, None, turns, GROUPS)
-    batch = MicroBatch(tokens, *rows, None, unknown, online, cut, 0.0, 1.0)
+    batch = MicroBatch(tokens, *rows, None, unknown, online, online, cut, 0.0, 1.0)
     return logprobs, batch
 
 

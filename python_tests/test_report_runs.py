@@ -203,7 +203,7 @@ def test_pass_curves_come_from_the_counts(axes: Any, tmp_path: Path) -> None:
 IN_THE_TABLE = {
     "frac_reward_zero_std", "reward_std", "store/reward_std", "rewards/*/std",
     "rollout/*", "store/online_*", "store/behaviour_entropy",
-    "store/turns", "store/age_seconds", "store/duplicates",
+    "store/turns", "sampling/share_above_0.1", "store/age_seconds", "store/duplicates",
     "store/length", "store/shortfall", "store/too_long",
     "spo/weight", "health/warnings", "eval_num_tokens", "eval_truncated", "eval_rewards/*/mean",
     "eval_distinct_correct", "train_*",

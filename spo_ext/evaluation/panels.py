@@ -165,6 +165,15 @@ PANELS = (
             Curve("store/age_versions_max", "oldest", GREY),
         ),
     ),
+    Panel(
+        "sampling",
+        "Trainer against sampler at the version that sampled, nats a token",
+        (
+            Curve("sampling/sampling_logp_difference/mean", "mean", INK),
+            Curve("sampling/sampling_logp_difference/max", "largest", GREY),
+            Curve("sampling/kl", "KL divergence", ORANGE),
+        ),
+    ),
     Panel("reuse", "Draws of a trajectory, mean", (Curve("store/reuse", "draws", VIOLET),)),
     Panel(
         "offline",

@@ -211,6 +211,11 @@ class Trajectory:
         mask = self.completion_mask
         return len(self.token_ids) if mask is None else sum(mask)
 
+    def of_policy(self, values: Tensor) -> Tensor:
+        """Of values [T] those of the tokens that the policy wrote."""
+        mask = self.completion_mask
+        return values if mask is None else values[torch.tensor(mask)]
+
     @property
     def num_turns(self) -> int:
         """How often the policy spoke."""

@@ -36,6 +36,14 @@ def refuse_unused(arguments: TrainingArguments) -> None:
 
 
 _OBJECTIVES = ("squared", "cross_entropy", "group", "advantage")
+_REFERENCES = ("auto", "model", "adapter", "cached", "behaviour")
+IMPORTANCE_SAMPLING = (
+    "none",
+    "token_truncate",
+    "token_mask",
+    "sequence_truncate",
+    "sequence_mask",
+)
 _NEED_Q0 = ("squared", "cross_entropy", "advantage")
 
 
@@ -132,11 +140,28 @@ class SPOConfig(TrainingArguments):
     reference: str = _field(
         "auto",
         "model (a frozen copy of the policy as it starts, adapters included), adapter (the policy "
-        "without its adapters, trained before or not), cached, or auto: the policy as it starts, "
-        "which is adapter where its adapters add nothing yet, and else model",
+        "without its adapters, trained before or not), cached, behaviour (whoever wrote the "
+        "trajectory, by the log-probabilities stored with it: no reference in memory), or auto: "
+        "the policy as it starts, which is adapter where its adapters add nothing yet, and else "
+        "model",
     )
     reference_fingerprint: str | None = _field(
         None, "which cached reference, as spo score prints it"
+    )
+    q0: str = _field(
+        "stored",
+        "Q_0 of objectives that need it: stored (with the prompts, or from q0_samples), or "
+        "group_soft: q0_beta log mean exp(return / q0_beta) over the group; with squared and "
+        "reference behaviour that is OAPL (arXiv 2602.19362)",
+    )
+    q0_beta: float | None = _field(None, "softness of group_soft (default: beta)")
+    importance_sampling_mode: str = _field(
+        "none",
+        "what makes up for a sampler that is not the policy, by pi / behaviour, with "
+        "importance_sampling_cap: token_truncate, token_mask, sequence_truncate or sequence_mask",
+    )
+    importance_sampling_cap: float = _field(
+        2.0, "truncate: no larger weight than this; mask: weight 0 for a larger ratio"
     )
     q0_samples: int = _field(
         0, "samples of the reference for the value of a prompt that has none; 0: it must have one"
@@ -213,7 +238,8 @@ class SPOConfig(TrainingArguments):
         check_name(owner, "run", self.run)
         check_one_of(owner, "objective", self.objective, _OBJECTIVES)
         check_one_of(owner, "rollouts", self.rollouts, ("embedded", "external", "none"))
-        check_one_of(owner, "reference", self.reference, ("auto", "model", "adapter", "cached"))
+        check_one_of(owner, "reference", self.reference, _REFERENCES)
+        self._check_behaviour(owner)
         check_one_of(owner, "packing", self.packing, ("auto", "shared", "packed", "padded"))
         number(owner, "beta", self.beta, above=0.0)
         number(owner, "temperature", self.temperature, above=0.0)
@@ -267,6 +293,32 @@ class SPOConfig(TrainingArguments):
                 self.n_gpu,
             )
 
+    def _check_behaviour(self, owner: str) -> None:
+        check_one_of(owner, "q0", self.q0, ("stored", "group_soft"))
+        if self.q0 == "group_soft":
+            if self.objective not in _NEED_Q0:
+                refuse(owner, "q0", f"stored for objective {self.objective!r}", self.q0)
+            if self.group_size < 2:
+                refuse(owner, "group_size", "at least 2 for q0 group_soft", self.group_size)
+            if self.q0_samples:
+                refuse(owner, "q0_samples", "0 with q0 group_soft", self.q0_samples)
+        elif self.q0_beta is not None:
+            refuse(owner, "q0_beta", "left out without q0 group_soft", self.q0_beta)
+        if self.q0_beta is not None:
+            number(owner, "q0_beta", self.q0_beta, above=0.0)
+        if self.reference == "behaviour":
+            for name in ("q0_samples", "reference_fingerprint"):
+                if getattr(self, name):
+                    expected = "left out with reference behaviour, which is no model"
+                    refuse(owner, name, expected, getattr(self, name))
+            if self.top_p != 1:
+                expected = "1 with reference behaviour: log-probabilities are those of all tokens"
+                refuse(owner, "top_p", expected, self.top_p)
+        check_one_of(
+            owner, "importance_sampling_mode", self.importance_sampling_mode, IMPORTANCE_SAMPLING
+        )
+        number(owner, "importance_sampling_cap", self.importance_sampling_cap, at_least=1.0)
+
     @property
     def rewards(self) -> str | list[str]:
         """By either name."""
@@ -284,7 +336,8 @@ class SPOConfig(TrainingArguments):
 
     @property
     def needs_q0(self) -> bool:
-        return self.objective in _NEED_Q0
+        """Whether the store must have the value of every prompt."""
+        return self.objective in _NEED_Q0 and self.q0 == "stored"
 
     @property
     def online_baseline(self) -> bool:

@@ -32,10 +32,11 @@ class MicroBatch:
     tokens: a sequence for every segment. cu_seqlens: int64 [S + 1], where each trajectory starts.
     token_rewards: rewards on the way, None if there are none. turns: how often the policy spoke.
     behaviour_logprobs: of the policy that wrote it, nan where they are not known. online: bool,
-    written by the policy of this run; truncated: bool, cut at a limit of length. floor: the lowest
-    reward of the whole step. share: 1 / (sequences of the step), by which the loss is scaled; 0 in
-    place of a micro-batch without a sequence, which a rank must compute all the same, because the
-    others wait for its part of their collectives.
+    written by the policy of this run; fresh: bool, by the version that is published now, at the
+    run's temperature and with all tokens; truncated: bool, cut at a limit of length. floor: the
+    lowest reward of the whole step. share: 1 / (sequences of the step), by which the loss is
+    scaled; 0 in place of a micro-batch without a sequence, which a rank must compute all the same,
+    because the others wait for its part of their collectives.
     """
 
     tokens: TokenBatch
@@ -48,6 +49,7 @@ class MicroBatch:
     q0: Tensor | None
     behaviour_logprobs: Tensor
     online: Tensor
+    fresh: Tensor
     truncated: Tensor
     floor: float
     share: float
@@ -97,6 +99,7 @@ class Feed:
         self._waiting = waiting
         self._limit = limit
         self._sampler: Sampler | None = None
+        self._version = 0
 
     def start(self, step: int, resume: bool) -> None:
         """Goes to a step, before the first draw of any rank.
@@ -119,6 +122,7 @@ class Feed:
         longer than max_tokens.
         """
         batch = self._draw(policy_version)
+        self._version = policy_version
         if self._values is not None:
             self._values.complete(batch.trajectories)
         prompts = prompt_tokens(self._store, {row.prompt_id for row in batch.trajectories})
@@ -215,6 +219,10 @@ class Feed:
         online = "online" in self._sampler.config.fractions
         return self._sampler.next_batch(policy_version if online else None)
 
+    def _is_fresh(self, row: StoredTrajectory) -> bool:
+        at = (row.origin.policy_version, row.temperature, row.top_p)
+        return at == (self._version, self._config.temperature, 1.0)
+
     def _company(self, tokens: Tokens) -> int:
         return company(tokens, self._layout, self._limit)
 
@@ -244,6 +252,7 @@ class Feed:
             q0=None if self._values is None else self._values.of(rows),
             behaviour_logprobs=torch.cat([_behaviour(row) for row in rows]),
             online=batch.online[places],
+            fresh=batch.online[places] & torch.tensor([self._is_fresh(row) for row in rows]),
             truncated=torch.tensor([row.finish == "truncated" for row in rows]),
             floor=float(rewards[list(kept)].min()),
             share=1 / len(kept) if mine else 0.0,
@@ -266,8 +275,7 @@ def _behaviour(row: StoredTrajectory) -> Tensor:
     known = row.behaviour_logprobs
     if known is None:
         return torch.full((row.num_policy_tokens,), torch.nan)
-    known = torch.as_tensor(known)
-    return known if row.completion_mask is None else known[torch.tensor(row.completion_mask)]
+    return row.of_policy(torch.as_tensor(known))
 
 
 def _token_rewards(row: StoredTrajectory) -> Tensor:

@@ -68,6 +68,11 @@ ADVICE = {
         "Read some: if an early end pays, correct the reward. Lower learning_rate, raise beta, mix "
         "in complete offline solutions (mixture)."
     ),
+    "mismatch": (
+        "Sample in the precision of training and at its temperature, with top_p 1, publish to all "
+        "servers, and let them answer processed log-probabilities; what is left, "
+        "importance_sampling_mode bounds."
+    ),
     "truncated": (
         "If they need the room, raise max_new_tokens. Else check that prompts are in the format "
         "that the model knows, with its own end token, and that the reward wants an end; lower "
@@ -85,6 +90,7 @@ _GAIN_SHARE = 0.1
 _RESIDUAL_FACTOR = 4.0
 _LEVEL_RATE = 0.1
 _FAR_SPANS = 3.0
+_MISMATCH = 0.05
 _FINITE = ("loss", "grad_norm", "spo/log_ratio", "entropy")
 # Of all that the policy has just written; then of the online rows of batches, old ones among them.
 _ENTROPIES = ("rollout/entropy", "entropy", "store/behaviour_entropy")
@@ -96,7 +102,10 @@ _Numbers = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class HealthWarning:
-    """name: nonfinite, entropy, residual, drift, length or truncated. message: numbers, advice."""
+    """name: nonfinite, entropy, residual, drift, length, mismatch or truncated.
+
+    message: numbers and advice.
+    """
 
     name: str
     message: str
@@ -129,6 +138,9 @@ class Health:
         Online completions, fresh ones (completions/mean_length) or those of batches
         (store/online_length), are on average below 1/4 of their length at the start, unless their
         reward has risen by a tenth of the span (learnt brevity), or below 1.5 tokens in any case.
+    mismatch
+        sampling/sampling_logp_difference/mean above 0.05: the sampler is another policy than the
+        trainer at the same version.
     truncated
         95% of them reach the limit of tokens, unless their reward has risen likewise.
 
@@ -156,7 +168,7 @@ class Health:
         known = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._span = max(self._span, 2 * known.get("store/reward_std", 0.0))
         found += self._entropy(known) + self._residual(known) + self._drift(known)
-        found += self._length(known) + self._truncated(known)
+        found += self._length(known) + self._truncated(known) + self._mismatch(known)
         for reward in _LENGTHS.values():
             self._add_start(reward, known)
         self.count += len(found)
@@ -249,6 +261,13 @@ class Health:
             facts = f"completions do not end: {name} is {known[name]:.0%}"
             found += self._warn("truncated", name, severity, facts + self._rewards(reward, known))
         return found
+
+    def _mismatch(self, known: _Numbers) -> list[HealthWarning]:
+        name = "sampling/sampling_logp_difference/mean"
+        if name not in known:
+            return []
+        facts = f"sampler and trainer differ: {name} is {known[name]:.3g} nats a token"
+        return self._warn("mismatch", name, known[name] / _MISMATCH, facts)
 
     def _warn(
         self, name: str, series: str, severity: float, facts: str, patience: int = PATIENCE

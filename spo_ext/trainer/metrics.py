@@ -28,6 +28,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._plain: dict[str, tuple[float, int]] = {}
+        self._most: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """All of these numbers, or those at `where` (bool), with equal weight."""
@@ -37,6 +38,11 @@ class Meter:
         else:  # by a mask: to index by it would wait for the device
             new = torch.stack([values.where(where, 0.0).sum(), where.double().sum()])
         self._sums[name] = self._sums[name] + new if name in self._sums else new
+
+    def most(self, name: str, values: Tensor, where: Tensor) -> None:
+        """The largest of the numbers at `where` (bool) in the interval; none there is 0."""
+        new = values.detach().double().where(where, 0.0).max()
+        self._most[name] = torch.maximum(self._most[name], new) if name in self._most else new
 
     def put(self, values: Mapping[str, float]) -> None:
         """One number each, of this rank, averaged over the steps and ranks where it is not nan."""
@@ -50,19 +56,25 @@ class Meter:
         """The means over all ranks since the last call. Every rank calls it."""
         pairs: dict[str, list[float]] = {name: value.tolist() for name, value in self._sums.items()}
         pairs |= {name: list(value) for name, value in self._plain.items()}
-        self._sums, self._plain = {}, {}
+        most = {name: [float(value)] for name, value in self._most.items()}
+        pairs |= most
+        self._sums, self._plain, self._most = {}, {}, {}
         gathered: list[dict[str, list[float]]] = [pairs]
         if accelerator.num_processes > 1:
             gathered = [{} for _ in range(accelerator.num_processes)]
             torch.distributed.all_gather_object(gathered, pairs)
         totals: dict[str, list[float]] = {}
+        largest: dict[str, float] = {}
         for part in gathered:
-            for name, (total, count) in part.items():
+            for name, numbers in part.items():
+                if len(numbers) == 1:
+                    largest[name] = max(numbers[0], largest.get(name, 0.0))
+                    continue
                 held = totals.setdefault(name, [0.0, 0.0])
-                held[0] += total
-                held[1] += count
+                held[0] += numbers[0]
+                held[1] += numbers[1]
         means = {name: total / count for name, (total, count) in totals.items() if count}
-        return _derived(means)
+        return _derived(means) | largest
 
 
 def add_tokens(
@@ -96,6 +108,28 @@ def add_turns(meter: Meter, batch: MicroBatch) -> None:
     """Of all rows: how often the policy spoke, and what it was given on the way."""
     meter.add("store/turns", batch.turns)
     meter.add("_paid", batch.paid)
+
+
+_BOUND = 0.1
+
+
+def add_mismatch(meter: Meter, batch: MicroBatch, logprobs: Tensor) -> None:
+    """How far the trainer is from the sampler at the version that sampled, per token in nats.
+
+    At a step that begins a version the policy is the one that was published, so that log pi of its
+    fresh rows should be the sampler's own: TRL's sampling_logp_difference, the KL divergence from
+    sampler to trainer (k3), and the share of tokens that are more than 0.1 apart.
+    """
+    fresh = torch.repeat_interleave(batch.fresh, batch.cu_seqlens.diff())
+    behaviour = batch.behaviour_logprobs
+    where = (fresh & ~behaviour.isnan()).to(logprobs.device)
+    if not bool(fresh.any()):
+        return
+    ratio = torch.where(where, logprobs.detach() - behaviour.to(logprobs), 0.0)
+    meter.add("sampling/sampling_logp_difference/mean", ratio.abs(), where)
+    meter.most("sampling/sampling_logp_difference/max", ratio.abs(), where)
+    meter.add("sampling/kl", ratio.exp() - ratio - 1, where)
+    meter.add("sampling/share_above_0.1", (ratio.abs() > _BOUND).double(), where)
 
 
 def add_online(meter: Meter, batch: MicroBatch) -> None:

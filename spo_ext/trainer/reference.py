@@ -65,6 +65,14 @@ class Reference:
         self._layout: Layout = layout
         self._precision: Precision = precision
         self._batch_tokens = batch_tokens
+        self._behaviour_at: float | None = None
+
+    @classmethod
+    def behaviour(cls, store: TrajectoryStore, temperature: float) -> Reference:
+        """The policy that wrote each trajectory, by what was stored with it."""
+        found = cls(store, "behaviour", None, layout="padded")
+        found._behaviour_at = temperature
+        return found
 
     @classmethod
     def of_model(
@@ -115,6 +123,8 @@ class Reference:
 
         Raises ValueError if some are not stored and there is no model to score them with.
         """
+        if self._behaviour_at is not None:
+            return [_behaviour(row, self._behaviour_at) for row in rows]
         ids = [row.id for row in rows]
         found = self.store.ref_logprobs(ids, self.fingerprint)
         missing = [row for row, known in zip(rows, found, strict=True) if known is None]
@@ -182,6 +192,23 @@ class Reference:
         return int(self._accelerator.gather(counts).max())
 
 
+def _behaviour(row: StoredTrajectory, temperature: float) -> Tensor:
+    """Raises ValueError where they are not known, or are those of another distribution."""
+    if row.behaviour_logprobs is None:
+        raise ValueError(
+            f"SPO: reference behaviour needs the log-probabilities of whoever wrote a trajectory, "
+            f"and trajectory {row.id} ({row.origin.kind}) has none: draw from mixture online, or "
+            "take another reference"
+        )
+    if row.temperature not in (None, temperature) or row.top_p not in (None, 1.0):
+        raise ValueError(
+            f"SPO: with reference behaviour trajectories must be sampled at temperature "
+            f"{temperature:g} and top_p 1, got {row.temperature} and {row.top_p} of trajectory "
+            f"{row.id}"
+        )
+    return row.of_policy(torch.as_tensor(row.behaviour_logprobs))
+
+
 def reference_model(
     config: SPOConfig, model: nn.Module, given: nn.Module | None, *, share: bool
 ) -> nn.Module | None:
@@ -193,7 +220,7 @@ def reference_model(
     kind = config.reference
     if given is not None and kind not in ("auto", "model"):
         refuse("SPO", "ref_model", f"None with reference {kind!r}", type(given))
-    if kind == "cached":
+    if kind in ("cached", "behaviour"):
         return None
     if kind == "adapter" and not has_adapters(model):
         refuse("SPO", "reference", "adapter only for a model with PEFT's adapters", kind)

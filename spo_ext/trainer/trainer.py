@@ -37,6 +37,7 @@ from spo_ext.trainer.metrics import (
     Meter,
     RunLog,
     add_loss,
+    add_mismatch,
     add_online,
     add_tokens,
     add_turns,
@@ -56,7 +57,12 @@ from spo_ext.trainer.model import (
 from spo_ext.trainer.producer import Producer, SharedRollouts
 from spo_ext.trainer.publish import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
-from spo_ext.trainer.weights import online_baseline, sequence_weights
+from spo_ext.trainer.weights import (
+    importance_sampled,
+    online_baseline,
+    sequence_weights,
+    soft_baseline,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -244,9 +250,14 @@ class SPOTrainer(Trainer):
         q0, options = batch.q0, self.args.loss_options()
         if self.args.online_baseline:
             q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
+        elif self.args.q0 == "group_soft":
+            q0 = soft_baseline(self.args, batch)
+        if self.state.global_step % self.args.sync_every == 0:
+            add_mismatch(meter, batch, logprobs)
+        learned, weights = importance_sampled(self.args, logprobs, batch, weights)
         paid = None if batch.token_rewards is None else batch.token_rewards.to(device)
         loss, stats = spo_ext.loss(
-            logprobs,
+            learned,
             ref_logprobs[None],  # per token, though there be as many sequences
             rewards,
             None if q0 is None else q0.to(device),
@@ -387,6 +398,8 @@ class SPOTrainer(Trainer):
             )
         how: Any = {"layout": self.layout, "precision": precision}
         if scorer is None:
+            if args.reference == "behaviour":
+                return Reference.behaviour(self.store, args.temperature)
             return Reference.cached(self.store, args.reference_fingerprint, **how)
         if ref_model is not None:  # a copy of the policy is called as the policy is
             with autocast(scorer, precision):

@@ -28,6 +28,43 @@ def online_baseline(
     return (means.to(logprobs.device) @ gain).float()
 
 
+def soft_baseline(config: SPOConfig, batch: MicroBatch) -> Tensor:
+    """Q_0 [S]: b log mean exp(return / b) over each group, with softness b = q0_beta.
+
+    With the squared loss and reference behaviour that is OAPL (arXiv 2602.19362, whose beta_1 is b
+    and beta_2 beta): SPO's regression, where the reference is the policy that sampled.
+    """
+    _, groups = torch.unique(batch.groups, return_inverse=True)
+    beta = config.beta if config.q0_beta is None else config.q0_beta
+    returns = (batch.rewards.double() + batch.paid).float()
+    return spo_ext.prompt_value(returns, groups=groups, beta=beta)[groups]
+
+
+def importance_sampled(
+    config: SPOConfig, logprobs: Tensor, batch: MicroBatch, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities [N] and weights [S], corrected by w = pi / behaviour, without a gradient.
+
+    A token's weight scales its gradient and leaves its value; a sequence's is the product over its
+    tokens. truncate: min(w, cap). mask: w, or 0 if it is larger than the cap. Where the behaviour
+    is not known the weight is 1.
+    """
+    mode, cap = config.importance_sampling_mode, config.importance_sampling_cap
+    if mode == "none":
+        return logprobs, weights
+    behaviour = batch.behaviour_logprobs.to(logprobs)
+    logs = torch.where(behaviour.isnan(), 0.0, logprobs.detach() - behaviour)
+    if mode.startswith("sequence"):
+        logs = _sums(logs, batch).float()
+    ratios = logs.exp()
+    beyond = cap if mode.endswith("truncate") else 0.0
+    counted = ratios.where(ratios <= cap, beyond)
+    if mode.startswith("sequence"):
+        return logprobs, counted if weights is None else weights * counted
+    value = logprobs.detach()
+    return value + counted * (logprobs - value), weights
+
+
 def sequence_weights(
     config: SPOConfig, logprobs: Tensor, rewards: Tensor, batch: MicroBatch
 ) -> Tensor | None:
