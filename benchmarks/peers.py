@@ -91,7 +91,7 @@ def quack() -> Logprobs:
 def trl() -> Logprobs:
     from trl.kernels import ChunkedLogProbFunction
 
-    chunk = 32768  # words per tile, the width that TRL's trainers pass
+    chunk = 32768  # entries per tile, the width that TRL's trainers pass
     return lambda hidden, weight, targets: ChunkedLogProbFunction.apply(
         hidden, weight, None, targets, 1.0, chunk, None, 1.0, ()
     )[0]

@@ -15,7 +15,7 @@ std::vector<int64_t> kept_shape(const HeadArgs& args, Keep keep) {
   if (keep == Keep::kLogits) return {args.targets.numel(), args.weight.size(0)};
   if (keep == Keep::kJacobian) return args.hidden.sizes().vec();
   if (keep == Keep::kDropped)
-    return {args.targets.numel(), (args.weight.size(0) + kBlockWords - 1) / kBlockWords};
+    return {args.targets.numel(), (args.weight.size(0) + kBlockEntries - 1) / kBlockEntries};
   return {0};
 }
 

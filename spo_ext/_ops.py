@@ -19,7 +19,7 @@ from spo_ext import _compiled
 
 _C = _compiled.load()  # registers the schemas and kernels
 _OPS = torch.ops.spo
-_BLOCK_WORDS = 256  # kBlockWords of csrc/kept.h
+_BLOCK = 256  # kBlockEntries of csrc/kept.h
 
 
 def build_info() -> dict[str, str]:
@@ -56,8 +56,8 @@ def run(op: str, *arguments: Any) -> Any:
 def _register_autograd(
     op: str, backward: Callable[..., Any], setup: Callable[..., None], name: str
 ) -> None:
-    """First derivatives of an op, for autograd and for torch.func; `name` is what the user knows
-    it by."""
+    """Register the first derivatives of an op, for autograd and for torch.func; `name` is what the
+    user knows it by."""
 
     def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
@@ -94,8 +94,8 @@ def _function(
 
 
 def _keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves for the backward pass; what was made in inference mode as a copy, since autograd takes
-    no other."""
+    """Save tensors for the backward pass; what was made in inference mode as a copy, since autograd
+    takes no other."""
     ctx.save_for_backward(
         *(t.clone() if t is not None and t.is_inference() else t for t in tensors)
     )
@@ -111,7 +111,7 @@ def _known_to_differ(a: Any, b: Any) -> bool:
 
 
 def _check_shape(op: str, name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
-    """Without a guard on a size that is a symbol."""
+    """Refuse other shapes, without a guard on a size that is a symbol."""
     if tensor is None:
         return
     for shape in shapes:
@@ -156,7 +156,7 @@ def _(
         "nothing": lambda: logprobs.new_empty(0),
         "logits": lambda: logprobs.new_empty(targets.numel(), weight.shape[0]),
         "jacobian": lambda: hidden.new_empty(hidden.shape),
-        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK_WORDS)),
+        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK)),
     }[keep]()
     return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs), kept
 
@@ -327,7 +327,7 @@ _register_autograd(
 def _check_layout(
     op: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
 ) -> list[Any]:
-    """[S], the shape of what is per sequence."""
+    """The shape [S] of what is per sequence."""
     if tokens.dim() != (2 if cu_seqlens is None else 1):
         layout = "padded [B, T]" if cu_seqlens is None else "packed [N] when cu_seqlens is given"
         raise ValueError(f"{op}: logprobs must be {layout}, got {list(tokens.shape)}")
@@ -388,7 +388,7 @@ class LossArgs(NamedTuple):
     mask: Tensor | None
 
     def tensors(self) -> dict[str, Any]:
-        """All but the four options, by name."""
+        """The arguments that are tensors, by name."""
         options = ("objective", "beta", "delta", "leave_one_out")
         pairs = zip(self._fields, self, strict=True)
         return {name: value for name, value in pairs if name not in options}

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and each module as it was afterwards: some may have been frozen so."""
+    """Set eval mode for a while, then each module as it was: some may have been frozen so."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -32,7 +32,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """Models keep the probability in modules for dropout, or as a number of their own."""
+    """Find probabilities: models keep them in modules for dropout, or as numbers of their own."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             of_dropout = "drop" in name or (isinstance(module, _DropoutNd) and name == "p")

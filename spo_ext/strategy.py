@@ -1,4 +1,4 @@
-"""Which way the backward pass of the LM head takes.
+"""The choice of the way that the backward pass of the LM head takes.
 
 One head GEMM, 2 N d V operations, is the unit. All strategies compute the same gradient.
 """
@@ -74,7 +74,7 @@ class HeadCall:
 
     @property
     def logits_fit(self) -> bool:
-        """Of sizes that torch.compile or torch.export leaves open, whether all of them fit."""
+        """Whether the logits fit, for all sizes that torch.compile or torch.export leaves open."""
         fits = 2 * self.logits_bytes <= self.workspace_mib * 2**20
         if not torch.compiler.is_compiling():
             return fits

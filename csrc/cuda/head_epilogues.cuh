@@ -14,13 +14,13 @@ struct LogitSlice {
   LogitMap<Real> map;
   const Real* bias;  // of the whole vocabulary, or null
   RowRange tokens;
-  int64_t first_word;
+  int64_t first_entry;
 
-  __device__ Real raw(Real product, int64_t word) const {
-    return bias ? product + bias[first_word + word] : product;
+  __device__ Real raw(Real product, int64_t entry) const {
+    return bias ? product + bias[first_entry + entry] : product;
   }
   __device__ int64_t label(int64_t row) const {
-    return tokens.list.label[tokens.first + row] - first_word;
+    return tokens.list.label[tokens.first + row] - first_entry;
   }
   __device__ int64_t token(int64_t row) const { return tokens.list.token[tokens.first + row]; }
 };
@@ -32,7 +32,7 @@ struct KeptProducts {
   int64_t pitch;
 };
 
-// Forward: (max, sum of exponentials) of the row's words other than the label, and the label's
+// Forward: (max, sum of exponentials) of the row's entries other than the label, and the label's
 // product.
 template <class Real>
 struct StatisticsEpilogue {
@@ -54,7 +54,7 @@ struct StatisticsEpilogue {
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int c = lane + e * 32;
-      logits[e] = lowest;  // words past the end, and the label, add nothing
+      logits[e] = lowest;  // entries past the end, and the label, add nothing
       if (col0 + c < cols) {
         if (keep) keep[c] = products[c];
         const Real raw = slice.raw(products[c], col0 + c);
@@ -85,7 +85,7 @@ struct GradientEpilogue {
     write<kTile>(products, row, row, false, col0, cols, lane);
   }
 
-  // Into row `to` of dz; the words other than the label may get 0.
+  // Into row `to` of dz; the entries other than the label may get 0.
   template <int kTile>
   __device__ void write(const Real* products, int64_t row, int64_t to, bool label_only,
                         int64_t col0, int64_t cols, int lane) const {
@@ -161,8 +161,8 @@ struct HiddenGradEpilogue {
 // grad_weight of a slice: complete after the last group of tokens, and then rounded once.
 template <class Real, class Out>
 struct WeightGradEpilogue {
-  Out* grad;   // [words of the slice, depth]
-  Real* sums;  // [words of the slice, depth], only with several groups
+  Out* grad;   // [entries of the slice, depth]
+  Real* sums;  // [entries of the slice, depth], only with several groups
   int64_t depth;
   const Real* unscale;
   bool first, last;

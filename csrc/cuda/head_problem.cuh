@@ -27,9 +27,9 @@ inline RowsView hidden_rows(const at::Tensor& hidden, const RowRange& tokens) {
           hidden.stride(-1),       rows_start_aligned(hidden)};
 }
 
-inline RowsView weight_rows(const at::Tensor& weight, int64_t first_word) {
+inline RowsView weight_rows(const at::Tensor& weight, int64_t first_entry) {
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
-  return {data + first_word * weight.stride(0) * weight.element_size(),
+  return {data + first_entry * weight.stride(0) * weight.element_size(),
           weight.scalar_type(),
           nullptr,
           weight.stride(0),

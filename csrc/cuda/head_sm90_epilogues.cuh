@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The epilogues of head_epilogues.cuh on the sums of head_sm90.cuh: row(fragment, row, col0) is
 // called by the four lanes that share a row, each with its 64 of the 256 columns, in pairs of
-// neighbours. Rows are slots (head_sm90.h), or words for grad_weight.
+// neighbours. Rows are slots (head_sm90.h), or entries for grad_weight.
 #pragma once
 #include "head_sm90.h"
 
@@ -24,13 +24,14 @@ struct SlotRows {
 struct Sm90Statistics {
   StatisticsEpilogue<float> base;
   SlotRows rows;
-  int64_t words;
+  int64_t entries;
 
   template <class Fragment>
   __device__ void row(const Fragment& z, int64_t slot, int64_t col0) const {
     const float lowest = -std::numeric_limits<float>::infinity();
     const int64_t row = rows(slot), label = row < 0 ? -1 : base.slice.label(row) - col0;
-    const int left = words - col0 < kSm90TileCols ? static_cast<int>(words - col0) : kSm90TileCols;
+    const int left =
+        entries - col0 < kSm90TileCols ? static_cast<int>(entries - col0) : kSm90TileCols;
     float* const keep = base.kept.data && row >= 0
                             ? base.kept.data + base.slice.token(row) * base.kept.pitch + col0
                             : nullptr;
@@ -38,7 +39,7 @@ struct Sm90Statistics {
 #pragma unroll
     for (int i = 0; i < Fragment::kEach; i++) {
       const int c = z.col(i);
-      float logit = lowest;  // words past the end, and the label, add nothing
+      float logit = lowest;  // entries past the end, and the label, add nothing
       if (c < left) {
         if (keep) keep[c] = z[i];
         const float raw = base.slice.raw(z[i], col0 + c);
@@ -61,7 +62,7 @@ template <class T>
 struct Sm90Gradient {
   GradientEpilogue<float, T> base;
   SlotRows rows;
-  int64_t words;
+  int64_t entries;
 
   template <class Fragment>
   __device__ void row(const Fragment& z, int64_t slot, int64_t col0) const {
@@ -70,9 +71,9 @@ struct Sm90Gradient {
     TokenGrad<float> grad = {};
     if (row >= 0) grad = base.states.of(base.slice.token(row));
     const float factor = base.scale ? *base.scale : 1.f, label_grad = grad.label();
-    const int left = row < 0                        ? 0
-                     : words - col0 < kSm90TileCols ? static_cast<int>(words - col0)
-                                                    : kSm90TileCols;
+    const int left = row < 0                          ? 0
+                     : entries - col0 < kSm90TileCols ? static_cast<int>(entries - col0)
+                                                      : kSm90TileCols;
     const auto dz = [&](int i) {
       const int c = z.col(i);
       if (c >= left) return 0.f;
@@ -132,13 +133,13 @@ struct Sm90HiddenGrad {
 template <class T>
 struct Sm90WeightGrad {
   WeightGradEpilogue<float, T> base;
-  int64_t words;
+  int64_t entries;
 
   template <class Fragment>
-  __device__ void row(const Fragment& sums, int64_t word, int64_t col0) const {
-    if (word >= words) return;
+  __device__ void row(const Fragment& sums, int64_t entry, int64_t col0) const {
+    if (entry >= entries) return;
     const float factor = base.unscale ? *base.unscale : 1.f;
-    T* const out = base.grad + word * base.depth + col0;
+    T* const out = base.grad + entry * base.depth + col0;
 #pragma unroll
     for (int i = 0; i < Fragment::kEach; i += 2) {
       const int c = sums.col(i);

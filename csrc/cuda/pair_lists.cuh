@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The (row, block of words) pairs that a sparse backward pass visits, listed by block with rows in
-// order: a counting sort of which the host learns nothing. A row visits the blocks that it kept and
-// the block of its label. Blocks are taken in waves, as many as the workspace holds pairs of; the
-// host starts as many waves as there could be, and those past the last block find nothing to do.
+// The (row, block of entries) pairs that a sparse backward pass visits, listed by block with rows
+// in order: a counting sort of which the host learns nothing. A row visits the blocks that it kept
+// and the block of its label. Blocks are taken in waves, as many as the workspace holds pairs of;
+// the host starts as many waves as there could be, and those past the last block find nothing to
+// do.
 #pragma once
 #include "../kept.h"
 #include "head_rows.cuh"
@@ -34,7 +35,7 @@ struct PairLists {
     return dropped[tokens.list.token[tokens.first + row] * blocks + block] < 0;
   }
   __device__ bool visits(int64_t row, int64_t block) const {
-    return tokens.list.label[tokens.first + row] / kBlockWords == block || keeps(row, block);
+    return tokens.list.label[tokens.first + row] / kBlockEntries == block || keeps(row, block);
   }
   __device__ int32_t* ranges(int64_t block) const { return within + block * (kRowRanges + 1); }
   __device__ int64_t count(int64_t block) const { return ranges(block)[kRowRanges]; }
