@@ -52,11 +52,12 @@ def test_hopper_can_be_switched_off(emulated, monkeypatch) -> None:
         logprobs("1", "no")
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_option(emulated, path, dtype) -> None:
+def test_every_option(emulated, path, dtype, softcap) -> None:
     case = Case((37,), 40, 507, dtype)
     case.bias = torch.randn(507).to(dtype)
-    case.options = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 20.0}
+    case.options = {"temperature": 0.7, "logit_scale": -1.5, "softcap": softcap}
     case.entropy, case.needs = True, [True, True, True]
     case.grad_entropy = torch.randn_like(case.grad)
     case.check(emulated)

@@ -46,20 +46,30 @@ void launch_logits(const HeadArgs& args, const Slots& slots, int64_t first_entry
       blocks_of(count, kSm90PairRows), epilogue);
 }
 
+// run(capped): a softcap has kernels of its own, which the others would have to carry along.
+template <class Run>
+void with_softcap(const LogitMap<float>& map, const Run& run) {
+  map.capped ? run(std::true_type{}) : run(std::false_type{});
+}
+
 inline SlotRows slot_rows(const Slots& slots) { return {slots.map().place, slots.layout().slots}; }
 
 template <class T>
 void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t entries,
                      const StatisticsEpilogue<float>& epilogue) {
-  launch_logits<T>(args, slots, epilogue.slice.first_entry, entries,
-                   Sm90Statistics{epilogue, slot_rows(slots), entries});
+  with_softcap(epilogue.slice.map, [&](auto capped) {
+    launch_logits<T>(args, slots, epilogue.slice.first_entry, entries,
+                     Sm90Statistics<capped>{epilogue, slot_rows(slots), entries});
+  });
 }
 
 template <class T>
 void sm90_gradient(const HeadArgs& args, const Slots& slots, int64_t entries,
                    const GradientEpilogue<float, T>& epilogue) {
-  launch_logits<T>(args, slots, epilogue.slice.first_entry, entries,
-                   Sm90Gradient<T>{epilogue, slot_rows(slots), entries});
+  with_softcap(epilogue.slice.map, [&](auto capped) {
+    launch_logits<T>(args, slots, epilogue.slice.first_entry, entries,
+                     Sm90Gradient<T, capped>{epilogue, slot_rows(slots), entries});
+  });
 }
 
 template <class T>
