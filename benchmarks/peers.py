@@ -102,7 +102,7 @@ PEERS: dict[str, Peer] = {
     "spo_ext-512MiB": Peer(
         lambda: partial(spo_ext.token_logprobs, workspace_mib=512),
         every_shape=True,
-        note="workspace_mib=512 instead of 64",
+        note="workspace_mib=512 instead of 256",
     ),
     "spo_ext-stored": Peer(
         lambda: partial(spo_ext.token_logprobs, strategy="stored"),

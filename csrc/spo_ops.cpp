@@ -27,6 +27,10 @@ TORCH_LIBRARY(spo, m) {
       "check_backward_workspace(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
       "bool[3] needs, int workspace_mib, str keep) -> ()");
 
+  // How many kernels this thread has started on CUDA since the last call, and how many bytes their
+  // products move; from now on they are counted only, if dry. See cuda/launch.cuh.
+  m.def("launch_log(bool dry) -> int[]");
+
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], top and log_sum [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "

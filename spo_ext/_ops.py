@@ -190,6 +190,37 @@ def _(
     )
 
 
+def cuda_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Sequence[Any],
+    ops: Any = _OPS,
+    key: torch._C.DispatchKey = torch._C.DispatchKey.CUDA,
+) -> tuple[int, int]:
+    """Count the kernels of a forward and a backward pass on CUDA, and the bytes that their products
+    move, by calling the ops with nothing started.
+
+    `options` are those of the forward op, from return_entropy on.
+    """
+    keys = torch._C.DispatchKeySet(key)
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    inputs = (hidden, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.int64), bias)
+    return_entropy, workspace_mib, keep, _ = options
+    ops.launch_log(True)
+    try:
+        scales = (1.0, 1.0, None, -100)
+        saved = ops.token_logprobs.default.redispatch(keys, *inputs, *scales, *options)
+        if any(needs):
+            grads = (saved[0], saved[1] if return_entropy else None)
+            ops.token_logprobs_backward.default.redispatch(
+                keys, *grads, *inputs, *saved, *scales, needs, workspace_mib, keep
+            )
+    finally:
+        launches, moved = ops.launch_log(False)
+    return launches, moved
+
+
 def _token_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, *ctx.options = inputs
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):

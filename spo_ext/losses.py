@@ -364,7 +364,7 @@ def linear_loss(
     ignore_index: int = -100,
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int | None = None,
     process_group: "ProcessGroup | None" = None,
     mask: Tensor | None = None,
     **loss_arguments: object,

@@ -64,7 +64,7 @@ LIMITS = (
     Limit("Sm90StatisticsILb0E", ("MUFU.EX2",), 128, 15, 4, 120),
     Limit("Sm90StatisticsILb1E", ("MUFU.EX2",), 256, 65, 4, 230),
     Limit("Sm90GradientI.*ELb0E", ("MUFU.EX2",), 128, 16, 4, 120),
-    Limit("Sm90GradientI.*ELb1E", ("MUFU.EX2",), 256, 75, 4, 250),
+    Limit("Sm90GradientI.*ELb1E", ("MUFU.EX2",), 256, 85, 4, 250),
     Limit("Sm90HiddenGradI", ("LDG", "STG"), 256, 20, 12, 90),
     Limit("Sm90WeightGradI", ("STG",), 64, 4, 2, 30),
 )

@@ -42,7 +42,7 @@ class GradientScale {
   GradientScale(const at::Tensor& like, const LogitMap<Real>& map, const RowRange& tokens,
                 const TokenStates<Real>& states) {
     if (!std::is_same_v<typename Multiply::Storage, c10::Half>) return;
-    storage_ = at::empty({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
+    storage_ = blank({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
     const Real slope = std::abs(map.plain_slope());
     launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, tokens, states, slope,
            storage_.template mutable_data_ptr<Real>());

@@ -111,7 +111,7 @@ template <class Real>
 void launch_drop_blocks(const HeadArgs& args, const SelectedRows& rows,
                         const TokenOutputs<Real>& softmax, Real outer, const Real* bases,
                         int64_t blocks, Real* dropped) {
-  const auto counts = at::empty({rows.most + 1}, args.targets.options().dtype(at::kLong));
+  const auto counts = blank({rows.most + 1}, args.targets.options().dtype(at::kLong));
   int64_t* const kept = counts.mutable_data_ptr<int64_t>();
   auto* const keep_all = reinterpret_cast<int32_t*>(kept + rows.most);
   launch(&drop_blocks<Real>, dim3(blocks_of(rows.most, kDropThreads / 32)), kDropThreads, 0,

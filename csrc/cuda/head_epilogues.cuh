@@ -43,6 +43,10 @@ struct StatisticsEpilogue {
   Real* label_raw;  // [rows]
   KeptProducts<Real> kept;
 
+  int64_t bytes(int64_t m, int64_t n) const {  // that it moves, of a product [m, n]
+    return m * (blocks * int64_t(sizeof(*stats)) + (kept.data ? n * int64_t(sizeof(Real)) : 0));
+  }
+
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
@@ -78,6 +82,8 @@ struct GradientEpilogue {
   const Real* scale;  // null: 1
   Storage* dz;        // [rows, pitch]
   int64_t pitch;
+
+  int64_t bytes(int64_t m, int64_t n) const { return m * n * int64_t(sizeof(Storage)); }
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
@@ -135,6 +141,11 @@ struct HiddenGradEpilogue {
   const Real* shrink;   // [rows] what to multiply the sum before by; null: 1
   bool first, last;
 
+  int64_t bytes(int64_t m, int64_t n) const {
+    const int64_t each = sizeof(Out), sum = each + (each < int64_t(sizeof(Real)));
+    return m * n * ((first ? 0 : sum) + (last ? each : sum));
+  }
+
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
@@ -166,6 +177,11 @@ struct WeightGradEpilogue {
   int64_t depth;
   const Real* unscale;
   bool first, last;
+
+  int64_t bytes(int64_t m, int64_t n) const {
+    const int64_t sum = sizeof(Real);
+    return m * n * ((first ? 0 : sum) + (last ? int64_t(sizeof(Out)) : sum));
+  }
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,

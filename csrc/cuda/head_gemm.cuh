@@ -88,6 +88,10 @@ template <class Multiply, RowIs kA, RowIs kB, class Epilogue>
 void launch_gemm(const Product& product, const Epilogue& epilogue) {
   constexpr int kTile = Multiply::kTile;
   const dim3 grid(blocks_of(product.m, kTile), blocks_of(product.n, kTile));
+  if (!product.only_if)
+    launch_log.bytes += product.m * product.k * int64_t(c10::elementSize(product.a.type)) +
+                        product.n * product.k * int64_t(c10::elementSize(product.b.type)) +
+                        epilogue.bytes(product.m, product.n);
   launch(&head_gemm<Multiply, kA, kB, Epilogue>, grid, kGemmThreads, Multiply::kSharedBytes,
          product, epilogue);
 }

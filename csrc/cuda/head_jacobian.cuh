@@ -7,9 +7,6 @@
 // log-probabilities are those of the plain forward to the last bit: blocks are merged in the same
 // groups.
 #pragma once
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-
 #include "../kept.h"
 #include "backward_kernels.cuh"
 #include "merge_statistics.cuh"
@@ -99,8 +96,8 @@ class HeadJacobian {
     // dL/dz with these in the place of top, log_sum, log p and the upstream gradient is s exp(z -
     // m), and 0
     // for the label.
-    const auto tops = at::full({tokens}, double(std::numeric_limits<Real>::lowest()), options);
-    const auto zeros = at::zeros({tokens}, options), minus_ones = at::full({tokens}, -1.0, options);
+    const auto tops = filled({tokens}, double(std::numeric_limits<Real>::lowest()), options);
+    const auto zeros = filled({tokens}, 0, options), minus_ones = filled({tokens}, -1, options);
     tops_ = tops.template mutable_data_ptr<Real>();
     states_ = {zeros.template const_data_ptr<Real>(),
                nullptr,
@@ -110,7 +107,7 @@ class HeadJacobian {
                nullptr};
     scale_.emplace(args_.hidden, map_, rows_.all(), states_);
     const bool split = args_.hidden.element_size() < int64_t(sizeof(Real));
-    const auto low = at::empty({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
+    const auto low = blank({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
     low_ = split ? low.template mutable_data_ptr<uint8_t>() : nullptr;
     Workspace workspace(args_.hidden,
                         Workspace::padded(rows_.most * kMergeBlocks * sizeof(BlockStats<Real>)) +

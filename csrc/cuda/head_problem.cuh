@@ -2,7 +2,6 @@
 // What forward and backward of the LM head share on the host side of CUDA: operands of the
 // products, the arithmetic for the inputs' dtypes, and one workspace cut into arrays.
 #pragma once
-#include <ATen/ops/empty.h>
 
 #include <cstdlib>
 #include <string_view>
@@ -88,7 +87,7 @@ const Real* data_or_null(const at::Tensor& tensor) {
 class Workspace {
  public:
   Workspace(const at::Tensor& like, int64_t bytes)
-      : block_(at::empty({bytes}, like.options().dtype(at::kByte))) {}
+      : block_(blank({bytes}, like.options().dtype(at::kByte))) {}
 
   static int64_t padded(int64_t bytes) { return blocks_of(bytes, kAlign) * kAlign; }
 

@@ -23,6 +23,18 @@ template <class T, Along kA, Along kB, class Epilogue>
 void launch_product(const Operand<T>& a, const Operand<T>& b, const TileList& tiles,
                     int64_t most_pairs, const Epilogue& epilogue);
 
+template <class T, Along kA, Along kB, class Epilogue>
+void multiply(const Operand<T>& a, const Operand<T>& b, const TileList& tiles,
+              const Epilogue& epilogue) {
+  launch_log.bytes +=
+      (tiles.m + tiles.n) * tiles.k * int64_t(sizeof(T)) + epilogue.base.bytes(tiles.m, tiles.n);
+  if (launch_log.dry) {  // no address, no descriptor of a copy
+    launch_log.add();
+  } else {
+    launch_product<T, kA, kB>(a, b, tiles, blocks_of(tiles.m, kSm90PairRows), epilogue);
+  }
+}
+
 template <class T>
 Operand<T> hidden_operand(const HeadArgs& args, const SlotLayout& layout) {
   return {args.hidden.const_data_ptr<T>() + layout.first * layout.stride, layout.stride};
@@ -39,11 +51,11 @@ void launch_logits(const HeadArgs& args, const Slots& slots, int64_t first_entry
                    const Epilogue& epilogue) {
   const SlotMap& map = slots.map();
   const int64_t count = slots.layout().slots;
-  launch_product<T, Along::kStep, Along::kStep>(
-      hidden_operand<T>(args, slots.layout()), weight_operand<T>(args, first_entry),
-      TileList{count, entries, args.weight.size(1), map.pairs, map.pair_count, nullptr, nullptr,
-               nullptr},
-      blocks_of(count, kSm90PairRows), epilogue);
+  multiply<T, Along::kStep, Along::kStep>(hidden_operand<T>(args, slots.layout()),
+                                          weight_operand<T>(args, first_entry),
+                                          TileList{count, entries, args.weight.size(1), map.pairs,
+                                                   map.pair_count, nullptr, nullptr, nullptr},
+                                          epilogue);
 }
 
 // run(capped): a softcap has kernels of its own, which the others would have to carry along.
@@ -78,22 +90,21 @@ void sm90_hidden_grad(const HeadArgs& args, const Slots& slots, const T* dz, int
                       const HiddenGradEpilogue<float, T>& epilogue) {
   const SlotMap& map = slots.map();
   const int64_t count = slots.layout().slots;
-  launch_product<T, Along::kStep, Along::kOutput>(
-      {dz, pitch}, weight_operand<T>(args, first_entry),
-      TileList{count, args.weight.size(1), entries, map.pairs, map.pair_count, nullptr, nullptr,
-               nullptr},
-      blocks_of(count, kSm90PairRows), Sm90HiddenGrad<T>{epilogue, slot_rows(slots)});
+  multiply<T, Along::kStep, Along::kOutput>({dz, pitch}, weight_operand<T>(args, first_entry),
+                                            TileList{count, args.weight.size(1), entries, map.pairs,
+                                                     map.pair_count, nullptr, nullptr, nullptr},
+                                            Sm90HiddenGrad<T>{epilogue, slot_rows(slots)});
 }
 
 template <class T>
 void sm90_weight_grad(const HeadArgs& args, const Slots& slots, const T* dz, int64_t pitch,
                       int64_t entries, const WeightGradEpilogue<float, T>& epilogue) {
   const SlotMap& map = slots.map();
-  launch_product<T, Along::kOutput, Along::kOutput>(
+  multiply<T, Along::kOutput, Along::kOutput>(
       {dz, pitch}, hidden_operand<T>(args, slots.layout()),
       TileList{entries, args.weight.size(1), slots.layout().slots, nullptr, nullptr, map.steps,
                map.step_count, map.poisoned},
-      blocks_of(entries, kSm90PairRows), Sm90WeightGrad<T>{epilogue, entries});
+      Sm90WeightGrad<T>{epilogue, entries});
 }
 
 #define SPO_INSTANTIATE_SM90(T)                                                                \

@@ -202,7 +202,7 @@ class SparseBackward {
 }  // namespace
 
 TwoWays::TwoWays(const HeadArgs& args, const SelectedRows& rows, const at::Tensor& dropped)
-    : exact(rows), sparse(rows), counts_(at::empty({2}, rows.storage.options())) {
+    : exact(rows), sparse(rows), counts_(blank({2}, rows.storage.options())) {
   const int64_t blocks = blocks_of(args.weight.size(0), kBlockEntries), tokens = rows.most;
   int64_t* const counts = counts_.mutable_data_ptr<int64_t>();
   exact.list.count = counts, sparse.list.count = counts + 1;

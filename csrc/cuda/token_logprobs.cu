@@ -2,9 +2,6 @@
 // Forward of the LM head on CUDA: hidden x weight -> log-probability of each target, without [N, V]
 // logits. Per row and vocabulary block the product leaves (max, sum-exp) and the label's logit; one
 // warp per row merges the blocks in vocabulary order, in double.
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-
 #include "drop_blocks.cuh"
 #include "head_jacobian.cuh"
 
@@ -52,7 +49,7 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
   const auto map = logit_map<Real>(args);
   const int64_t dropped_blocks = blocks_of(vocabulary, kBlockEntries);
   const auto real = args.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
-  const at::Tensor base_of_token = at::full({kept.dropped ? rows.most : 0}, -INFINITY, real);
+  const at::Tensor base_of_token = filled({kept.dropped ? rows.most : 0}, -INFINITY, real);
   auto* const bases = base_of_token.template mutable_data_ptr<Real>();
   for (int64_t row = 0; row < rows.most; row += group) {
     const RowRange tokens = rows.range(row, std::min(group, rows.most - row));
@@ -115,10 +112,11 @@ HeadOutputs token_logprobs_cuda(const at::Tensor& hidden, const at::Tensor& weig
   const Keep keep = keep_of(args.op, keep_name);
   const DeviceGuard guard(hidden.device());
   const auto options = hidden.options().dtype(result_type_of(hidden));
-  const auto column = [&] { return at::zeros(targets.sizes(), options); };
+  const auto column = [&] { return filled(targets.sizes(), 0, options); };
   const auto logprobs = column(), top = column(), log_sum = column();
-  const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
+  const auto entropy = filled(return_entropy ? targets.sizes() : at::IntArrayRef{0}, 0, options);
   const auto kept = make_kept(args, keep, return_entropy);
+  launch_log.launches += keep == Keep::kJacobian || keep == Keep::kDropped;  // zeros
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   if (targets.numel() == 0) return {logprobs, entropy, top, log_sum, kept};
   with_arithmetic(args, [&](auto multiply) {
@@ -137,7 +135,14 @@ HeadOutputs token_logprobs_cuda(const at::Tensor& hidden, const at::Tensor& weig
   return {logprobs, entropy, top, log_sum, kept};
 }
 
+// Of this thread's calls since the last one.
+std::vector<int64_t> launch_log_since(bool dry) {
+  const LaunchLog log = std::exchange(launch_log, {dry});
+  return {log.launches, log.bytes};
+}
+
 SPO_CUDA_LIBRARY(m) { m.impl("token_logprobs", &token_logprobs_cuda); }
+SPO_HOST_LIBRARY(m) { m.impl("launch_log", &launch_log_since); }
 
 }  // namespace
 }  // namespace spo::cuda

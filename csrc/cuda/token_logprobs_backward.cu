@@ -6,8 +6,6 @@
 //   grad_hidden += dz weight               [tokens, d]      split floats, rounded after the last
 //   grad_weight  = dz^T hidden             [slice, d]       rounded once
 // On Hopper the rows of dz are slots (head_sm90.h), elsewhere the tokens that take part.
-#include <ATen/ops/zeros.h>
-
 #include "../kept.h"
 #include "backward_plan.cuh"
 #include "sparse_backward.h"
@@ -206,16 +204,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
   check_kept(args, keep, kept, grad_entropy, needs);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   const DeviceGuard guard(hidden.device());
-  if (keep == Keep::kJacobian) return jacobian_grads(args, kept, grad_logprobs, needs[0]);
+  if (keep == Keep::kJacobian) {
+    launch_log.launches += 3;  // a product, a comparison and zeros where there is no gradient
+    return jacobian_grads(args, kept, grad_logprobs, needs[0] && !launch_log.dry);
+  }
   const bool any = targets.numel() > 0;
   const auto grad_hidden =
-      at::zeros(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
+      filled(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, 0, hidden.options());
   // Every entry of grad_weight is written, so it needs no zeros, if there is any token at all.
   const auto weight_sizes = needs[1] ? weight.sizes().vec() : std::vector<int64_t>{0};
   const auto grad_weight =
-      any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
+      any ? blank(weight_sizes, weight.options()) : filled(weight_sizes, 0, weight.options());
   const auto bias_sums =
-      at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+      filled({needs[2] ? weight.size(0) : 0}, 0, weight.options().dtype(at::kDouble));
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden;
   if (needs[1]) grads.weight = grad_weight;
@@ -244,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
     });
   }
   const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
+  if (launch_log.dry) return {grad_hidden, grad_weight, bias_sums};
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
 }
 
