@@ -105,13 +105,14 @@ __global__ void __launch_bounds__(32)
   for (int w = wave + 1 + lane; w <= most_waves; w += 32) pairs.waves[w] = pairs.blocks;
 }
 
+// A thread block for 32 blocks of one range, so that there are enough for every multiprocessor.
 template <class Real>
-__global__ void __launch_bounds__(kPairThreads) list_pairs(PairLists<Real> pairs, int wave) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t block = int64_t(blockIdx.x) * 32 + lane;
+__global__ void __launch_bounds__(32) list_pairs(PairLists<Real> pairs, int wave) {
+  const int range = blockIdx.y;
+  const int64_t block = int64_t(blockIdx.x) * 32 + threadIdx.x;
   if (block < pairs.waves[wave] || block >= pairs.waves[wave + 1]) return;
-  int64_t at = pairs.first_pair(wave, block) + pairs.ranges(block)[warp];
-  pairs.for_rows(warp, [&](int64_t row) {
+  int64_t at = pairs.first_pair(wave, block) + pairs.ranges(block)[range];
+  pairs.for_rows(range, [&](int64_t row) {
     if (!pairs.visits(row, block)) return;
     pairs.row[at] = row;
     pairs.offset[at] = pairs.tokens.list.offset[pairs.tokens.first + row];

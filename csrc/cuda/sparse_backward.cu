@@ -81,7 +81,7 @@ class SparseBackward {
                         plan, low_ + row * depth_);
     }
     for (int wave = 0; wave < plan.most_waves; wave++) {
-      launch(&list_pairs<Real>, dim3(blocks_of(plan.blocks, 32)), kPairThreads, 0, pairs_, wave);
+      launch(&list_pairs<Real>, dim3(blocks_of(plan.blocks, 32), kRowRanges), 32, 0, pairs_, wave);
       make_gradient(wave, plan);
       if (pass.hidden_side) add_hidden(wave);
       if (pass.weight_side) add_weight(wave, plan);
