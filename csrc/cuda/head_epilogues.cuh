@@ -98,11 +98,16 @@ struct GradientEpilogue {
     const TokenGrad<Real> grad = states.of(slice.token(row));
     const int64_t label = slice.label(row) - col0;
     const Real factor = scale ? *scale : Real(1);
+    Real own[kTile / 32];  // all on their way before the first is used
 #pragma unroll
-    for (int c = lane; c < kTile; c += 32) {
+    for (int e = 0; e < kTile / 32; e++)
+      own[e] = col0 + lane + e * 32 < cols ? products[lane + e * 32] : Real(0);
+#pragma unroll
+    for (int e = 0; e < kTile / 32; e++) {
+      const int c = lane + e * 32;
       if (col0 + c >= cols) break;
       Real slope;
-      const Real u = slice.map.unscaled(slice.raw(products[c], col0 + c), &slope);
+      const Real u = slice.map.unscaled(slice.raw(own[e], col0 + c), &slope);
       const Real below = slice.map.below(u, grad.top);
       const Real dlogit = c == label            ? grad.label()
                           : label_only          ? Real(0)
@@ -150,20 +155,30 @@ struct HiddenGradEpilogue {
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
     Out* const out = grad + tokens.list.token[tokens.first + row] * depth + col0;
+    uint8_t* const rest = low + row * depth + col0;
     const Real factor = unscale ? *unscale : Real(1), before = shrink ? shrink[row] : Real(1);
-    for (int c = lane; c < kTile && col0 + c < cols; c += 32) {
-      const Real value = products[c] * factor;
-      if constexpr (sizeof(Out) == sizeof(Real)) {
-        out[c] = first ? value : out[c] * before + value;
-      } else {
-        uint16_t* const high = reinterpret_cast<uint16_t*>(out + c);
-        uint8_t* const rest = low + row * depth + col0 + c;
-        const Real sum = first ? value : SplitFloat::join(*high, *rest) * before + value;
-        if (last) {
-          out[c] = static_cast<Out>(sum);
+    Real sums[kTile / 32] = {};  // all on their way before the first is used
+    if (!first) {
+#pragma unroll
+      for (int e = 0; e < kTile / 32; e++) {
+        const int c = lane + e * 32;
+        if (col0 + c >= cols) continue;
+        if constexpr (sizeof(Out) == sizeof(Real)) {
+          sums[e] = out[c];
         } else {
-          SplitFloat::split(sum, high, rest);
+          sums[e] = SplitFloat::join(reinterpret_cast<const uint16_t*>(out)[c], rest[c]);
         }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kTile / 32; e++) {
+      const int c = lane + e * 32;
+      if (col0 + c >= cols) continue;
+      const Real sum = sums[e] * before + products[c] * factor;
+      if (sizeof(Out) == sizeof(Real) || last) {
+        out[c] = static_cast<Out>(sum);
+      } else {
+        SplitFloat::split(sum, reinterpret_cast<uint16_t*>(out) + c, rest + c);
       }
     }
   }
