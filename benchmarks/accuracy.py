@@ -31,7 +31,7 @@ def processor() -> str:
 
 
 def errors(function: Logprobs, dtype: torch.dtype) -> dict[str, float]:
-    """On 256 tokens over 50257 words, logits of standard deviation 4."""
+    """On 256 tokens over 50257 entries, logits of standard deviation 4."""
     torch.manual_seed(0)
     hidden = torch.randn(256, 256).to(dtype).requires_grad_()
     weight = (torch.randn(50257, 256) / 4).to(dtype).requires_grad_()

@@ -45,7 +45,7 @@ AXES = {
 
 
 def inputs(states: HeadStates, **changed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`states` with another number of tokens, words or dimensions, or times a sharpness."""
+    """`states` with another number of tokens, entries or dimensions, or times a sharpness."""
     size = {"tokens": 2048, "vocabulary": 24576, "depth": 256, "sharpness": 1.0, **changed}
     n, v, d = (int(size[key]) for key in ("tokens", "vocabulary", "depth"))
     weight = states.weight[:v]  # ids are roughly in order of frequency

@@ -38,7 +38,7 @@ KERNEL_ITEMS = [
 OTHER_ITEMS = ["fp32", "fp16", "sparse", "frozen", "logits", "loss"]
 HEADLINES = ["forward", "portable-forward", "exact-64", "exact-512", "frozen", "sparse"]
 # Peers have a process each; every other shape has one for spo_ext and eager PyTorch.
-SHAPES = ["Gemma-2-2B", "Qwen2.5-0.5B", "32000 words", "GPT-2"]
+SHAPES = ["Gemma-2-2B", "Qwen2.5-0.5B", "32000 entries", "GPT-2"]
 PEERS = ["liger-rl", "cce", "quack", "trl", "chunked", "compile", "liger-ce", "cce-exact"]
 OURS = "spo_ext,spo_ext-512MiB,spo_ext-stored,spo_ext-frozen,spo_ext-sparse10,spo_ext-sparse8,eager"
 OTHER_BENCHES = ["soft_q", "cumulative_loss", "logprobs_from_logits"]

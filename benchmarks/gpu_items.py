@@ -137,7 +137,7 @@ def frozen() -> None:
 
 
 def sparse(eps: float = 2.0**-10) -> None:
-    """Check the certificate, on states with three likely words each, so that blocks are dropped."""
+    """Check the certificate, on states with three likely entries each: blocks are dropped."""
     for size, (tokens, vocabulary, depth) in SHAPES.items():
         states = synthetic_states(tokens, vocabulary, depth, DEVICE, BF16)
         hidden, weight, targets = states.hidden, states.weight.to(BF16), states.targets

@@ -91,7 +91,7 @@ def quack() -> Logprobs:
 def trl() -> Logprobs:
     from trl.kernels import ChunkedLogProbFunction
 
-    chunk = 32768  # words per tile, the width that TRL's trainers pass
+    chunk = 32768  # entries per tile, the width that TRL's trainers pass
     return lambda hidden, weight, targets: ChunkedLogProbFunction.apply(
         hidden, weight, None, targets, 1.0, chunk, None, 1.0, ()
     )[0]
@@ -102,7 +102,7 @@ PEERS: dict[str, Peer] = {
     "spo_ext-512MiB": Peer(
         lambda: partial(spo_ext.token_logprobs, workspace_mib=512),
         every_shape=True,
-        note="workspace_mib=512 instead of 64",
+        note="workspace_mib=512 instead of 256",
     ),
     "spo_ext-stored": Peer(
         lambda: partial(spo_ext.token_logprobs, strategy="stored"),

@@ -56,7 +56,7 @@ HEADS = {
         HeadShape("Llama-3-8B, sharp", 8192, 128256, 4096, BF16, sharpness=1.25),  # 0.7 nats
         HeadShape("Gemma-2-2B", 8192, 256000, 2304, BF16),
         HeadShape("Qwen2.5-0.5B", 8192, 151936, 896, BF16, noise_tokens=65536),
-        HeadShape("32000 words, fp16", 8192, 32000, 2048, FP16, noise_tokens=65536),
+        HeadShape("32000 entries, fp16", 8192, 32000, 2048, FP16, noise_tokens=65536),
         HeadShape("GPT-2, ragged", 8191, 50257, 768, BF16),
     ],
     "cpu": [

@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python benchmarks/small_case.py
 
-Sizes leave a rest everywhere: rows of a tile, words of a block, channels of a 16-byte word.
+Sizes leave a rest everywhere: rows of a tile, entries of a block, channels of a 16-byte word.
 """
 
 import sys
@@ -50,7 +50,7 @@ def frozen_head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int) ->
 
 
 def sharp_head(dtype: torch.dtype, tokens: int, vocabulary: int, depth: int) -> None:
-    """Tokens near the words they name, so that most blocks are dropped."""
+    """Tokens near the entries they name, so that most blocks are dropped."""
     weight = (torch.randn(vocabulary, depth, device="cuda") / depth**0.5).to(dtype)
     targets = torch.randint(vocabulary, (tokens,), device="cuda")
     hidden = weight[targets] * 24

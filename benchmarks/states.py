@@ -50,8 +50,8 @@ def synthetic_states(
     dtype: torch.dtype = torch.float32,
     sharpness: float = 1.0,
 ) -> HeadStates:
-    """Each token has a few likely words, as in language: about one nat of entropy. Made on `device`
-    in `dtype`, since 65536 states of a large head in float32 take long on a CPU."""
+    """Each token has a few likely entries, as in language: about one nat of entropy. Made on
+    `device` in `dtype`, since 65536 states of a large head in float32 take long on a CPU."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(vocabulary, depth, generator=generator, device=device) / depth**0.5
     likely = torch.randint(vocabulary, (tokens, 3), generator=generator, device=device)

@@ -1,8 +1,8 @@
 """The gradient filter of cut-cross-entropy (arXiv 2411.09009) restated for the CPU.
 
 The backward pass computes the logits again, tile by tile, and leaves out every tile of 128 tokens
-and 256 words in which no gradient of a logit reaches 2^-12. It has no bound on what a token loses.
-PyTorch's operators do the work: matrix products over all tokens and one block of words at a time.
+and 256 entries in which no gradient of a logit reaches 2^-12. It has no bound on what a token
+loses. PyTorch's operators do the work: products over all tokens and one block of entries at a time.
 """
 
 from typing import Any

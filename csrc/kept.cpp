@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -15,21 +16,23 @@ std::vector<int64_t> kept_shape(const HeadArgs& args, Keep keep) {
   if (keep == Keep::kLogits) return {args.targets.numel(), args.weight.size(0)};
   if (keep == Keep::kJacobian) return args.hidden.sizes().vec();
   if (keep == Keep::kDropped)
-    return {args.targets.numel(), (args.weight.size(0) + kBlockWords - 1) / kBlockWords};
+    return {args.targets.numel(), (args.weight.size(0) + kBlockEntries - 1) / kBlockEntries};
   return {0};
 }
 
 at::Tensor scale_jacobian(const at::Tensor& jacobian, const OptionalTensor& grad_logprobs) {
-  constexpr int64_t kRows = 4096;  // at a time: products in float beside 16-bit results
   if (!grad_logprobs) return at::zeros_like(jacobian, at::MemoryFormat::Contiguous);
   const auto out = at::empty_like(jacobian, at::MemoryFormat::Contiguous);
-  const auto from = jacobian.reshape({-1, jacobian.size(-1)});
-  const auto to = out.view({-1, jacobian.size(-1)});
+  const int64_t depth = jacobian.size(-1), rows = grad_logprobs->numel();
+  const auto from = jacobian.reshape({-1, depth}), to = out.view({-1, depth});
   const auto grad = grad_logprobs->reshape({-1, 1});
-  for (int64_t row = 0; row < from.size(0); row += kRows) {
-    const int64_t rows = std::min(kRows, from.size(0) - row);
-    const auto g = grad.narrow(0, row, rows);
-    to.narrow(0, row, rows).copy_(from.narrow(0, row, rows).mul(g).masked_fill_(g.eq(0), 0));
+  // The CPU makes products in float before it rounds them to 16 bits: 4 MiB of them at a time.
+  const int64_t most = jacobian.is_cpu() ? std::max<int64_t>((1 << 20) / depth, 1) : rows;
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t count = std::min(most, rows - row);
+    const auto g = grad.narrow(0, row, count);
+    auto part = to.narrow(0, row, count);
+    at::mul_out(part, from.narrow(0, row, count), g).masked_fill_(g.eq(0), 0);
   }
   return out;
 }

@@ -14,11 +14,11 @@ enum class Keep {
   kNothing,   // [0]; the logits are computed again
   kLogits,    // [N, V] the products hidden weight^T, as they were summed
   kJacobian,  // [.., d] dlogprob/dhidden, when the head itself needs no gradient
-  kDropped,   // [N, blocks of kBlockWords] the probability, the label's aside, of each block that
+  kDropped,   // [N, blocks of kBlockEntries] the probability, the label's aside, of each block that
               // the gradient does without; -1 for the others
 };
 
-constexpr int64_t kBlockWords = 256;
+constexpr int64_t kBlockEntries = 256;
 constexpr int kKeptBlock = -1;  // in the place of a block's mass
 
 // What a token drops stays within this: masses are rounded, and the logits have an error of their

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of the cumulative loss as tensors: checked once, then read as arrays of one type.
 #pragma once
+#include <ATen/ops/empty.h>
+
 #include <string_view>
 #include <vector>
 
@@ -20,13 +22,17 @@ inline Objective objective_of(const char* op, std::string_view name) {
                     name);
 }
 
+// The arguments that both passes share, in the order of the schemas (spo_ops.cpp).
 struct LossArgs {
-  const char* op;
   at::Tensor logprobs, ref_logprobs;
   OptionalTensor rewards, q0;
-  Objective objective;
+  c10::string_view objective_name;
   double beta, delta;
-  OptionalTensor groups, advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask;
+  OptionalTensor groups;
+  bool leave_one_out;
+  OptionalTensor advantages, q_targets, q_weights, token_rewards, weights, cu_seqlens, mask;
+  const char* op;
+  Objective objective = objective_of(op, objective_name);
 
   at::ScalarType type() const { return result_type_of(logprobs); }
   int64_t size() const { return num_sequences(logprobs, cu_seqlens); }
@@ -105,21 +111,50 @@ struct LossData : LossArrays<Real> {
 // loss, terminal_q, log_ratio, used_q0, residual, num_tokens (spo_ops.cpp).
 using LossTensors =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// grad_logprobs, grad_q0.
+using LossGrads = std::tuple<at::Tensor, at::Tensor>;
 
-// What the forward pass returns, each [S]; no residual where the objective has none.
+// Each [S]; no residual where the objective has none.
+inline LossTensors empty_loss(const LossArgs& a) {
+  const auto options = a.logprobs.options().dtype(a.type());
+  const auto column = [&] { return at::empty({a.size()}, options); };
+  return {column(),
+          column(),
+          column(),
+          column(),
+          at::empty({a.has_residual() ? a.size() : 0}, options),
+          at::empty({a.size()}, options.dtype(at::kLong))};
+}
+
 template <class Real>
 struct LossOutputs {
-  LossOutputs(const at::Tensor& loss_, const at::Tensor& terminal_q_, const at::Tensor& log_ratio_,
-              const at::Tensor& used_q0_, const at::Tensor& residual_,
-              const at::Tensor& num_tokens_)
-      : loss(loss_.mutable_data_ptr<Real>()),
-        terminal_q(terminal_q_.mutable_data_ptr<Real>()),
-        log_ratio(log_ratio_.mutable_data_ptr<Real>()),
-        used_q0(used_q0_.mutable_data_ptr<Real>()),
-        residual(residual_.mutable_data_ptr<Real>()),
-        num_tokens(num_tokens_.mutable_data_ptr<int64_t>()) {}
+  explicit LossOutputs(const LossTensors& tensors)
+      : loss(std::get<0>(tensors).mutable_data_ptr<Real>()),
+        terminal_q(std::get<1>(tensors).mutable_data_ptr<Real>()),
+        log_ratio(std::get<2>(tensors).mutable_data_ptr<Real>()),
+        used_q0(std::get<3>(tensors).mutable_data_ptr<Real>()),
+        residual(std::get<4>(tensors).mutable_data_ptr<Real>()),
+        num_tokens(std::get<5>(tensors).mutable_data_ptr<int64_t>()) {}
   Real *loss, *terminal_q, *log_ratio, *used_q0, *residual;
   int64_t* num_tokens;
 };
+
+// Kernels of LossArgs as the dispatcher calls them: m.impl(name, &LossOp::forward<kernel>).
+template <class... Fields>
+struct LossCalls {
+  template <LossTensors (*kernel)(const LossArgs&)>
+  static LossTensors forward(Fields... fields) {
+    return kernel(LossArgs{fields..., "loss"});
+  }
+  template <LossGrads (*kernel)(const at::Tensor& grad_loss, const LossArgs&)>
+  static LossGrads backward(const at::Tensor& grad_loss, Fields... fields) {
+    return kernel(grad_loss, LossArgs{fields..., "loss_backward"});
+  }
+};
+using LossOp =
+    LossCalls<const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+              c10::string_view, double, double, const OptionalTensor&, bool, const OptionalTensor&,
+              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
 
 }  // namespace spo

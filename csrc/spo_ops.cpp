@@ -27,6 +27,10 @@ TORCH_LIBRARY(spo, m) {
       "check_backward_workspace(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
       "bool[3] needs, int workspace_mib, str keep) -> ()");
 
+  // How many kernels this thread has started on CUDA since the last call, and how many bytes their
+  // products move; from now on they are counted only, if dry. See cuda/launch.cuh.
+  m.def("launch_log(bool dry) -> int[]");
+
   // logits [.., V], targets [..] -> logprobs [..], entropy [..] or [0], top and log_sum [..]
   m.def(
       "logprobs_from_logits(Tensor logits, Tensor targets, float temperature, int ignore_index, "
@@ -53,17 +57,19 @@ TORCH_LIBRARY(spo, m) {
       "soft_q_backward(Tensor grad_q_values, float beta, Tensor? cu_seqlens, Tensor? mask) "
       "-> (Tensor grad_logprobs, Tensor grad_q0)");
 
-  // Per sequence: loss, terminal_q, log_ratio (R), the q0 that was used, residual (Q_T minus its
-  // target; [0] where the objective has none), number of tokens: [S].
-  m.def(
-      "cumulative_loss(Tensor logprobs, Tensor ref_logprobs, Tensor? rewards, Tensor? q0, "
-      "str objective, float beta, float delta, Tensor? groups, bool leave_one_out, "
-      "Tensor? advantages, Tensor? q_targets, Tensor? q_weights, Tensor? token_rewards, "
-      "Tensor? weights, Tensor? cu_seqlens, Tensor? mask) -> (Tensor loss, Tensor terminal_q, "
-      "Tensor log_ratio, Tensor used_q0, Tensor residual, Tensor num_tokens)");
-  m.def(
-      "cumulative_loss_backward(Tensor grad_loss, Tensor logprobs, Tensor ref_logprobs, "
-      "Tensor? rewards, Tensor? q0, str objective, float beta, float delta, Tensor? advantages, "
+  // What both passes of the loss take (loss_args.h); the backward pass knows no groups. Results per
+  // sequence, [S]: loss, terminal_q, log_ratio (R), the q0 that was used, residual (Q_T minus its
+  // target; [0] where the objective has none), number of tokens.
+  const std::string loss_args =
+      "Tensor logprobs, Tensor ref_logprobs, Tensor? rewards, Tensor? q0, str objective, "
+      "float beta, float delta, Tensor? groups, bool leave_one_out, Tensor? advantages, "
       "Tensor? q_targets, Tensor? q_weights, Tensor? token_rewards, Tensor? weights, "
-      "Tensor? cu_seqlens, Tensor? mask) -> (Tensor grad_logprobs, Tensor grad_q0)");
+      "Tensor? cu_seqlens, Tensor? mask) -> (Tensor ";
+  m.def(("cumulative_loss(" + loss_args +
+         "loss, Tensor terminal_q, Tensor log_ratio, Tensor used_q0, Tensor residual, "
+         "Tensor num_tokens)")
+            .c_str());
+  m.def(
+      ("cumulative_loss_backward(Tensor grad_loss, " + loss_args + "grad_logprobs, Tensor grad_q0)")
+          .c_str());
 }

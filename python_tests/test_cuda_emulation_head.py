@@ -11,6 +11,8 @@ from conftest import relative_error
 from cuda_emulation import build
 from cuda_emulation.cases import ALL_KERNELS, KERNELS, Case, everywhere
 
+from spo_ext._ops import cuda_launches
+
 
 @pytest.fixture(scope="module")
 def emulated():
@@ -50,11 +52,12 @@ def test_hopper_can_be_switched_off(emulated, monkeypatch) -> None:
         logprobs("1", "no")
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", ALL_KERNELS, indirect=True)
-def test_every_option(emulated, dtype) -> None:
+def test_every_option(emulated, dtype, softcap) -> None:
     case = Case((37,), 40, 507, dtype)
     case.bias = torch.randn(507).to(dtype)
-    case.options = {"temperature": 0.7, "logit_scale": 1.5, "softcap": 20.0}
+    case.options = {"temperature": 0.7, "logit_scale": -1.5, "softcap": softcap}
     case.entropy, case.needs = True, [True, True, True]
     case.grad_entropy = torch.randn_like(case.grad)
     case.check(emulated)
@@ -163,3 +166,41 @@ def test_a_split_float_keeps_24_bits(emulated, dtype) -> None:
     many_slices = case.backward(emulated, saved)[0][:40]
     # The last bit of a bfloat16 may fall either way; more would show sums rounded on the way.
     assert relative_error(many_slices, one_slice) <= 1e-3
+
+
+@pytest.mark.parametrize("keep", ["nothing", "logits", "jacobian"])
+@pytest.mark.parametrize("dtype", ALL_KERNELS[-2:], indirect=True)
+def test_what_a_call_starts_is_known_without_the_call(emulated, dtype, keep) -> None:
+    case = Case((300,), 40, 9000, dtype)
+    case.keep, case.workspace_mib = keep, 1
+    case.needs = [True, keep != "jacobian", False]
+    inputs = (case.hidden.clone().requires_grad_(), case.weight.clone())
+    inputs[1].requires_grad_(case.needs[1])
+    options = (False, case.workspace_mib, keep, 0.0)
+    want = cuda_launches(*inputs, None, options, emulated, torch._C.DispatchKey.CPU)
+    emulated.launch_log(False)
+    case.backward(emulated, case.forward(emulated))
+    assert tuple(emulated.launch_log(False)) == want
+    assert want[0] > 10 and want[1] > 0
+
+
+def test_few_launches_for_a_large_head(emulated, monkeypatch) -> None:
+    """Of two products of 14336 entries by 8192 tokens and their sums, 256 MiB hold nine slices."""
+    monkeypatch.setenv("SPO_EMULATE_HOPPER", "1")
+    n, d, v, slices = 8192, 4096, 128256, 9
+    hidden, weight = (
+        torch.empty(rows, d, dtype=torch.bfloat16, requires_grad=True)  # and never touched
+        for rows in (n, v)
+    )
+
+    def count(workspace_mib: int) -> tuple[int, int]:
+        options = (False, workspace_mib, "nothing", 0.0)
+        return cuda_launches(hidden, weight, None, options, emulated, torch._C.DispatchKey.CPU)
+
+    launches, moved = count(256)
+    assert launches <= 60 and count(64)[0] > 4 * launches
+    forward = 2 * (n + v) * d + n * 501 * 12  # and of each block of 256 entries three floats
+    gradient = 2 * (slices * n * d + v * d + n * v)
+    grad_hidden = 2 * (n * v + v * d) + n * d * (3 + 6 * (slices - 2) + 5)  # sums are 3 bytes
+    grad_weight = 2 * (n * v + slices * n * d + v * d)
+    assert moved == forward + gradient + grad_hidden + grad_weight

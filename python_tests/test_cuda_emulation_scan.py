@@ -8,11 +8,8 @@ from cuda_emulation.build import load
 from loss_cases import FORMS, packed_case, pad, padded
 
 from spo_ext import eager
+from spo_ext._ops import LossArgs
 
-LOSS_ARGUMENTS = (
-    "rewards q0 objective beta delta groups leave_one_out advantages q_targets q_weights "
-    "token_rewards weights cu_seqlens mask"
-).split()
 # Average lengths that get one warp, eight and a whole block per sequence.
 TEAMS = {"warp": [5, 1, 0, 33, 64, 300], "eight": [700, 1, 0, 1025, 31], "block": [9000, 40]}
 
@@ -35,16 +32,14 @@ def run_soft_q(ops, logprobs, ref_logprobs, q0, upstream, cu_seqlens=None, mask=
 
 def run_loss(ops, logprobs, ref_logprobs, arguments):
     """(loss, terminal_q, log_ratio, used_q0, residual, num_tokens), (grad_logprobs, grad_q0)"""
-    values = dict(delta=0.2, leave_one_out=False) | arguments
-    logprobs = logprobs.detach()
-    out = ops.cumulative_loss(logprobs, ref_logprobs, *(values.get(k) for k in LOSS_ARGUMENTS))
-    if values["objective"] == "group":  # as _cumulative_loss_setup does
-        slope = -2 * values["beta"] * out[4] * values.get("weights", 1)
-        values |= dict(objective="linear", rewards=None, weights=slope)
-    kept = [k for k in LOSS_ARGUMENTS if k not in ("groups", "leave_one_out")]
-    upstream = torch.ones_like(out[0])
-    given = (values.get(k) for k in kept)
-    return out, ops.cumulative_loss_backward(upstream, logprobs, ref_logprobs, *given)
+    given = dict(delta=0.2, leave_one_out=False) | arguments
+    given |= dict(logprobs=logprobs.detach(), ref_logprobs=ref_logprobs)
+    args = LossArgs(*map(given.get, LossArgs._fields))
+    out = ops.cumulative_loss(*args)
+    if args.objective == "group":  # as _cumulative_loss_setup does
+        slope = -2 * args.beta * out[4] * given.get("weights", 1)
+        args = args._replace(objective="linear", rewards=None, weights=slope, groups=None)
+    return out, ops.cumulative_loss_backward(torch.ones_like(out[0]), *args)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

@@ -33,6 +33,15 @@ def head_case(dtype: torch.dtype, **options: Any) -> Case:
     return inputs[0], lambda: run_head(*inputs, **options)
 
 
+def test_explain_counts_what_a_call_starts() -> None:
+    hidden, weight, targets = (t.detach() for t in head_inputs(300, 5000, 64, torch.bfloat16))
+    plan = spo_ext.explain(hidden, weight, workspace_mib=1)
+    torch.ops.spo.launch_log(False)
+    spo_ext.token_logprobs(hidden, weight, targets, workspace_mib=1)
+    launches, moved = torch.ops.spo.launch_log(False)
+    assert plan.launches == launches > 5 and plan.moved_mib == moved >> 20
+
+
 def linear_loss_case() -> Case:
     hidden, weight, targets = head_inputs(200, 5000, 64, torch.bfloat16)
     states, targets = hidden.detach().view(4, 50, 64).requires_grad_(), targets.view(4, 50)

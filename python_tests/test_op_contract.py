@@ -7,6 +7,7 @@ from conftest import head_inputs, moved
 from loss_cases import FORMS, packed_case, padded
 
 import spo_ext
+from spo_ext._ops import LossArgs
 
 pytestmark = pytest.mark.usefixtures("device")
 # Without a host synchronisation only the GPU sees values: there a kernel asserts them.
@@ -23,24 +24,8 @@ def head_arguments(dtype=torch.float32):
 
 def loss_arguments(form):
     logprobs, ref, a = packed_case(form)
-    names = [
-        "rewards",
-        "q0",
-        "objective",
-        "beta",
-        "delta",
-        "groups",
-        "leave_one_out",
-        "advantages",
-        "q_targets",
-        "q_weights",
-        "token_rewards",
-        "weights",
-        "cu_seqlens",
-        "mask",
-    ]
-    defaults = dict(delta=0.2, leave_one_out=False)
-    return logprobs, ref, *(a.get(name, defaults.get(name)) for name in names)
+    given = dict(delta=0.2, leave_one_out=False, logprobs=logprobs, ref_logprobs=ref) | a
+    return LossArgs(*map(given.get, LossArgs._fields))
 
 
 def samples():
@@ -87,9 +72,9 @@ def samples():
     yield "soft_q_backward", (torch.randn(22).double(), 0.5, a["cu_seqlens"], None)
     for form in ("squared", "group", "advantage, per token", "cross_entropy, per-token targets"):
         yield "cumulative_loss", loss_arguments(form)
-    lp, ref, *rest = loss_arguments("squared, weights")
-    without_groups = [*rest[:5], *rest[7:]]
-    yield "cumulative_loss_backward", (torch.randn(6).double(), lp.detach(), ref, *without_groups)
+    args = loss_arguments("squared, weights")
+    args = args._replace(logprobs=args.logprobs.detach())
+    yield "cumulative_loss_backward", (torch.randn(6).double(), *args)
 
 
 @pytest.mark.parametrize("index", range(19))

@@ -8,7 +8,7 @@ The backward ops have no derivative of their own and say so.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from spo_ext import _compiled
 
 _C = _compiled.load()  # registers the schemas and kernels
 _OPS = torch.ops.spo
-_BLOCK_WORDS = 256  # kBlockWords of csrc/kept.h
+_BLOCK = 256  # kBlockEntries of csrc/kept.h
 
 
 def build_info() -> dict[str, str]:
@@ -56,8 +56,8 @@ def run(op: str, *arguments: Any) -> Any:
 def _register_autograd(
     op: str, backward: Callable[..., Any], setup: Callable[..., None], name: str
 ) -> None:
-    """First derivatives of an op, for autograd and for torch.func; `name` is what the user knows
-    it by."""
+    """Register the first derivatives of an op, for autograd and for torch.func; `name` is what the
+    user knows it by."""
 
     def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
@@ -94,8 +94,8 @@ def _function(
 
 
 def _keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves for the backward pass; what was made in inference mode as a copy, since autograd takes
-    no other."""
+    """Save tensors for the backward pass; what was made in inference mode as a copy, since autograd
+    takes no other."""
     ctx.save_for_backward(
         *(t.clone() if t is not None and t.is_inference() else t for t in tensors)
     )
@@ -111,7 +111,7 @@ def _known_to_differ(a: Any, b: Any) -> bool:
 
 
 def _check_shape(op: str, name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
-    """Without a guard on a size that is a symbol."""
+    """Refuse other shapes, without a guard on a size that is a symbol."""
     if tensor is None:
         return
     for shape in shapes:
@@ -156,7 +156,7 @@ def _(
         "nothing": lambda: logprobs.new_empty(0),
         "logits": lambda: logprobs.new_empty(targets.numel(), weight.shape[0]),
         "jacobian": lambda: hidden.new_empty(hidden.shape),
-        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK_WORDS)),
+        "dropped": lambda: logprobs.new_empty(targets.numel(), -(-weight.shape[0] // _BLOCK)),
     }[keep]()
     return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs), kept
 
@@ -188,6 +188,37 @@ def _(
         weight.new_empty(weight.shape if needs[1] else (0,)),
         weight.new_empty(weight.shape[:1] if needs[2] else (0,), dtype=bias_dtype),
     )
+
+
+def cuda_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Sequence[Any],
+    ops: Any = _OPS,
+    key: torch._C.DispatchKey = torch._C.DispatchKey.CUDA,
+) -> tuple[int, int]:
+    """Count the kernels of a forward and a backward pass on CUDA, and the bytes that their products
+    move, by calling the ops with nothing started.
+
+    `options` are those of the forward op, from return_entropy on.
+    """
+    keys = torch._C.DispatchKeySet(key)
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    inputs = (hidden, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.int64), bias)
+    return_entropy, workspace_mib, keep, _ = options
+    ops.launch_log(True)
+    try:
+        scales = (1.0, 1.0, None, -100)
+        saved = ops.token_logprobs.default.redispatch(keys, *inputs, *scales, *options)
+        if any(needs):
+            grads = (saved[0], saved[1] if return_entropy else None)
+            ops.token_logprobs_backward.default.redispatch(
+                keys, *grads, *inputs, *saved, *scales, needs, workspace_mib, keep
+            )
+    finally:
+        launches, moved = ops.launch_log(False)
+    return launches, moved
 
 
 def _token_logprobs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,7 +358,7 @@ _register_autograd(
 def _check_layout(
     op: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
 ) -> list[Any]:
-    """[S], the shape of what is per sequence."""
+    """The shape [S] of what is per sequence."""
     if tokens.dim() != (2 if cu_seqlens is None else 1):
         layout = "padded [B, T]" if cu_seqlens is None else "packed [N] when cu_seqlens is given"
         raise ValueError(f"{op}: logprobs must be {layout}, got {list(tokens.shape)}")
@@ -367,124 +398,87 @@ _register_autograd("soft_q", _soft_q_backward, _soft_q_setup, "soft_q")
 # --- cumulative_loss -----------------------------------------------------------------------------
 
 
+class LossArgs(NamedTuple):
+    """The arguments of both passes, in the order of their schemas; shapes are those of `loss`."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    rewards: Tensor | None
+    q0: Tensor | None
+    objective: str
+    beta: float
+    delta: float
+    groups: Tensor | None
+    leave_one_out: bool
+    advantages: Tensor | None
+    q_targets: Tensor | None
+    q_weights: Tensor | None
+    token_rewards: Tensor | None
+    weights: Tensor | None
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+
+    def tensors(self) -> dict[str, Any]:
+        """The arguments that are tensors, by name."""
+        options = ("objective", "beta", "delta", "leave_one_out")
+        pairs = zip(self._fields, self, strict=True)
+        return {name: value for name, value in pairs if name not in options}
+
+    @property
+    def has_residual(self) -> bool:
+        return self.rewards is not None and self.objective != "advantage"
+
+
 @torch.library.register_fake("spo::cumulative_loss")
-def _(
-    logprobs,
-    ref_logprobs,
-    rewards,
-    q0,
-    objective,
-    beta,
-    delta,
-    groups,
-    leave_one_out,
-    advantages,
-    q_targets,
-    q_weights,
-    token_rewards,
-    weights,
-    cu_seqlens,
-    mask,
-):
-    size = _check_layout("loss", logprobs, cu_seqlens, mask)
-    tokens = list(logprobs.shape)
-    either = (
-        [tokens, [*size, 1], size]
-        if cu_seqlens is None
-        else [tokens, [1, *tokens], [*size, 1], size]
-    )
-    for name, tensor in (("ref_logprobs", ref_logprobs), ("advantages", advantages)):
-        _check_shape("loss", name, tensor, *either)
-    for name, tensor in (
-        ("rewards", rewards),
-        ("q0", q0),
-        ("groups", groups),
-        ("weights", weights),
-    ):
-        _check_shape("loss", name, tensor, size)
-    for name, tensor in (
-        ("q_targets", q_targets),
-        ("q_weights", q_weights),
-        ("token_rewards", token_rewards),
-    ):
-        _check_shape("loss", name, tensor, tokens)
+def _(*inputs):
+    args = LossArgs(*inputs)
+    size = _check_layout("loss", args.logprobs, args.cu_seqlens, args.mask)
+    tokens = list(args.logprobs.shape)
+    row = [] if args.cu_seqlens is None else [[1, *tokens]]
+    shapes = dict.fromkeys(("rewards", "q0", "groups", "weights"), [size])
+    shapes |= dict.fromkeys(("q_targets", "q_weights", "token_rewards"), [tokens])
+    shapes |= dict.fromkeys(("ref_logprobs", "advantages"), [tokens, *row, [*size, 1], size])
+    for name, allowed in shapes.items():
+        _check_shape("loss", name, getattr(args, name), *allowed)
     loss, terminal_q, log_ratio, used_q0 = (
-        logprobs.new_empty(size, dtype=_result_dtype(logprobs)) for _ in range(4)
+        args.logprobs.new_empty(size, dtype=_result_dtype(args.logprobs)) for _ in range(4)
     )
-    has_residual = rewards is not None and objective != "advantage"
-    residual = loss.new_empty(size if has_residual else 0)
+    residual = loss.new_empty(size if args.has_residual else 0)
     return loss, terminal_q, log_ratio, used_q0, residual, loss.new_empty(size, dtype=torch.int64)
 
 
 @torch.library.register_fake("spo::cumulative_loss_backward")
-def _(
-    grad_loss,
-    logprobs,
-    ref_logprobs,
-    rewards,
-    q0,
-    objective,
-    beta,
-    delta,
-    advantages,
-    q_targets,
-    q_weights,
-    token_rewards,
-    weights,
-    cu_seqlens,
-    mask,
-):
-    size = _check_layout("loss_backward", logprobs, cu_seqlens, mask)
+def _(grad_loss, *inputs):
+    args = LossArgs(*inputs)
+    size = _check_layout("loss_backward", args.logprobs, args.cu_seqlens, args.mask)
     _check_shape("loss_backward", "grad_loss", grad_loss, size)
-    grad_q0 = grad_loss.new_empty(size, dtype=_result_dtype(logprobs))
-    return logprobs.new_empty(logprobs.shape), grad_q0
+    grad_q0 = grad_loss.new_empty(size, dtype=_result_dtype(args.logprobs))
+    return args.logprobs.new_empty(args.logprobs.shape), grad_q0
 
 
 def _cumulative_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        logprobs,
-        ref_logprobs,
-        rewards,
-        q0,
-        ctx.objective,
-        ctx.beta,
-        ctx.delta,
-        groups,
-        leave_one_out,
-        *per_token,
-        weights,
-        cu_seqlens,
-        mask,
-    ) = inputs
-    ctx.q0_dtype = None if q0 is None else q0.dtype
-    if ctx.objective == "group":
+    args = LossArgs(*inputs)
+    ctx.q0_dtype = None if args.q0 is None else args.q0.dtype
+    if args.objective == "group":
         # The baseline is detached, so that dL/dR = -2 beta w residual, as of the linear objective
         # with these weights; a residual of exactly 0, as of a group of one, leaves no gradient.
-        slope = -2 * ctx.beta * output[4]
-        ctx.objective, rewards = "linear", None
-        weights = slope if weights is None else slope * weights
-    _keep(ctx, logprobs, ref_logprobs, rewards, q0, *per_token, weights, cu_seqlens, mask)
+        slope = -2 * args.beta * output[4]
+        weights = slope if args.weights is None else slope * args.weights
+        args = args._replace(objective="linear", rewards=None, weights=weights)
+    tensors = args._replace(groups=None).tensors()
+    absent: dict[str, Any] = dict.fromkeys(tensors)
+    ctx.args = args._replace(**absent)
+    _keep(ctx, *tensors.values())
     ctx.set_materialize_grads(False)
 
 
 def _cumulative_loss_backward(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 16
-    logprobs, ref_logprobs, rewards, q0, *rest = ctx.saved_tensors
-    grad_logprobs, grad_q0 = run(
-        "cumulative_loss_backward",
-        grad_loss,
-        logprobs,
-        ref_logprobs,
-        rewards,
-        q0,
-        ctx.objective,
-        ctx.beta,
-        ctx.delta,
-        *rest,
-    )
-    needs_q0 = ctx.needs_input_grad[3]
-    return grad_logprobs, None, None, grad_q0.to(ctx.q0_dtype) if needs_q0 else None, *[None] * 12
+    saved = dict(zip(ctx.args.tensors(), ctx.saved_tensors, strict=True))
+    grad_logprobs, grad_q0 = run("cumulative_loss_backward", grad_loss, *ctx.args._replace(**saved))
+    grad_q0 = grad_q0.to(ctx.q0_dtype) if ctx.needs_input_grad[3] else None
+    return grad_logprobs, None, None, grad_q0, *[None] * 12
 
 
 _register_autograd("cumulative_loss", _cumulative_loss_backward, _cumulative_loss_setup, "loss")

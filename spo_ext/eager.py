@@ -167,7 +167,7 @@ def advantage_targets(
     q0: Given,
     advantages: Given,
 ) -> Given:
-    """Given per token or per sequence; else the gain r - Q_0 shared evenly over the tokens."""
+    """The targets as given, per token or per sequence; else r - Q_0 in equal shares of a token."""
     if advantages is None:
         return (rewards[s] - q0[s]) / len(p)
     return advantages.flatten()[p] if advantages.shape == logprobs.shape else advantages[s]

@@ -4,16 +4,26 @@ Shapes: hidden [.., d], weight [V, d], where [..] is [N] (packed) or [B, T] (pad
 per-token tensor.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from spo_ext._ops import run
+from spo_ext._ops import cuda_launches, run
 from spo_ext.arguments import integer, number, same_device
 from spo_ext.sharded import Scales, sharded_logprobs
-from spo_ext.strategy import KEEP, BackwardPlan, Chosen, HeadCall, Strategy, choose, plan
+from spo_ext.strategy import (
+    KEEP,
+    BackwardPlan,
+    Chosen,
+    HeadCall,
+    Strategy,
+    choose,
+    default_workspace_mib,
+    plan,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +39,7 @@ class HeadOptions(TypedDict, total=False):
     ignore_index: int
     max_dropped_mass: float
     strategy: Strategy
-    workspace_mib: int
+    workspace_mib: int | None
     process_group: "ProcessGroup | None"
 
 
@@ -81,7 +91,7 @@ def token_logprobs(
     return_dropped_mass: bool = False,
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int | None = None,
     process_group: "ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """log softmax(z)[target] of an LM head, z = softcap(logit_scale (hidden weight^T + bias)) /
@@ -120,7 +130,8 @@ def token_logprobs(
             no gradient. If a gradient arrives in the entropy, nothing is left out. On CUDA the
             bounds hold beside the rounding of dL/dz to 16 bits, for 16-bit inputs.
         strategy: how the backward pass works (`BackwardPlan`); `explain` says what "auto" chooses.
-        workspace_mib: scratch memory of the kernels, in MiB. On CUDA, 16-bit inputs with N d above
+        workspace_mib: scratch memory of the kernels, in MiB; left out, 64 on the CPU and 256 on
+            CUDA. On CUDA, 16-bit inputs with N d above
             5/8 of it cost one product more in the backward pass. Too little for the backward pass
             is told before the forward pass, on CUDA and under torch.compile in the backward pass.
             Results do not depend on it, but for the last bits of grad_weight with
@@ -150,6 +161,8 @@ def token_logprobs(
     )
     softcap = None if softcap is None else number("token_logprobs", "softcap", softcap)
     ignore_index = integer("token_logprobs", "ignore_index", ignore_index)
+    if workspace_mib is None:
+        workspace_mib = default_workspace_mib(hidden)
     workspace_mib = integer("token_logprobs", "workspace_mib", workspace_mib)
     if not 0 <= max_dropped_mass < 1:
         raise ValueError(
@@ -209,11 +222,19 @@ def explain(
     return_entropy: bool = False,
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int | None = None,
 ) -> BackwardPlan:
     """The strategy that `token_logprobs` and `linear_loss` would use for these arguments, and why.
 
     Nothing is computed: shapes, dtypes and `requires_grad` decide.
     """
+    if workspace_mib is None:
+        workspace_mib = default_workspace_mib(hidden)
     call = HeadCall(hidden, weight, bias, return_entropy, max_dropped_mass, workspace_mib)
-    return plan(strategy, call)
+    found = plan(strategy, call)
+    if not hidden.is_cuda:
+        return found
+    options = (return_entropy, workspace_mib, KEEP[found.strategy], max_dropped_mass)
+    launches, moved = cuda_launches(hidden, weight, bias, options)
+    known = None if found.strategy == "sparse" else moved >> 20
+    return dataclasses.replace(found, launches=launches, moved_mib=known)

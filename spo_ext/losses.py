@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from spo_ext._ops import run
+from spo_ext._ops import LossArgs, run
 from spo_ext.arguments import check_values, number, refuse_grad, same_device
 from spo_ext.head import HeadOptions, token_logprobs
 from spo_ext.stats import LossStats
@@ -76,26 +76,40 @@ _NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "group": (frozenset({"rewards", "groups"}), frozenset({"token_rewards"})),
     "linear": (frozenset({"weights"}), frozenset()),
 }
+_DIFFERENTIABLE = frozenset({"logprobs", "q0"})
+_ALWAYS = frozenset({"logprobs", "ref_logprobs", "weights", "cu_seqlens", "mask"})
 
 
-def _check_arguments(objective: str, given: dict[str, object]) -> None:
+def _check_arguments(args: LossArgs) -> None:
+    objective, tensors = args.objective, args.tensors()
     if objective not in ("squared", "cross_entropy", "advantage", "group", "linear"):
         raise ValueError(
             "loss: objective must be squared, cross_entropy, advantage, group or linear, "
             f"got {objective!r}"
         )
     form = objective
-    if objective in ("squared", "cross_entropy") and given["q_targets"] is not None:
+    if objective in ("squared", "cross_entropy") and args.q_targets is not None:
         form = "q_targets"
-    if objective == "advantage" and given["advantages"] is not None:
+    if objective == "advantage" and args.advantages is not None:
         form = "advantages"
     needed, optional = _NEEDS[form]
     described = f"objective {objective!r}" + (f" with {form}" if form != objective else "")
-    for name, value in given.items():
+    for name, value in tensors.items():
         if name in needed and value is None:
             raise ValueError(f"loss: {name} must be given for {described}, got None")
-        if value is not None and name not in needed | optional | {"weights"}:
+        if value is not None and name not in needed | optional | _ALWAYS:
             raise ValueError(f"loss: {name} must be None for {described}, which does not use it")
+    if args.leave_one_out and objective != "group":
+        raise ValueError(f"loss: leave_one_out must be False for objective {objective!r}")
+    if args.delta != _DELTA and objective != "cross_entropy":
+        raise ValueError(
+            f"loss: delta must be left out for objective {objective!r}, got {args.delta}"
+        )
+    if args.q_weights is not None and args.q_targets is None:
+        raise ValueError("loss: q_weights must be None without q_targets")
+    constants = {name: tensor for name, tensor in tensors.items() if name not in _DIFFERENTIABLE}
+    refuse_grad("loss", **constants)
+    same_device("loss", "logprobs", args.logprobs, **tensors)
 
 
 def _per_sequence(
@@ -270,62 +284,14 @@ def loss(
             kernel by a device-side assert instead.
     """
     denominator = _check_reduction(reduction, denominator)
-    beta, delta = number("loss", "beta", beta), number("loss", "delta", delta)
-    _check_arguments(
-        objective,
-        dict(
-            rewards=rewards,
-            q0=q0,
-            groups=groups,
-            advantages=advantages,
-            q_targets=q_targets,
-            q_weights=q_weights,
-            token_rewards=token_rewards,
-            weights=weights,
-        ),
-    )
-    if leave_one_out and objective != "group":
-        raise ValueError(f"loss: leave_one_out must be False for objective {objective!r}")
-    if delta != _DELTA and objective != "cross_entropy":
-        raise ValueError(f"loss: delta must be left out for objective {objective!r}, got {delta}")
-    if q_weights is not None and q_targets is None:
-        raise ValueError("loss: q_weights must be None without q_targets")
-    refuse_grad(
-        "loss",
-        ref_logprobs=ref_logprobs,
-        rewards=rewards,
-        advantages=advantages,
-        q_targets=q_targets,
-        q_weights=q_weights,
-        token_rewards=token_rewards,
-        weights=weights,
-    )
-    start = None if q0 is None else _per_sequence("loss", q0, logprobs, cu_seqlens)
-    same_device(
-        "loss",
-        "logprobs",
-        logprobs,
-        ref_logprobs=ref_logprobs,
-        rewards=rewards,
-        q0=start,
-        groups=groups,
-        advantages=advantages,
-        q_targets=q_targets,
-        q_weights=q_weights,
-        token_rewards=token_rewards,
-        weights=weights,
-        cu_seqlens=cu_seqlens,
-        mask=mask,
-    )
-    losses, terminal_q, log_ratio, used_q0, residual, num_tokens = run(
-        "cumulative_loss",
+    args = LossArgs(
         logprobs,
         ref_logprobs,
         rewards,
-        start,
+        None if q0 is None else _per_sequence("loss", q0, logprobs, cu_seqlens),
         objective,
-        beta,
-        delta,
+        number("loss", "beta", beta),
+        number("loss", "delta", delta),
         groups,
         leave_one_out,
         advantages,
@@ -336,17 +302,18 @@ def loss(
         cu_seqlens,
         mask,
     )
+    _check_arguments(args)
+    losses, terminal_q, log_ratio, used_q0, residual, num_tokens = run("cumulative_loss", *args)
     reduced = _reduce(losses, num_tokens, reduction, denominator)
     if not return_stats:
         return reduced
-    has_residual = rewards is not None and objective != "advantage"
     return reduced, LossStats(
         loss=losses.detach(),
         terminal_q=terminal_q.detach(),
         log_ratio=log_ratio.detach(),
         q0=used_q0.detach(),
         num_tokens=num_tokens,
-        residual=residual.detach() if has_residual else None,
+        residual=residual.detach() if args.has_residual else None,
     )
 
 
@@ -397,7 +364,7 @@ def linear_loss(
     ignore_index: int = -100,
     max_dropped_mass: float = 0.0,
     strategy: Strategy = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int | None = None,
     process_group: "ProcessGroup | None" = None,
     mask: Tensor | None = None,
     **loss_arguments: object,

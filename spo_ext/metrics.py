@@ -7,7 +7,7 @@ from math import comb
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k programs is correct.
+    """The unbiased estimate of the probability that at least one of k programs is correct.
 
     1 - C(samples - correct, k) / C(samples, k): the share of the k-subsets of the drawn programs
     that hold a correct one. Plugging the success rate into 1 - (1 - rate)^k would be biased.

@@ -88,7 +88,7 @@ def _bars(quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and each module as it was afterwards: some may have been frozen so."""
+    """Set eval mode for a while, then each module as it was: some may have been frozen so."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

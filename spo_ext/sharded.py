@@ -22,7 +22,7 @@ _IGNORED = -100  # in local targets
 
 
 class Scales(NamedTuple):
-    """Of the logits; in the order in which the operators take them."""
+    """The scales of the logits, in the order in which the operators take them."""
 
     temperature: float
     logit_scale: float
@@ -85,7 +85,7 @@ def _local_targets(
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ..], in the order of the ranks."""
+    """The tensors of all ranks, [ranks, ..] in their order."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)

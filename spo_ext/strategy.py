@@ -1,4 +1,4 @@
-"""Which way the backward pass of the LM head takes.
+"""The choice of the way that the backward pass of the LM head takes.
 
 One head GEMM, 2 N d V operations, is the unit. All strategies compute the same gradient.
 """
@@ -9,6 +9,15 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+# Of the kernels, in MiB, where the caller leaves it open. A GPU starts its kernels again for every
+# slice of the vocabulary that fits.
+_WORKSPACE_MIB = {"cpu": 64, "cuda": 256}
+
+
+def default_workspace_mib(hidden: Tensor) -> int:
+    return _WORKSPACE_MIB.get(hidden.device.type, 64)
+
 
 Strategy = Literal["auto", "recompute", "stored", "frozen", "sparse"]
 
@@ -41,10 +50,15 @@ class BackwardPlan:
             pairs kept; the exact way if a is above 0.9, on CUDA above 1/2 or 64 blocks a token.
             N V / 256 numbers.
     reason: why, in words.
+    launches: of CUDA kernels, forward and backward; None on the CPU.
+    moved_mib: what the products of these kernels read and write of the GPU's memory, each operand
+        once; None on the CPU, and for "sparse", where it depends on the probabilities.
     """
 
     strategy: Chosen
     reason: str
+    launches: int | None = None
+    moved_mib: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class HeadCall:
 
     @property
     def logits_fit(self) -> bool:
-        """Of sizes that torch.compile or torch.export leaves open, whether all of them fit."""
+        """Whether the logits fit, for all sizes that torch.compile or torch.export leaves open."""
         fits = 2 * self.logits_bytes <= self.workspace_mib * 2**20
         if not torch.compiler.is_compiling():
             return fits

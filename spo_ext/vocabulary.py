@@ -182,7 +182,7 @@ class OrderedEmbedding(_OrderedRows):
         self.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[.., d] of token ids [..]."""
+        """The embeddings [.., d] of token ids [..]."""
         # index_select, since an index in brackets would take -1 for the last entry
         rows = self.row_of.index_select(0, ids.reshape(-1)).view(ids.shape)
         return functional.embedding(rows, self.weight, self._padding_row, *self._options)

@@ -1,4 +1,5 @@
-"""Checks compiled CUDA kernels without a GPU: no register spills, and matrix instructions in use.
+"""Checks compiled CUDA kernels without a GPU: no register spills, matrix instructions in use, and
+epilogues on Hopper that stay as short as they were made.
 
     python tools/check_kernels.py build/cuda/report.log
 
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from sass import Instruction, count, epilogue, functions
 
 # Kernels that take the time: a spill there is traffic to memory in the innermost loop. Each must be
 # in the report, lest a new name escape the check.
@@ -39,6 +42,31 @@ TENSOR_CORES = (
     ("sm_90a", r"12sm90_productI", "HGMMA"),
     ("sm_80", r"9head_gemmI.*11MmaMultiply", "HMMA"),
     ("sm_80", r"(14multiply_pairs|19add_pairs_to_hidden)I.*11MmaMultiply", "HMMA"),
+)
+
+
+class Limit(NamedTuple):
+    """What an epilogue may cost (sass.py), and the instructions that show that its work is done."""
+
+    name: str
+    work: tuple[str, ...]
+    amount: int
+    instructions: float
+    round_trips: int
+    code_kib: int
+
+
+# Of one thread: 128 logits or, of a gradient, 64 pairs; those of grad_hidden are two loads and two
+# stores each. What was reached, with room for another compiler's choices. A softcap's kernels are
+# for few models, and long.
+HOPPER = r"12sm90_productI"
+LIMITS = (
+    Limit("Sm90StatisticsILb0E", ("MUFU.EX2",), 128, 15, 4, 120),
+    Limit("Sm90StatisticsILb1E", ("MUFU.EX2",), 256, 65, 4, 230),
+    Limit("Sm90GradientI.*ELb0E", ("MUFU.EX2",), 128, 16, 4, 120),
+    Limit("Sm90GradientI.*ELb1E", ("MUFU.EX2",), 256, 85, 4, 250),
+    Limit("Sm90HiddenGradI", ("LDG", "STG"), 256, 20, 12, 90),
+    Limit("Sm90WeightGradI", ("STG",), 64, 4, 2, 30),
 )
 
 
@@ -99,17 +127,30 @@ def spill_errors(usage: dict[Kernel, Usage], hot: tuple[str, ...]) -> list[str]:
     return errors
 
 
-def instructions(lines: Iterable[str], wanted: str) -> dict[str, int]:
-    """How often each function of a disassembly has the instruction."""
-    counts: dict[str, int] = {}
-    symbol = ""
-    for line in lines:
-        if match := re.search(r"Function : (\S+)", line):
-            symbol = match[1]
-            counts[symbol] = 0
-        elif symbol and re.search(rf"\s{wanted}\.", line):
-            counts[symbol] += 1
-    return counts
+def epilogue_report(bodies: dict[str, list[Instruction]]) -> tuple[list[str], list[str]]:
+    """A table of the Hopper kernels' epilogues, and what is over its limit."""
+    lines, errors = [f"{'epilogue':24} instructions/element  round trips  code (KiB)"], []
+    for limit in LIMITS:
+        pattern = re.compile(rf"{HOPPER}.*{limit.name}")
+        found = [body for symbol, body in bodies.items() if pattern.search(symbol)]
+        if not found:
+            errors.append(f"{limit.name}: no such epilogue in the sm_90a code")
+        for body in found:
+            cost = epilogue(body, limit.work, limit.amount)
+            kib = 16 * len(body) / 1024
+            lines.append(
+                f"{limit.name:24} {cost.instructions:20.1f} {cost.round_trips:12} {kib:11.0f}"
+            )
+            if not cost.instructions:
+                errors.append(f"{limit.name}: no way through it does {limit.amount} {limit.work}")
+            for what, value, most in (
+                ("instructions an element", cost.instructions, limit.instructions),
+                ("round trips to memory", cost.round_trips, limit.round_trips),
+                ("KiB of code", kib, limit.code_kib),
+            ):
+                if value > most:
+                    errors.append(f"{limit.name}: {value:.1f} {what}, at most {most} allowed")
+    return lines, errors
 
 
 def instruction_errors(counts: dict[str, int], pattern: str, arch: str, wanted: str) -> list[str]:
@@ -142,12 +183,16 @@ def main(report: str) -> None:
     usage = parse_report(Path(report).read_text().splitlines())
     print(table(usage))
     errors = spill_errors(usage, HOT)
+    code = {arch: dict(functions(disassemble(_C.__file__, arch))) for arch in ("sm_90a", "sm_80")}
     for arch, pattern, wanted in TENSOR_CORES:
-        counts = instructions(disassemble(_C.__file__, arch), wanted)
+        counts = {symbol: count(body, wanted) for symbol, body in code[arch].items()}
         found = instruction_errors(counts, pattern, arch, wanted)
         total = sum(count for name, count in counts.items() if re.search(pattern, name))
         print(f"{arch}: {total} {wanted} instructions in {pattern}")
         errors += found
+    lines, found = epilogue_report(code["sm_90a"])
+    print("\n".join(lines))
+    errors += found
     for error in errors:
         print(f"FAILED {error}")
     sys.exit(1 if errors else 0)

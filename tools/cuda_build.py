@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # cp.async and the bf16 matrix instructions of the kernels begin here.
 OLDEST_ARCH = 80
 
+# -DNDEBUG: CUTLASS asserts in its main loop else; what a kernel refuses it refuses either way.
 # -Xptxas -v: registers and spills of every kernel, which tools/check_kernels.py reads.
 # -lineinfo: profilers and cuobjdump show source lines; the code is the same without.
 # -U: PyTorch switches the operators of half and bfloat16 off, and CUTLASS's headers use them.
 NVCC_FLAGS = [
     "-O3",
+    "-DNDEBUG",
     "-lineinfo",
     "-Xptxas=-v",
     "-U__CUDA_NO_HALF_OPERATORS__",

@@ -63,11 +63,11 @@ struct BackwardBuffers {
   const HeadKernels<Real>& kernels;
   int64_t group_rows, slice_cols, row_chunk;
   Real *hidden_rows, *hidden_cols;  // panels of the group's rows, for z and for grad_weight
-  Real *weight_rows, *weight_cols;  // panels of the slice's words, for z and for grad_hidden
-  Real*
-      dz;  // left factor of grad_weight: [blocks][panels of tile_rows words][group_rows][tile_rows]
-  Real* weight_sums;  // float sums of a 16-bit grad_weight, else null
-  Real* hidden_sums;  // float sums of a 16-bit grad_hidden
+  Real *weight_rows, *weight_cols;  // panels of the slice's entries, for z and for grad_hidden
+  Real* dz;                         // left factor of grad_weight: [blocks][panels of tile_rows
+                                    // entries][group_rows][tile_rows]
+  Real* weight_sums;                // float sums of a 16-bit grad_weight, else null
+  Real* hidden_sums;                // float sums of a 16-bit grad_hidden
 
  private:
   int64_t dz_cols() const {
@@ -76,7 +76,7 @@ struct BackwardBuffers {
   int64_t row_size() const {  // numbers per row of a group
     return (work.recompute ? depth : 0) + (work.weight_side ? padded_depth() : 0) + dz_cols();
   }
-  int64_t fixed_size() const {  // numbers whatever the group: words, tiles
+  int64_t fixed_size() const {  // numbers whatever the group: entries, tiles
     const int64_t per_col = (work.recompute ? depth : 0) + (work.hidden_side ? padded_depth() : 0) +
                             (work.weight_sums ? depth : 0);
     return slice_cols * per_col + at::get_num_threads() * row_chunk * kBlockCols +

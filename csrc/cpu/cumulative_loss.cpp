@@ -177,70 +177,34 @@ void check_readings(const LossArgs& a) {
   check("advantages", a.ambiguous_advantages());
 }
 
-LossTensors cumulative_loss_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-                                const OptionalTensor& rewards, const OptionalTensor& q0,
-                                c10::string_view objective, double beta, double delta,
-                                const OptionalTensor& groups, bool leave_one_out,
-                                const OptionalTensor& advantages, const OptionalTensor& q_targets,
-                                const OptionalTensor& q_weights,
-                                const OptionalTensor& token_rewards, const OptionalTensor& weights,
-                                const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{
-      "loss",        logprobs, ref_logprobs, rewards,    q0,        objective_of("loss", objective),
-      beta,          delta,    groups,       advantages, q_targets, q_weights,
-      token_rewards, weights,  cu_seqlens,   mask};
+LossTensors cumulative_loss_cpu(const LossArgs& args) {
   args.check();
-  if (cu_seqlens) check_cu_seqlens_values(args.op, *cu_seqlens, logprobs.numel());
-  const auto options = logprobs.options().dtype(args.type());
-  const auto column = [&](bool wanted) { return at::empty({wanted ? args.size() : 0}, options); };
-  const auto loss = column(true), terminal_q = column(true), log_ratio = column(true),
-             used_q0 = column(true), residual = column(args.has_residual());
-  const auto num_tokens = at::empty({args.size()}, options.dtype(at::kLong));
+  if (args.cu_seqlens) check_cu_seqlens_values(args.op, *args.cu_seqlens, args.logprobs.numel());
+  const auto tensors = empty_loss(args);
   AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     Loss<scalar_t> data(args);
     if (data.ambiguous) check_readings(args);
     check_values(args, data);
     Baseline<scalar_t> baseline;
     if (data.objective == Objective::kGroup) {
-      baseline = group_baseline(data, groups->to(at::kLong).contiguous(), leave_one_out);
+      const auto groups = args.groups->to(at::kLong).contiguous();
+      baseline = group_baseline(data, groups, args.leave_one_out);
       data.q0 = baseline.q0.data(), data.residuals = baseline.residual.data();
     }
-    const LossOutputs<scalar_t> out(loss, terminal_q, log_ratio, used_q0, residual, num_tokens);
+    const LossOutputs<scalar_t> out(tensors);
     data.sequences.for_each([&](int64_t s) { loss_of_sequence(data, s, out); });
   });
-  return {loss, terminal_q, log_ratio, used_q0, residual, num_tokens};
+  return tensors;
 }
 
-std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
-    const at::Tensor& grad_loss, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-    const OptionalTensor& rewards, const OptionalTensor& q0, c10::string_view objective,
-    double beta, double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
-    const OptionalTensor& q_weights, const OptionalTensor& token_rewards,
-    const OptionalTensor& weights, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  LossArgs args{"loss_backward",
-                logprobs,
-                ref_logprobs,
-                rewards,
-                q0,
-                objective_of("loss_backward", objective),
-                beta,
-                delta,
-                {},
-                advantages,
-                q_targets,
-                q_weights,
-                token_rewards,
-                weights,
-                cu_seqlens,
-                mask};
+LossGrads cumulative_loss_backward_cpu(const at::Tensor& grad_loss, const LossArgs& args) {
   args.check();
-  if (cu_seqlens) check_cu_seqlens_values(args.op, *cu_seqlens, logprobs.numel());
-  const int64_t size = num_sequences(logprobs, cu_seqlens);
-  check_like(args.op, "grad_loss", grad_loss, {size}, logprobs);
+  if (args.cu_seqlens) check_cu_seqlens_values(args.op, *args.cu_seqlens, args.logprobs.numel());
+  check_like(args.op, "grad_loss", grad_loss, {args.size()}, args.logprobs);
   const auto upstream = grad_loss.to(args.type()).contiguous();
-  const auto options = logprobs.options().dtype(args.type());
-  const auto grad_logprobs = at::empty(logprobs.sizes(), options),
-             grad_q0 = at::empty({size}, options);
+  const auto options = args.logprobs.options().dtype(args.type());
+  const auto grad_logprobs = at::empty(args.logprobs.sizes(), options),
+             grad_q0 = at::empty({args.size()}, options);
   AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     const Loss<scalar_t> data(args);
     data.sequences.for_each([&](int64_t s) {
@@ -249,12 +213,12 @@ std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cpu(
                            grad_q0.mutable_data_ptr<scalar_t>());
     });
   });
-  return {grad_logprobs.to(logprobs.scalar_type()), grad_q0};
+  return {grad_logprobs.to(args.logprobs.scalar_type()), grad_q0};
 }
 
 TORCH_LIBRARY_IMPL(spo, CPU, m) {
-  m.impl("cumulative_loss", &cumulative_loss_cpu);
-  m.impl("cumulative_loss_backward", &cumulative_loss_backward_cpu);
+  m.impl("cumulative_loss", &LossOp::forward<cumulative_loss_cpu>);
+  m.impl("cumulative_loss_backward", &LossOp::backward<cumulative_loss_backward_cpu>);
 }
 
 }  // namespace

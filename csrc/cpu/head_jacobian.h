@@ -40,7 +40,7 @@ class HeadJacobian : HeadTiles<Real> {
     const auto sums = this->sum_rows(b.hidden_sums, first, count, out);
     for (int64_t col = 0; col < vocabulary_; col += b.slice_cols) {
       const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
-      this->pack_words(b, col, cols, true);
+      this->pack_entries(b, col, cols, true);
       for (int64_t row = 0; row < count; row += b.group_rows) {
         const int64_t rows = std::min(b.group_rows, count - row);
         if (col == 0 || count > b.group_rows) this->pack_tokens(b, first + row, rows, false);
@@ -60,15 +60,15 @@ class HeadJacobian : HeadTiles<Real> {
         const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
         for (int64_t block = 0; block * kBlockCols < cols; block++) {
           const int64_t col = slice + block * kBlockCols;
-          const int64_t words = std::min(kBlockCols, vocabulary_ - col);
-          this->logits_tile(b, row, count, block, words, tile.data());
-          const auto bias = bias_block<Real>(args_.bias, col, words);
+          const int64_t entries = std::min(kBlockCols, vocabulary_ - col);
+          this->logits_tile(b, row, count, block, entries, tile.data());
+          const auto bias = bias_block<Real>(args_.bias, col, entries);
           for (int64_t i = 0; i < count; i++)
             weigh(first + row + i, col,
-                  {tile.data() + i * kBlockCols, args_.bias ? bias.data() : nullptr, words,
-                   this->label_in(first + row + i, col, words)},
+                  {tile.data() + i * kBlockCols, args_.bias ? bias.data() : nullptr, entries,
+                   this->label_in(first + row + i, col, entries)},
                   logits.data(), sums[row + i]);
-          this->add_products(b, count, block, words, tile.data(), sums + row);
+          this->add_products(b, count, block, entries, tile.data(), sums + row);
         }
       }
     });
@@ -111,16 +111,16 @@ class HeadJacobian : HeadTiles<Real> {
   }
 
   // sum = label W_y - scale sum
-  void subtract_from_label(int64_t word, Real label, Real scale, Real* sum) const {
+  void subtract_from_label(int64_t entry, Real label, Real scale, Real* sum) const {
     const at::Tensor& weight = args_.weight;
     SPO_DISPATCH_STORAGE(weight.scalar_type(), "token_logprobs", [&] {
-      const scalar_t* w = weight.const_data_ptr<scalar_t>() + word * weight.stride(0);
+      const scalar_t* w = weight.const_data_ptr<scalar_t>() + entry * weight.stride(0);
       for (int64_t k = 0; k < depth_; k++)
         sum[k] = label * static_cast<Real>(w[k * weight.stride(1)]) - scale * sum[k];
     });
   }
 
-  std::vector<LogSumExp> softmax_;  // of the words other than the label, up to the block reached
+  std::vector<LogSumExp> softmax_;  // of the entries other than the label, up to the block reached
   std::vector<double> label_logit_;
   std::vector<Real> label_slope_;
 };

@@ -16,7 +16,7 @@
 
 namespace spo {
 
-constexpr int64_t kBlockCols = 256;  // vocabulary columns per block of statistics (kBlockWords)
+constexpr int64_t kBlockCols = 256;  // vocabulary columns per block of statistics (kBlockEntries)
 constexpr int64_t kDepthStep = 128;  // k-steps summed in registers before C is touched
 
 // Where element (row, k) of a tile of A lies. Known when the kernel is compiled, so that the rows'

@@ -61,14 +61,14 @@ class HeadTiles {
     return rows;
   }
 
-  // Words [col, col + cols) for the logits, and for the products with weight: there one set of
+  // Entries [col, col + cols) for the logits, and for the products with weight: there one set of
   // panels per block, since blocks are multiplied one by one.
-  void pack_words(const Buffers& b, int64_t col, int64_t cols, bool hidden_side) const {
-    const auto words = MatrixView::of_weight(args_.weight);
-    if (b.work.recompute) pack_rows(words, col, cols, depth_, kernels_.panel_cols, b.weight_rows);
+  void pack_entries(const Buffers& b, int64_t col, int64_t cols, bool hidden_side) const {
+    const auto entries = MatrixView::of_weight(args_.weight);
+    if (b.work.recompute) pack_rows(entries, col, cols, depth_, kernels_.panel_cols, b.weight_rows);
     if (!hidden_side) return;
     for (int64_t block = 0; block * kBlockCols < cols; block++)
-      pack_cols(words, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols),
+      pack_cols(entries, col + block * kBlockCols, std::min(kBlockCols, cols - block * kBlockCols),
                 depth_, kernels_.panel_cols, b.weight_block(block));
   }
 
@@ -78,7 +78,7 @@ class HeadTiles {
     if (weight_side) pack_cols(tokens, first, rows, depth_, kernels_.panel_cols, b.hidden_cols);
   }
 
-  // Products of the packed rows [row, row + rows) with a packed block of `cols` words.
+  // Products of the packed rows [row, row + rows) with a packed block of `cols` entries.
   void logits_tile(const Buffers& b, int64_t row, int64_t rows, int64_t block, int64_t cols,
                    Real* tile) const {
     std::vector<Real*> out(rows);
@@ -88,11 +88,11 @@ class HeadTiles {
                    depth_ * kernels_.panel_cols, out.data(), false});
   }
 
-  // out += tile times the packed block of `words` words.
-  void add_products(const Buffers& b, int64_t rows, int64_t block, int64_t words, const Real* tile,
-                    Real* const* out) const {
-    kernels_.gemm({rows, depth_, words, Left::kBlock, tile, kernels_.tile_rows * kBlockCols,
-                   b.weight_block(block), words * kernels_.panel_cols, out, true});
+  // out += tile times the packed block of `entries` entries.
+  void add_products(const Buffers& b, int64_t rows, int64_t block, int64_t entries,
+                    const Real* tile, Real* const* out) const {
+    kernels_.gemm({rows, depth_, entries, Left::kBlock, tile, kernels_.tile_rows * kBlockCols,
+                   b.weight_block(block), entries * kernels_.panel_cols, out, true});
   }
 
   // The token's label as a column of the block at `col`, or -1.

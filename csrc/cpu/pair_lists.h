@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The (row, block of words) pairs that a backward pass visits, by block.
+// The (row, block of entries) pairs that a backward pass visits, by block.
 #pragma once
 #include "head_problem.h"
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the LM head over the (row, block of words) pairs that the forward pass did not drop
+// Backward of the LM head over the (row, block of entries) pairs that the forward pass did not drop
 // (drop_blocks.h): per block, the rows that kept it are gathered and multiplied densely.
 //   dz            logits again, of the pairs alone
 //   grad_hidden   += dz weight,  one range of rows and of d per task, blocks in order
 //   grad_weight   += dz^T hidden,  one block and range of d per task
 // A label in a block that its row dropped has its two exact terms added by themselves. What was
 // dropped pulls on grad_hidden as if it lay at the centre of its block: the error is then the
-// dropped mass times the spread of the block's words, not their length.
+// dropped mass times the spread of the block's entries, not their length.
 #pragma once
 #include "pair_lists.h"
 #include "sparse_buffers.h"
@@ -64,9 +64,9 @@ class SparseBackward : SparseTiles<Real> {
         if (weight_side) add_weight(b, slice, lists);
       }
       if (b.weight_sums) {
-        const int64_t word = slice * kBlockCols;
-        write_rows(b.weight_sums, std::min(lists.blocks() * kBlockCols, vocabulary_ - word),
-                   grads_.weight, [&](int64_t v) { return word + v; });
+        const int64_t entry = slice * kBlockCols;
+        write_rows(b.weight_sums, std::min(lists.blocks() * kBlockCols, vocabulary_ - entry),
+                   grads_.weight, [&](int64_t v) { return entry + v; });
       }
     }
     if (rounded)
@@ -76,7 +76,7 @@ class SparseBackward : SparseTiles<Real> {
 
   // -g s times the dropped masses of a row, times the centre of each block.
   void pull_to_centres(const Buffers& b, int64_t first, const std::vector<Real*>& out) const {
-    if (map_.capped) return;  // there s differs from word to word
+    if (map_.capped) return;  // there s differs from entry to entry
     const int64_t count = static_cast<int64_t>(out.size()), chunk = this->row_chunk();
     this->make_centres(this->mean_row(first, count), b.centres);
     parallel_tasks(panels(count, chunk), [&](TaskQueue& queue) {
@@ -104,13 +104,13 @@ class SparseBackward : SparseTiles<Real> {
 
   // The blocks that some row kept.
   void pack_slice(const Buffers& b, int64_t slice, const PairLists& lists) const {
-    const auto words = MatrixView::of_weight(args_.weight);
+    const auto entries = MatrixView::of_weight(args_.weight);
     for (int64_t block = 0; block < lists.blocks(); block++) {
       if (lists.rows[block].empty()) continue;
-      const int64_t word = (slice + block) * kBlockCols, count = this->words_of(slice + block);
-      pack_rows(words, word, count, depth_, kernels_.panel_cols, weight_rows(b, block));
+      const int64_t entry = (slice + block) * kBlockCols, count = this->entries_of(slice + block);
+      pack_rows(entries, entry, count, depth_, kernels_.panel_cols, weight_rows(b, block));
       if (b.work.hidden_side)
-        pack_cols(words, word, count, depth_, kernels_.panel_cols, weight_cols(b, block));
+        pack_cols(entries, entry, count, depth_, kernels_.panel_cols, weight_cols(b, block));
     }
   }
 
@@ -120,7 +120,7 @@ class SparseBackward : SparseTiles<Real> {
   Real* weight_cols(const Buffers& b, int64_t block) const {
     return b.weight_cols + block * kBlockCols * padded_depth_;
   }
-  // Of a block's pairs: [panels of tile_rows words][rows][tile_rows].
+  // Of a block's pairs: [panels of tile_rows entries][rows][tile_rows].
   Real* dz_panels(const Buffers& b, const PairLists& lists, int64_t block) const {
     return b.dz_panels + lists.start[block] * b.padded_block;
   }
@@ -133,7 +133,7 @@ class SparseBackward : SparseTiles<Real> {
       for (int64_t task; queue.take(&task);) {
         const auto [block, first, rows] = pieces[task];
         const int32_t* list = lists.rows[block].data() + first;
-        const int64_t col = (slice + block) * kBlockCols, cols = this->words_of(slice + block);
+        const int64_t col = (slice + block) * kBlockCols, cols = this->entries_of(slice + block);
         Real* const dz = b.dz + (lists.start[block] + first) * kBlockCols;
         for (int64_t i = 0; i < rows; i++) out[i] = dz + i * kBlockCols;
         this->gather_pieces(list, rows, gathered.data());
@@ -170,24 +170,24 @@ class SparseBackward : SparseTiles<Real> {
           const auto& list = lists.rows[block];
           const auto begin = std::lower_bound(list.begin(), list.end(), from);
           const auto stop = std::lower_bound(begin, list.end(), from + part_rows);
-          const int64_t rows = stop - begin, words = this->words_of(slice + block);
+          const int64_t rows = stop - begin, entries = this->entries_of(slice + block);
           at.clear();
           for (auto row = begin; row != stop; row++) at.push_back(out[*row] + k);
           const Real* dz = b.dz + (lists.start[block] + (begin - list.begin())) * kBlockCols;
           if (rows > 0)
-            kernels_.gemm({rows, cols, words, Left::kBlock, dz, kernels_.tile_rows * kBlockCols,
-                           weight_cols(b, block) + k * words, words * kernels_.panel_cols,
+            kernels_.gemm({rows, cols, entries, Left::kBlock, dz, kernels_.tile_rows * kBlockCols,
+                           weight_cols(b, block) + k * entries, entries * kernels_.panel_cols,
                            at.data(), true});
           for (const int32_t row : lists.labels[block])
-            if (row >= from && row < from + part_rows) add_label_word(row, k, cols, out[row]);
+            if (row >= from && row < from + part_rows) add_label_entry(row, k, cols, out[row]);
         }
       }
     });
   }
 
-  void add_label_word(int64_t row, int64_t first, int64_t cols, Real* out) const {
+  void add_label_entry(int64_t row, int64_t first, int64_t cols, Real* out) const {
     const Real grad = this->label_gradient(row);
-    this->for_word(rows_.label[row], [&](const auto* w, int64_t stride) {
+    this->for_entry(rows_.label[row], [&](const auto* w, int64_t stride) {
       for (int64_t k = first; k < first + cols; k++)
         out[k] += grad * static_cast<Real>(w[k * stride]);
     });
@@ -208,26 +208,29 @@ class SparseBackward : SparseTiles<Real> {
   // Columns [k, k + kDepthRange) of one block of grad_weight.
   void add_block(const Buffers& b, int64_t slice, const PairLists& lists, int64_t block, int64_t k,
                  Real* gathered) const {
-    const int64_t words = this->words_of(slice + block), cols = std::min(kDepthRange, depth_ - k);
+    const int64_t entries = this->entries_of(slice + block),
+                  cols = std::min(kDepthRange, depth_ - k);
     Real* const base = b.weight_sums
                            ? b.weight_sums + block * kBlockCols * depth_
                            : data_of<Real>(grads_.weight) + (slice + block) * kBlockCols * depth_;
-    std::vector<Real*> out(words);
-    for (int64_t v = 0; v < words; v++) out[v] = base + v * depth_ + k;
+    std::vector<Real*> out(entries);
+    for (int64_t v = 0; v < entries; v++) out[v] = base + v * depth_ + k;
     const auto& list = lists.rows[block];
     const int64_t all = static_cast<int64_t>(list.size());
     for (int64_t first = 0; first < all; first += kGatheredRows) {
       const int64_t rows = std::min(kGatheredRows, all - first);
       this->gather_panels(list.data() + first, rows, k, cols, gathered);
-      kernels_.gemm(
-          {words, cols, rows, Left::kPanel, dz_panels(b, lists, block) + first * kernels_.tile_rows,
-           all * kernels_.tile_rows, gathered, rows * kernels_.panel_cols, out.data(), true});
+      kernels_.gemm({entries, cols, rows, Left::kPanel,
+                     dz_panels(b, lists, block) + first * kernels_.tile_rows,
+                     all * kernels_.tile_rows, gathered, rows * kernels_.panel_cols, out.data(),
+                     true});
     }
     for (const int32_t row : lists.labels[block]) {
       const Real grad = this->label_gradient(row);
-      Real* const word = out[rows_.label[row] - (slice + block) * kBlockCols];
+      Real* const entry = out[rows_.label[row] - (slice + block) * kBlockCols];
       this->for_row(row, [&](const auto* h, int64_t stride) {
-        for (int64_t i = 0; i < cols; i++) word[i] += grad * static_cast<Real>(h[(k + i) * stride]);
+        for (int64_t i = 0; i < cols; i++)
+          entry[i] += grad * static_cast<Real>(h[(k + i) * stride]);
       });
     }
   }
@@ -236,7 +239,7 @@ class SparseBackward : SparseTiles<Real> {
     double* const sums = data_of<double>(grads_.bias) + (slice + block) * kBlockCols;
     const Real* dz = b.dz + lists.start[block] * kBlockCols;
     for (size_t i = 0; i < lists.rows[block].size(); i++, dz += kBlockCols)
-      for (int64_t v = 0; v < this->words_of(slice + block); v++) sums[v] += dz[v];
+      for (int64_t v = 0; v < this->entries_of(slice + block); v++) sums[v] += dz[v];
     for (const int32_t row : lists.labels[block])
       sums[rows_.label[row] - (slice + block) * kBlockCols] += this->label_gradient(row);
   }

@@ -6,7 +6,7 @@
 
 namespace spo {
 
-constexpr int64_t kMostSlice = 32;      // blocks of words at a time
+constexpr int64_t kMostSlice = 32;      // blocks of entries at a time
 constexpr int64_t kGatheredRows = 512;  // gathered at a time for grad_weight
 
 template <class Real>
@@ -32,10 +32,10 @@ struct SparseBuffers {
                       (least * sizeof(Real) >> 20) + 1, " for d = ", depth,
                       " with max_dropped_mass > 0, got ", args.workspace_mib);
     capacity = std::min(capacity, rows * slice_blocks);
-    const int64_t words = slice_blocks * kBlockCols;
-    sizes_ = {words * depth,
-              words * padded_depth,
-              work.weight_sums ? words * depth : 0,
+    const int64_t entries = slice_blocks * kBlockCols;
+    sizes_ = {entries * depth,
+              entries * padded_depth,
+              work.weight_sums ? entries * depth : 0,
               work.hidden_sums,
               blocks * padded_depth,
               capacity * kBlockCols,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What sparse_backward.h reads: rows of hidden gathered from lists, single rows and words in their
-// own type, the mass that each row dropped, and the centres of blocks.
+// What sparse_backward.h reads: rows of hidden gathered from lists, single rows and entries in
+// their own type, the mass that each row dropped, and the centres of blocks.
 #pragma once
 #include "head_tiles.h"
 
@@ -28,7 +28,7 @@ class SparseTiles : protected HeadTiles<Real> {
         padded_depth_(panels(depth_, kernels_.panel_cols) * kernels_.panel_cols) {}
 
   const Real* mass_of(int64_t token) const { return dropped_ + token * blocks_; }
-  int64_t words_of(int64_t block) const {
+  int64_t entries_of(int64_t block) const {
     return std::min(kBlockCols, vocabulary_ - block * kBlockCols);
   }
   int64_t padded_gather() const { return panels(depth_, kGather) * kGather; }
@@ -69,12 +69,13 @@ class SparseTiles : protected HeadTiles<Real> {
     });
   }
 
-  // visit(numbers, stride) of a word of weight or a row of hidden in its own type.
+  // visit(numbers, stride) of an entry of weight or a row of hidden in its own type.
   template <class Visit>
-  void for_word(int64_t word, const Visit& visit) const {
+  void for_entry(int64_t entry, const Visit& visit) const {
     const at::Tensor& weight = args_.weight;
     SPO_DISPATCH_STORAGE(weight.scalar_type(), "token_logprobs_backward", [&] {
-      visit(weight.template const_data_ptr<scalar_t>() + word * weight.stride(0), weight.stride(1));
+      visit(weight.template const_data_ptr<scalar_t>() + entry * weight.stride(0),
+            weight.stride(1));
     });
   }
   template <class Visit>
@@ -85,12 +86,12 @@ class SparseTiles : protected HeadTiles<Real> {
     });
   }
 
-  // A word of weight times a vector of depth_ numbers.
+  // An entry of weight times a vector of depth_ numbers.
   template <class T>
-  Real product(int64_t word, const T* numbers, int64_t stride) const {
+  Real product(int64_t entry, const T* numbers, int64_t stride) const {
     constexpr int64_t kChains = 16;  // side by side, for the vector units
     Real sums[kChains] = {};
-    for_word(word, [&](const auto* w, int64_t w_stride) {
+    for_entry(entry, [&](const auto* w, int64_t w_stride) {
       for (int64_t k0 = 0; k0 < depth_; k0 += kChains)
         for (int64_t k = k0; k < std::min(k0 + kChains, depth_); k++)
           sums[k - k0] +=
@@ -110,9 +111,9 @@ class SparseTiles : protected HeadTiles<Real> {
   }
 
   Real label_product(int64_t row) const {
-    const int64_t word = rows_.label[row];
-    Real sum = args_.bias ? bias_block<Real>(args_.bias, word, 1)[0] : Real(0);
-    for_row(row, [&](const auto* h, int64_t stride) { sum += product(word, h, stride); });
+    const int64_t entry = rows_.label[row];
+    Real sum = args_.bias ? bias_block<Real>(args_.bias, entry, 1)[0] : Real(0);
+    for_row(row, [&](const auto* h, int64_t stride) { sum += product(entry, h, stride); });
     return sum;
   }
 
@@ -135,15 +136,15 @@ class SparseTiles : protected HeadTiles<Real> {
     return mean;
   }
 
-  // The centre of every block: its words weighted by their probabilities at the state `at`, so that
-  // words which are rare everywhere count for little. As a right factor: [panels of
+  // The centre of every block: its entries weighted by their probabilities at the state `at`, so
+  // that entries which are rare everywhere count for little. As a right factor: [panels of
   // d][block][panel_cols].
   void make_centres(const std::vector<Real>& at, Real* centres) const {
     const int64_t width = kernels_.panel_cols;
     parallel_tasks(blocks_, [&](TaskQueue& queue) {
       std::vector<Real> weights(kBlockCols), sum(padded_depth_);
       for (int64_t block; queue.take(&block);) {
-        const int64_t col = block * kBlockCols, cols = words_of(block);
+        const int64_t col = block * kBlockCols, cols = entries_of(block);
         const auto bias = bias_block<Real>(args_.bias, col, cols);
         Real top = -std::numeric_limits<Real>::infinity(), total = 0, slope;
         for (int64_t v = 0; v < cols; v++) {
@@ -151,12 +152,12 @@ class SparseTiles : protected HeadTiles<Real> {
           weights[v] = map_.unscaled(raw, &slope);
           top = std::max(top, weights[v]);
         }
-        if (top == -std::numeric_limits<Real>::infinity()) top = 0;  // no word is possible
+        if (top == -std::numeric_limits<Real>::infinity()) top = 0;  // no entry is possible
         for (int64_t v = 0; v < cols; v++)
           total += weights[v] = std::exp(map_.below(weights[v], top));
         std::fill(sum.begin(), sum.end(), Real(0));
         for (int64_t v = 0; v < cols; v++)
-          for_word(col + v, [&](const auto* w, int64_t stride) {
+          for_entry(col + v, [&](const auto* w, int64_t stride) {
             const Real share = total == 0 ? Real(0) : weights[v] / total;
             for (int64_t k = 0; k < depth_; k++) sum[k] += share * static_cast<Real>(w[k * stride]);
           });

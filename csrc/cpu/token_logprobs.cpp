@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the LM head: hidden x weight -> log-probability of each target, without [N, V] logits.
-// For a group of rows and a slice of the vocabulary, every (rows, block of 256 words) tile of
+// For a group of rows and a slice of the vocabulary, every (rows, block of 256 entries) tile of
 // logits lives in cache just long enough to leave (max, sum-exp) per row and block and the label's
 // logit. The blocks are merged in vocabulary order, in double.
 #include <ATen/ops/zeros.h>
@@ -13,7 +13,7 @@
 namespace spo {
 namespace {
 
-static_assert(kBlockCols == kBlockWords);
+static_assert(kBlockCols == kBlockEntries);
 
 // How the workspace is divided. Results do not depend on it, only speed does.
 struct HeadPlan {
@@ -142,7 +142,7 @@ class HeadForward {
   const HeadPlan plan_;
   const int64_t depth_, vocabulary_, blocks_;
   const Workspace<Real> workspace_;
-  Real *const hidden_, *const weight_;  // panels of the group's rows and of the slice's words
+  Real *const hidden_, *const weight_;  // panels of the group's rows and of the slice's entries
   BlockStats<Real>* const stats_;       // [group_rows, blocks]
   std::vector<double> label_logit_;
 };

@@ -4,7 +4,7 @@
 // grad_weight.
 //   dz = g (onehot - p) ...          [rows, slice]  one tile at a time
 //   grad_hidden += dz weight         [rows, d]      one chunk of rows per task, blocks in order
-//   grad_weight += dz^T hidden       [slice, d]     one block of words and range of d per task
+//   grad_weight += dz^T hidden       [slice, d]     one block of entries and range of d per task
 // No two tasks write the same number and each sum has one order, so the result is the same for any
 // number of threads. A 16-bit gradient is summed in float and rounded once.
 #include <ATen/ops/zeros.h>
@@ -51,7 +51,7 @@ class HeadBackward : HeadTiles<Real> {
   void run_slice(const Buffers& b, int64_t first, int64_t count, int64_t col,
                  const std::vector<Real*>& hidden_out, bool weight_side) {
     const int64_t cols = std::min(b.slice_cols, vocabulary_ - col);
-    this->pack_words(b, col, cols, !hidden_out.empty());
+    this->pack_entries(b, col, cols, !hidden_out.empty());
     if (b.weight_sums) std::fill_n(b.weight_sums, cols * depth_, Real(0));
     for (int64_t row = 0; row < count; row += b.group_rows) {
       const int64_t rows = std::min(b.group_rows, count - row);
@@ -76,14 +76,15 @@ class HeadBackward : HeadTiles<Real> {
         const int64_t row = chunk * b.row_chunk, count = std::min(b.row_chunk, rows - row);
         for (int64_t block = 0; block * kBlockCols < cols; block++) {
           const int64_t col = slice + block * kBlockCols;
-          const int64_t words = std::min(kBlockCols, vocabulary_ - col);
+          const int64_t entries = std::min(kBlockCols, vocabulary_ - col);
           if (logits_) {
-            read_logits(first + row, count, col, words, tile.data());
+            read_logits(first + row, count, col, entries, tile.data());
           } else {
-            this->logits_tile(b, row, count, block, words, tile.data());
+            this->logits_tile(b, row, count, block, entries, tile.data());
           }
-          make_gradient(first + row, count, col, words, tile.data());
-          if (hidden_out) this->add_products(b, count, block, words, tile.data(), hidden_out + row);
+          make_gradient(first + row, count, col, entries, tile.data());
+          if (hidden_out)
+            this->add_products(b, count, block, entries, tile.data(), hidden_out + row);
           if (weight_side)
             kernels_.transpose_block(tile.data(), count,
                                      b.dz_block(block) + row * kernels_.tile_rows, b.group_rows);
@@ -98,7 +99,7 @@ class HeadBackward : HeadTiles<Real> {
                   tile + i * kBlockCols);
   }
 
-  // The products of rows [first, first + rows) with one block of words become dL/dz.
+  // The products of rows [first, first + rows) with one block of entries become dL/dz.
   void make_gradient(int64_t first, int64_t rows, int64_t col, int64_t cols, Real* tile) const {
     const auto bias = bias_block<Real>(args_.bias, col, cols);
     for (int64_t i = 0; i < rows; i++)
@@ -114,10 +115,10 @@ class HeadBackward : HeadTiles<Real> {
     parallel_tasks(panels(cols, kBlockCols) * ranges, [&](TaskQueue& queue) {
       for (int64_t task; queue.take(&task);) {
         const int64_t block = task / ranges, k = task % ranges * kDepthRange;
-        const int64_t words = std::min(kBlockCols, cols - block * kBlockCols);
-        std::vector<Real*> out(words);
-        for (int64_t v = 0; v < words; v++) out[v] = base + (block * kBlockCols + v) * depth_ + k;
-        kernels_.gemm({words, std::min(kDepthRange, depth_ - k), rows, Left::kPanel,
+        const int64_t entries = std::min(kBlockCols, cols - block * kBlockCols);
+        std::vector<Real*> out(entries);
+        for (int64_t v = 0; v < entries; v++) out[v] = base + (block * kBlockCols + v) * depth_ + k;
+        kernels_.gemm({entries, std::min(kDepthRange, depth_ - k), rows, Left::kPanel,
                        b.dz_block(block), b.group_rows * kernels_.tile_rows,
                        b.hidden_cols + k * rows, rows * kernels_.panel_cols, out.data(), true});
       }
@@ -128,9 +129,9 @@ class HeadBackward : HeadTiles<Real> {
     double* sums = data_of<double>(grads_.bias) + slice;
     at::parallel_for(0, cols, kBlockCols, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; v++) {
-        const int64_t width = kernels_.tile_rows, word = v % kBlockCols;
+        const int64_t width = kernels_.tile_rows, entry = v % kBlockCols;
         const Real* column =
-            b.dz_block(v / kBlockCols) + word / width * b.group_rows * width + word % width;
+            b.dz_block(v / kBlockCols) + entry / width * b.group_rows * width + entry % width;
         for (int64_t i = 0; i < rows; i++) sums[v] += column[i * width];
       }
     });

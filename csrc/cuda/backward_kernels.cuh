@@ -42,7 +42,7 @@ class GradientScale {
   GradientScale(const at::Tensor& like, const LogitMap<Real>& map, const RowRange& tokens,
                 const TokenStates<Real>& states) {
     if (!std::is_same_v<typename Multiply::Storage, c10::Half>) return;
-    storage_ = at::empty({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
+    storage_ = blank({2}, like.options().dtype(c10::CppTypeToScalarType<Real>::value));
     const Real slope = std::abs(map.plain_slope());
     launch(&gradient_scale<Real>, dim3(1), kScaleThreads, 0, tokens, states, slope,
            storage_.template mutable_data_ptr<Real>());
@@ -73,51 +73,53 @@ void with_output(const at::Tensor& grad, const Run& run) {
   }
 }
 
-// dL/dz of one slice of kept products: one warp per row of dz and 256 words. Rows are slots if
+// dL/dz of one slice of kept products: one warp per row of dz and 256 entries. Rows are slots if
 // `place` is given (head_sm90.h); unused slots get zeros.
 template <class Real, class Storage>
 __global__ void __launch_bounds__(kProductThreads)
     gradient_of_products(const int64_t* place, int64_t rows, KeptProducts<const Real> products,
-                         int64_t words, GradientEpilogue<Real, Storage> epilogue) {
+                         int64_t entries, GradientEpilogue<Real, Storage> epilogue) {
   const int64_t at = int64_t(blockIdx.x) * (kProductThreads / 32) + threadIdx.x / 32;
   const int64_t col0 = int64_t(blockIdx.y) * kProductCols;
   const int lane = threadIdx.x % 32;
   if (at >= (place ? rows : epilogue.slice.tokens.size())) return;
   const int64_t row = place ? place[at] : at;
   if (row < 0) {
-    for (int64_t c = col0 + lane; c < words && c < col0 + kProductCols; c += 32)
+    for (int64_t c = col0 + lane; c < entries && c < col0 + kProductCols; c += 32)
       epilogue.dz[at * epilogue.pitch + c] = Storage(0);
     return;
   }
   const Real* const source = products.data + epilogue.slice.token(row) * products.pitch + col0;
-  epilogue.template write<kProductCols>(source, row, at, false, col0, words, lane);
+  epilogue.template write<kProductCols>(source, row, at, false, col0, entries, lane);
 }
 
 template <class Real, class Storage>
 void launch_gradient_of_products(const Slots* slots, const KeptProducts<const Real>& products,
-                                 int64_t words, const GradientEpilogue<Real, Storage>& epilogue) {
+                                 int64_t entries, const GradientEpilogue<Real, Storage>& epilogue) {
   const int64_t rows = slots ? slots->layout().slots : epilogue.slice.tokens.most;
   launch(&gradient_of_products<Real, Storage>,
-         dim3(blocks_of(rows, kProductThreads / 32), blocks_of(words, kProductCols)),
-         kProductThreads, 0, slots ? slots->map().place : nullptr, rows, products, words, epilogue);
+         dim3(blocks_of(rows, kProductThreads / 32), blocks_of(entries, kProductCols)),
+         kProductThreads, 0, slots ? slots->map().place : nullptr, rows, products, entries,
+         epilogue);
 }
 
-// grad_bias[word] += sum of dz over the group's tokens, in double: eight partial sums per word.
+// grad_bias[entry] += sum of dz over the group's tokens, in double: eight partial sums per entry.
 template <class Real, class Storage>
 __global__ void __launch_bounds__(kBiasThreads)
-    add_bias_grad(RowRange tokens, RowsView dz, int64_t words, const Real* unscale, double* grad) {
+    add_bias_grad(RowRange tokens, RowsView dz, int64_t entries, const Real* unscale,
+                  double* grad) {
   __shared__ double partial[kBiasThreads];
   const int lane = threadIdx.x % kBiasCols, part = threadIdx.x / kBiasCols;
-  const int64_t word = int64_t(blockIdx.x) * kBiasCols + lane, rows = tokens.size();
+  const int64_t entry = int64_t(blockIdx.x) * kBiasCols + lane, rows = tokens.size();
   double sum = 0;
-  if (word < words)
+  if (entry < entries)
     for (int64_t row = part; row < rows; row += kBiasThreads / kBiasCols)
-      sum += static_cast<double>(static_cast<const Storage*>(dz.data)[dz.offset(row) + word]);
+      sum += static_cast<double>(static_cast<const Storage*>(dz.data)[dz.offset(row) + entry]);
   partial[threadIdx.x] = sum;
   __syncthreads();
-  if (part != 0 || word >= words) return;
+  if (part != 0 || entry >= entries) return;
   for (int p = 1; p < kBiasThreads / kBiasCols; p++) sum += partial[p * kBiasCols + lane];
-  grad[word] += sum * (unscale ? double(*unscale) : 1.0);
+  grad[entry] += sum * (unscale ? double(*unscale) : 1.0);
 }
 
 }  // namespace spo::cuda

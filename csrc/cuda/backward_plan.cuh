@@ -30,7 +30,7 @@ void in_passes(int64_t rows, int64_t most, const HeadGrads& grads, const Run& ru
 struct BackwardPlan {
   static constexpr int64_t kSliceStep = 256, kGroupStep = 128;
   int64_t low_bytes;  // of grad_hidden's sums
-  int64_t slice_words, group_rows;
+  int64_t slice_entries, group_rows;
   bool weight_sums;  // several groups: grad_weight waits in arithmetic precision for the last
 
   BackwardPlan(const HeadArgs& args, const BackwardPass& pass, int64_t storage_bytes,
@@ -38,12 +38,12 @@ struct BackwardPlan {
     const int64_t depth = args.weight.size(1), vocabulary = args.weight.size(0);
     low_bytes = pass.hidden_side && split_hidden ? pass.count * depth : 0;
     const int64_t rest = (args.workspace_mib << 20) - low_bytes;
-    slice_words = std::min(rest / (storage_bytes * pass.count), vocabulary + kSliceStep - 1) /
-                  kSliceStep * kSliceStep;
+    slice_entries = std::min(rest / (storage_bytes * pass.count), vocabulary + kSliceStep - 1) /
+                    kSliceStep * kSliceStep;
     group_rows = pass.count;
     weight_sums = false;
-    if (slice_words > 0) return;
-    slice_words = kSliceStep;
+    if (slice_entries > 0) return;
+    slice_entries = kSliceStep;
     if (one_group) return;  // 512 bytes a token: O(N)
     weight_sums = pass.weight_side;
     const int64_t sums = weight_sums ? kSliceStep * depth * real_bytes : 0;

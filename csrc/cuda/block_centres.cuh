@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a sparse backward pass puts in the place of what was dropped: for grad_hidden, its mass at
-// the centre of its block. A centre is the mean of the block's words, weighted by their
-// probabilities at the mean of all states, so that words which are rare everywhere count for
+// the centre of its block. A centre is the mean of the block's entries, weighted by their
+// probabilities at the mean of all states, so that entries which are rare everywhere count for
 // little.
 #pragma once
 #include "../kept.h"
@@ -32,37 +32,37 @@ __global__ void __launch_bounds__(kMeanThreads)
   mean[k] = rows == 0 ? Real(0) : sum / rows;
 }
 
-// One block of threads per block of words.
+// One block of threads per block of entries.
 template <class Real, class Storage>
 __global__ void __launch_bounds__(kCentreThreads)
     make_centres(LogitMap<Real> map, const Real* bias, RowsView weight, int64_t vocabulary,
                  int64_t depth, const Real* mean, Storage* centres) {
-  __shared__ Real share[kBlockWords];
-  const int64_t word0 = int64_t(blockIdx.x) * kBlockWords, left = vocabulary - word0;
-  const int words = left < kBlockWords ? static_cast<int>(left) : kBlockWords;
+  __shared__ Real share[kBlockEntries];
+  const int64_t entry0 = int64_t(blockIdx.x) * kBlockEntries, left = vocabulary - entry0;
+  const int entries = left < kBlockEntries ? static_cast<int>(left) : kBlockEntries;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int w = warp; w < words; w += kCentreThreads / 32) {
+  for (int w = warp; w < entries; w += kCentreThreads / 32) {
     Real product = 0, slope;
     for (int64_t k = lane; k < depth; k += 32)
-      product += weight.number<Real>(word0 + w, k) * mean[k];
+      product += weight.number<Real>(entry0 + w, k) * mean[k];
     product = lanes_sum<32>(product);
-    if (lane == 0) share[w] = map.unscaled(bias ? product + bias[word0 + w] : product, &slope);
+    if (lane == 0) share[w] = map.unscaled(bias ? product + bias[entry0 + w] : product, &slope);
   }
   __syncthreads();
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Real top = lowest, total = 0;  // each warp finds them for itself
-  for (int w = lane; w < words; w += 32) top = share[w] > top ? share[w] : top;
+  for (int w = lane; w < entries; w += 32) top = share[w] > top ? share[w] : top;
   top = lanes_max<32>(top);
-  if (top == lowest) top = 0;  // no word is possible
-  for (int w = lane; w < words; w += 32) total += Math<Real>::exp(map.below(share[w], top));
+  if (top == lowest) top = 0;  // no entry is possible
+  for (int w = lane; w < entries; w += 32) total += Math<Real>::exp(map.below(share[w], top));
   total = lanes_sum<32>(total);
   __syncthreads();  // all have read the logits
-  for (int w = threadIdx.x; w < words; w += kCentreThreads)
+  for (int w = threadIdx.x; w < entries; w += kCentreThreads)
     share[w] = total == 0 ? Real(0) : Math<Real>::exp(map.below(share[w], top)) / total;
   __syncthreads();
   for (int64_t k = threadIdx.x; k < depth; k += kCentreThreads) {
     Real sum = 0;
-    for (int w = 0; w < words; w++) sum += share[w] * weight.number<Real>(word0 + w, k);
+    for (int w = 0; w < entries; w++) sum += share[w] * weight.number<Real>(entry0 + w, k);
     centres[int64_t(blockIdx.x) * depth + k] = static_cast<Storage>(sum);
   }
 }

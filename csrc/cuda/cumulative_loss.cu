@@ -97,101 +97,51 @@ __global__ void __launch_bounds__(Teams::kMostThreads)
   });
 }
 
-LossTensors cumulative_loss_cuda(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-                                 const OptionalTensor& rewards, const OptionalTensor& q0,
-                                 c10::string_view objective, double beta, double delta,
-                                 const OptionalTensor& groups, bool leave_one_out,
-                                 const OptionalTensor& advantages, const OptionalTensor& q_targets,
-                                 const OptionalTensor& q_weights,
-                                 const OptionalTensor& token_rewards, const OptionalTensor& weights,
-                                 const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  constexpr auto op = "loss";
-  const LossArgs args{op,
-                      logprobs,
-                      ref_logprobs,
-                      rewards,
-                      q0,
-                      objective_of(op, objective),
-                      beta,
-                      delta,
-                      groups,
-                      advantages,
-                      q_targets,
-                      q_weights,
-                      token_rewards,
-                      weights,
-                      cu_seqlens,
-                      mask};
+LossTensors cumulative_loss_cuda(const LossArgs& args) {
   args.check();
-  const DeviceGuard guard(logprobs.device());
-  const Sequences sequences(op, logprobs, cu_seqlens, mask);
+  const DeviceGuard guard(args.logprobs.device());
+  const Sequences sequences(args.op, args.logprobs, args.cu_seqlens, args.mask);
   const auto teams = Teams::for_sequences(sequences.view);
-  const auto options = logprobs.options().dtype(args.type());
-  const auto column = [&](bool wanted) { return at::empty({wanted ? args.size() : 0}, options); };
-  const auto loss = column(true), terminal_q = column(true), log_ratio = column(true),
-             used_q0 = column(true), residual = column(args.has_residual());
-  const auto num_tokens = at::empty({args.size()}, options.dtype(at::kLong));
-  AT_DISPATCH_FLOATING_TYPES(args.type(), op, [&] {
+  const auto tensors = empty_loss(args);
+  AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     LossData<scalar_t> data(args);
     std::array<at::Tensor, 2> baseline;
     if (data.objective == Objective::kGroup) {
-      baseline = group_baseline<scalar_t>(sequences, teams, data, *groups, leave_one_out, options);
+      baseline = group_baseline<scalar_t>(sequences, teams, data, args);
       data.q0 = baseline[0].template const_data_ptr<scalar_t>();
       data.residuals = baseline[1].template const_data_ptr<double>();
     }
     launch(cumulative_loss_kernel<scalar_t>, teams.blocks, teams.threads, teams.shared_bytes(),
-           sequences.view, teams.warps, LossArrays<scalar_t>(data),
-           LossOutputs<scalar_t>(loss, terminal_q, log_ratio, used_q0, residual, num_tokens));
+           sequences.view, teams.warps, LossArrays<scalar_t>(data), LossOutputs<scalar_t>(tensors));
   });
-  return {loss, terminal_q, log_ratio, used_q0, residual, num_tokens};
+  return tensors;
 }
 
-std::tuple<at::Tensor, at::Tensor> cumulative_loss_backward_cuda(
-    const at::Tensor& grad_loss, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-    const OptionalTensor& rewards, const OptionalTensor& q0, c10::string_view objective,
-    double beta, double delta, const OptionalTensor& advantages, const OptionalTensor& q_targets,
-    const OptionalTensor& q_weights, const OptionalTensor& token_rewards,
-    const OptionalTensor& weights, const OptionalTensor& cu_seqlens, const OptionalTensor& mask) {
-  constexpr auto op = "loss_backward";
-  const LossArgs args{op,
-                      logprobs,
-                      ref_logprobs,
-                      rewards,
-                      q0,
-                      objective_of(op, objective),
-                      beta,
-                      delta,
-                      {},
-                      advantages,
-                      q_targets,
-                      q_weights,
-                      token_rewards,
-                      weights,
-                      cu_seqlens,
-                      mask};
+LossGrads cumulative_loss_backward_cuda(const at::Tensor& grad_loss, const LossArgs& args) {
   args.check();
-  check_like(op, "grad_loss", grad_loss, {num_sequences(logprobs, cu_seqlens)}, logprobs);
-  const DeviceGuard guard(logprobs.device());
-  const Sequences sequences(op, logprobs, cu_seqlens, mask);
+  check_like(args.op, "grad_loss", grad_loss, {args.size()}, args.logprobs);
+  const DeviceGuard guard(args.logprobs.device());
+  const Sequences sequences(args.op, args.logprobs, args.cu_seqlens, args.mask);
   const auto teams = Teams::for_sequences(sequences.view);
   const auto upstream = grad_loss.to(args.type()).contiguous();
-  const auto options = logprobs.options().dtype(args.type());
-  const auto grad_logprobs = at::empty(logprobs.sizes(), options),
-             grad_q0 = at::empty({sequences.view.size}, options),
-             slopes = at::empty({q_targets ? logprobs.numel() : 0}, options.dtype(at::kDouble));
-  AT_DISPATCH_FLOATING_TYPES(args.type(), op, [&] {
+  const auto options = args.logprobs.options().dtype(args.type());
+  const int64_t scratch = args.q_targets ? args.logprobs.numel() : 0;
+  const auto grad_logprobs = at::empty(args.logprobs.sizes(), options),
+             grad_q0 = at::empty({args.size()}, options),
+             slopes = at::empty({scratch}, options.dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(args.type(), "loss", [&] {
     const LossData<scalar_t> data(args);
     launch(cumulative_loss_backward_kernel<scalar_t>, teams.blocks, teams.threads,
            teams.shared_bytes(), sequences.view, teams.warps, LossArrays<scalar_t>(data),
            upstream.const_data_ptr<scalar_t>(), slopes.mutable_data_ptr<double>(),
            grad_logprobs.mutable_data_ptr<scalar_t>(), grad_q0.mutable_data_ptr<scalar_t>());
   });
-  return {grad_logprobs.to(logprobs.scalar_type()), grad_q0};
+  return {grad_logprobs.to(args.logprobs.scalar_type()), grad_q0};
 }
 
 SPO_CUDA_LIBRARY(m) {
-  m.impl("cumulative_loss", &cumulative_loss_cuda);
-  m.impl("cumulative_loss_backward", &cumulative_loss_backward_cuda);
+  m.impl("cumulative_loss", &LossOp::forward<cumulative_loss_cuda>);
+  m.impl("cumulative_loss_backward", &LossOp::backward<cumulative_loss_backward_cuda>);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace spo::cuda {
 constexpr int kDropThreads = 256, kCountThreads = 1024;
 
 // Log sum exp of the logits of every token and block of one slice, the label's aside, above the
-// token's base. A block of words is `tiles_each` tiles of the product. One warp per token.
+// token's base. A block of entries is `tiles_each` tiles of the product. One warp per token.
 template <class Real>
 __global__ void __launch_bounds__(kDropThreads)
     block_logsumexps(RowRange tokens, const BlockStats<Real>* stats, Real outer, int64_t tiles,
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kDropThreads)
   stats += row * tiles;
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Real base = bases[token];
-  if (base == lowest) {  // no word was possible in the slices before
+  if (base == lowest) {  // no entry was possible in the slices before
     for (int64_t tile = lane; tile < tiles; tile += 32)
       base = stats[tile].max > base ? stats[tile].max : base;
     base = lanes_max<32>(base);
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kDropThreads)
 
 template <class Real>
 void launch_block_logsumexps(const RowRange& tokens, const BlockStats<Real>* stats, Real outer,
-                             int64_t tiles, int64_t tile, int64_t words, int64_t blocks,
+                             int64_t tiles, int64_t tile, int64_t entries, int64_t blocks,
                              Real* bases, Real* out) {
   launch(&block_logsumexps<Real>, dim3(blocks_of(tokens.most, kDropThreads / 32)), kDropThreads, 0,
-         tokens, stats, outer, tiles, static_cast<int>(kBlockWords / tile),
-         blocks_of(words, kBlockWords), blocks, bases, out);
+         tokens, stats, outer, tiles, static_cast<int>(kBlockEntries / tile),
+         blocks_of(entries, kBlockEntries), blocks, bases, out);
 }
 
 // After the last slice.
@@ -111,7 +111,7 @@ template <class Real>
 void launch_drop_blocks(const HeadArgs& args, const SelectedRows& rows,
                         const TokenOutputs<Real>& softmax, Real outer, const Real* bases,
                         int64_t blocks, Real* dropped) {
-  const auto counts = at::empty({rows.most + 1}, args.targets.options().dtype(at::kLong));
+  const auto counts = blank({rows.most + 1}, args.targets.options().dtype(at::kLong));
   int64_t* const kept = counts.mutable_data_ptr<int64_t>();
   auto* const keep_all = reinterpret_cast<int32_t*>(kept + rows.most);
   launch(&drop_blocks<Real>, dim3(blocks_of(rows.most, kDropThreads / 32)), kDropThreads, 0,

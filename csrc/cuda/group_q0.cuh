@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "../loss_args.h"
 #include "loss_walk.cuh"
 
 namespace spo::cuda {
@@ -53,10 +54,10 @@ __global__ void group_baseline_kernel(int64_t size, const int64_t* groups, const
 // Of the group objective, each [S]: q0, and residual in double.
 template <class Real>
 std::array<at::Tensor, 2> group_baseline(const Sequences& sequences, const Teams& teams,
-                                         const LossArrays<Real>& data, const at::Tensor& groups,
-                                         bool leave_one_out, const at::TensorOptions& options) {
+                                         const LossArrays<Real>& data, const LossArgs& args) {
   const int64_t size = sequences.view.size;
-  const auto labels = groups.to(at::kLong).contiguous();
+  const auto labels = args.groups->to(at::kLong).contiguous();
+  const auto options = args.logprobs.options().dtype(args.type());
   const auto gains = at::empty({size}, options.dtype(at::kDouble));
   const auto num_tokens = at::empty({size}, options.dtype(at::kLong));
   const auto q0 = at::empty({size}, options), residual = at::empty_like(gains);
@@ -65,7 +66,7 @@ std::array<at::Tensor, 2> group_baseline(const Sequences& sequences, const Teams
          num_tokens.template mutable_data_ptr<int64_t>());
   launch(group_baseline_kernel<Real>, static_cast<unsigned>((size + 127) / 128), 128, 0, size,
          labels.template const_data_ptr<int64_t>(), gains.template const_data_ptr<double>(),
-         num_tokens.template const_data_ptr<int64_t>(), leave_one_out, data.rewards,
+         num_tokens.template const_data_ptr<int64_t>(), args.leave_one_out, data.rewards,
          q0.template mutable_data_ptr<Real>(), residual.template mutable_data_ptr<double>());
   return {q0, residual};
 }

@@ -14,13 +14,13 @@ struct LogitSlice {
   LogitMap<Real> map;
   const Real* bias;  // of the whole vocabulary, or null
   RowRange tokens;
-  int64_t first_word;
+  int64_t first_entry;
 
-  __device__ Real raw(Real product, int64_t word) const {
-    return bias ? product + bias[first_word + word] : product;
+  __device__ Real raw(Real product, int64_t entry) const {
+    return bias ? product + bias[first_entry + entry] : product;
   }
   __device__ int64_t label(int64_t row) const {
-    return tokens.list.label[tokens.first + row] - first_word;
+    return tokens.list.label[tokens.first + row] - first_entry;
   }
   __device__ int64_t token(int64_t row) const { return tokens.list.token[tokens.first + row]; }
 };
@@ -32,7 +32,7 @@ struct KeptProducts {
   int64_t pitch;
 };
 
-// Forward: (max, sum of exponentials) of the row's words other than the label, and the label's
+// Forward: (max, sum of exponentials) of the row's entries other than the label, and the label's
 // product.
 template <class Real>
 struct StatisticsEpilogue {
@@ -42,6 +42,10 @@ struct StatisticsEpilogue {
   int64_t blocks;
   Real* label_raw;  // [rows]
   KeptProducts<Real> kept;
+
+  int64_t bytes(int64_t m, int64_t n) const {  // that it moves, of a product [m, n]
+    return m * (blocks * int64_t(sizeof(*stats)) + (kept.data ? n * int64_t(sizeof(Real)) : 0));
+  }
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
@@ -54,7 +58,7 @@ struct StatisticsEpilogue {
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int c = lane + e * 32;
-      logits[e] = lowest;  // words past the end, and the label, add nothing
+      logits[e] = lowest;  // entries past the end, and the label, add nothing
       if (col0 + c < cols) {
         if (keep) keep[c] = products[c];
         const Real raw = slice.raw(products[c], col0 + c);
@@ -79,24 +83,31 @@ struct GradientEpilogue {
   Storage* dz;        // [rows, pitch]
   int64_t pitch;
 
+  int64_t bytes(int64_t m, int64_t n) const { return m * n * int64_t(sizeof(Storage)); }
+
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
     write<kTile>(products, row, row, false, col0, cols, lane);
   }
 
-  // Into row `to` of dz; the words other than the label may get 0.
+  // Into row `to` of dz; the entries other than the label may get 0.
   template <int kTile>
   __device__ void write(const Real* products, int64_t row, int64_t to, bool label_only,
                         int64_t col0, int64_t cols, int lane) const {
     const TokenGrad<Real> grad = states.of(slice.token(row));
     const int64_t label = slice.label(row) - col0;
     const Real factor = scale ? *scale : Real(1);
+    Real own[kTile / 32];  // all on their way before the first is used
 #pragma unroll
-    for (int c = lane; c < kTile; c += 32) {
+    for (int e = 0; e < kTile / 32; e++)
+      own[e] = col0 + lane + e * 32 < cols ? products[lane + e * 32] : Real(0);
+#pragma unroll
+    for (int e = 0; e < kTile / 32; e++) {
+      const int c = lane + e * 32;
       if (col0 + c >= cols) break;
       Real slope;
-      const Real u = slice.map.unscaled(slice.raw(products[c], col0 + c), &slope);
+      const Real u = slice.map.unscaled(slice.raw(own[e], col0 + c), &slope);
       const Real below = slice.map.below(u, grad.top);
       const Real dlogit = c == label            ? grad.label()
                           : label_only          ? Real(0)
@@ -135,24 +146,39 @@ struct HiddenGradEpilogue {
   const Real* shrink;   // [rows] what to multiply the sum before by; null: 1
   bool first, last;
 
+  int64_t bytes(int64_t m, int64_t n) const {
+    const int64_t each = sizeof(Out), sum = each + (each < int64_t(sizeof(Real)));
+    return m * n * ((first ? 0 : sum) + (last ? each : sum));
+  }
+
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,
                       int lane) const {
     Out* const out = grad + tokens.list.token[tokens.first + row] * depth + col0;
+    uint8_t* const rest = low + row * depth + col0;
     const Real factor = unscale ? *unscale : Real(1), before = shrink ? shrink[row] : Real(1);
-    for (int c = lane; c < kTile && col0 + c < cols; c += 32) {
-      const Real value = products[c] * factor;
-      if constexpr (sizeof(Out) == sizeof(Real)) {
-        out[c] = first ? value : out[c] * before + value;
-      } else {
-        uint16_t* const high = reinterpret_cast<uint16_t*>(out + c);
-        uint8_t* const rest = low + row * depth + col0 + c;
-        const Real sum = first ? value : SplitFloat::join(*high, *rest) * before + value;
-        if (last) {
-          out[c] = static_cast<Out>(sum);
+    Real sums[kTile / 32] = {};  // all on their way before the first is used
+    if (!first) {
+#pragma unroll
+      for (int e = 0; e < kTile / 32; e++) {
+        const int c = lane + e * 32;
+        if (col0 + c >= cols) continue;
+        if constexpr (sizeof(Out) == sizeof(Real)) {
+          sums[e] = out[c];
         } else {
-          SplitFloat::split(sum, high, rest);
+          sums[e] = SplitFloat::join(reinterpret_cast<const uint16_t*>(out)[c], rest[c]);
         }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kTile / 32; e++) {
+      const int c = lane + e * 32;
+      if (col0 + c >= cols) continue;
+      const Real sum = sums[e] * before + products[c] * factor;
+      if (sizeof(Out) == sizeof(Real) || last) {
+        out[c] = static_cast<Out>(sum);
+      } else {
+        SplitFloat::split(sum, reinterpret_cast<uint16_t*>(out) + c, rest + c);
       }
     }
   }
@@ -161,11 +187,16 @@ struct HiddenGradEpilogue {
 // grad_weight of a slice: complete after the last group of tokens, and then rounded once.
 template <class Real, class Out>
 struct WeightGradEpilogue {
-  Out* grad;   // [words of the slice, depth]
-  Real* sums;  // [words of the slice, depth], only with several groups
+  Out* grad;   // [entries of the slice, depth]
+  Real* sums;  // [entries of the slice, depth], only with several groups
   int64_t depth;
   const Real* unscale;
   bool first, last;
+
+  int64_t bytes(int64_t m, int64_t n) const {
+    const int64_t sum = sizeof(Real);
+    return m * n * ((first ? 0 : sum) + (last ? int64_t(sizeof(Out)) : sum));
+  }
 
   template <int kTile>
   __device__ void row(const Real* products, int64_t row, int64_t col0, int64_t cols,

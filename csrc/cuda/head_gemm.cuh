@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The three products of the LM head for every architecture from sm_80 on, as one kernel:
-//   logits        z[row, word]   = sum_k hidden[row, k] weight[word, k]
-//   grad_hidden   [row, k]       = sum_word dz[row, word] weight[word, k]
-//   grad_weight   [word, k]      = sum_row dz[row, word] hidden[row, k]
+//   logits        z[row, entry]   = sum_k hidden[row, k] weight[entry, k]
+//   grad_hidden   [row, k]       = sum_entry dz[row, entry] weight[entry, k]
+//   grad_weight   [entry, k]      = sum_row dz[row, entry] hidden[row, k]
 // A block multiplies one square tile (gemm_mma.cuh: 16-bit numbers on the matrix units;
 // gemm_simt.cuh: float and double) into shared memory, then its warps hand the tile's rows to an
 // epilogue. A number of the tile depends on nothing but its own row and column: the order of its
@@ -88,6 +88,10 @@ template <class Multiply, RowIs kA, RowIs kB, class Epilogue>
 void launch_gemm(const Product& product, const Epilogue& epilogue) {
   constexpr int kTile = Multiply::kTile;
   const dim3 grid(blocks_of(product.m, kTile), blocks_of(product.n, kTile));
+  if (!product.only_if)
+    launch_log.bytes += product.m * product.k * int64_t(c10::elementSize(product.a.type)) +
+                        product.n * product.k * int64_t(c10::elementSize(product.b.type)) +
+                        epilogue.bytes(product.m, product.n);
   launch(&head_gemm<Multiply, kA, kB, Epilogue>, grid, kGemmThreads, Multiply::kSharedBytes,
          product, epilogue);
 }

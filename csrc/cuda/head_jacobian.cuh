@@ -7,9 +7,6 @@
 // log-probabilities are those of the plain forward to the last bit: blocks are merged in the same
 // groups.
 #pragma once
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-
 #include "../kept.h"
 #include "backward_kernels.cuh"
 #include "merge_statistics.cuh"
@@ -51,7 +48,7 @@ __global__ void __launch_bounds__(kJacobianThreads)
   const Real label = -slope * Real(::expm1(softmax.logprobs[token]));
   const Real scale =
       Math<Real>::exp(map.below(tops[token], softmax.top[token]) - softmax.log_sum[token]);
-  const int64_t word = tokens.list.label[tokens.first + row];
+  const int64_t entry = tokens.list.label[tokens.first + row];
   Out* const out = jacobian + token * depth;
   for (int64_t k = threadIdx.x; k < depth; k += kJacobianThreads) {
     Real sum;
@@ -61,7 +58,7 @@ __global__ void __launch_bounds__(kJacobianThreads)
       const uint8_t rest = low[(low_row ? low_row[row] : row) * depth + k];
       sum = SplitFloat::join(reinterpret_cast<const uint16_t*>(out)[k], rest);
     }
-    out[k] = static_cast<Out>(label * weight.number<Real>(word, k) - scale * sum);
+    out[k] = static_cast<Out>(label * weight.number<Real>(entry, k) - scale * sum);
   }
 }
 
@@ -99,8 +96,8 @@ class HeadJacobian {
     // dL/dz with these in the place of top, log_sum, log p and the upstream gradient is s exp(z -
     // m), and 0
     // for the label.
-    const auto tops = at::full({tokens}, double(std::numeric_limits<Real>::lowest()), options);
-    const auto zeros = at::zeros({tokens}, options), minus_ones = at::full({tokens}, -1.0, options);
+    const auto tops = filled({tokens}, double(std::numeric_limits<Real>::lowest()), options);
+    const auto zeros = filled({tokens}, 0, options), minus_ones = filled({tokens}, -1, options);
     tops_ = tops.template mutable_data_ptr<Real>();
     states_ = {zeros.template const_data_ptr<Real>(),
                nullptr,
@@ -110,7 +107,7 @@ class HeadJacobian {
                nullptr};
     scale_.emplace(args_.hidden, map_, rows_.all(), states_);
     const bool split = args_.hidden.element_size() < int64_t(sizeof(Real));
-    const auto low = at::empty({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
+    const auto low = blank({split ? num_rows() * depth_ : 0}, options.dtype(at::kByte));
     low_ = split ? low.template mutable_data_ptr<uint8_t>() : nullptr;
     Workspace workspace(args_.hidden,
                         Workspace::padded(rows_.most * kMergeBlocks * sizeof(BlockStats<Real>)) +
@@ -124,14 +121,14 @@ class HeadJacobian {
     shrink_ = workspace.take<Real>(rows_.most);
     products_ = workspace.take<Real>(rows_.most * slice_);
     weights_ = workspace.take<Storage>(num_rows() * slice_);
-    for (int64_t word = 0; word < vocabulary_; word += slice_) {
-      const int64_t block = word / tile() % kMergeBlocks;
-      const int64_t words = std::min(slice_, vocabulary_ - word);
-      const int64_t end = word + words, blocks = blocks_of(words, tile());
-      add_slice(word, words, stats_ + block, blocks);
+    for (int64_t entry = 0; entry < vocabulary_; entry += slice_) {
+      const int64_t block = entry / tile() % kMergeBlocks;
+      const int64_t entries = std::min(slice_, vocabulary_ - entry);
+      const int64_t end = entry + entries, blocks = blocks_of(entries, tile());
+      add_slice(entry, entries, stats_ + block, blocks);
       if (block + blocks == kMergeBlocks || end == vocabulary_)
         launch_merge(rows_.all(), stats_, kMergeBlocks, block + blocks, map_, label_raw_, running,
-                     word < kMergeBlocks * tile(), end == vocabulary_, out_);
+                     entry < kMergeBlocks * tile(), end == vocabulary_, out_);
     }
     finish();
   }
@@ -142,44 +139,45 @@ class HeadJacobian {
   int64_t tile() const { return slots_ ? kSm90TileCols : Multiply::kTile; }
   int64_t num_rows() const { return slots_ ? slots_->layout().slots : rows_.most; }
 
-  void add_slice(int64_t word, int64_t words, BlockStats<Real>* stats, int64_t blocks) {
+  void add_slice(int64_t entry, int64_t entries, BlockStats<Real>* stats, int64_t blocks) {
     const RowRange tokens = rows_.all();
-    const LogitSlice<Real> slice{map_, data_or_null<Real>(bias_), tokens, word};
-    make_statistics(words, {slice, false, stats, kMergeBlocks, label_raw_, {products_, slice_}});
+    const LogitSlice<Real> slice{map_, data_or_null<Real>(bias_), tokens, entry};
+    make_statistics(entries, {slice, false, stats, kMergeBlocks, label_raw_, {products_, slice_}});
     launch(&raise_tops<Real>, dim3(blocks_of(rows_.most, kJacobianThreads / 32)), kJacobianThreads,
            0, tokens, stats, blocks, kMergeBlocks, map_, tops_, shrink_);
     launch_gradient_of_products<Real, Storage>(
-        slots_ ? &*slots_ : nullptr, {products_, slice_}, words,
+        slots_ ? &*slots_ : nullptr, {products_, slice_}, entries,
         {slice, states_, scale_->factor(), weights_, slice_});
     with_output<Multiply>(jacobian_, [&](auto* sums) {
       using Out = std::remove_pointer_t<decltype(sums)>;
-      add_products(word, words,
+      add_products(entry, entries,
                    HiddenGradEpilogue<Real, Out>{sums, low_, tokens, depth_, scale_->inverse(),
-                                                 shrink_, word == 0, false});
+                                                 shrink_, entry == 0, false});
     });
   }
 
-  void make_statistics(int64_t words, const StatisticsEpilogue<Real>& epilogue) const {
+  void make_statistics(int64_t entries, const StatisticsEpilogue<Real>& epilogue) const {
     if constexpr (kOnHopper) {
-      if (slots_) return sm90_statistics<Storage>(args_, *slots_, words, epilogue);
+      if (slots_) return sm90_statistics<Storage>(args_, *slots_, entries, epilogue);
     }
     const RowRange tokens = rows_.all();
     launch_gemm<Multiply, RowIs::kOutput, RowIs::kOutput>(
-        {hidden_rows(args_.hidden, tokens), weight_rows(args_.weight, epilogue.slice.first_word),
-         tokens.most, words, depth_, tokens, false},
+        {hidden_rows(args_.hidden, tokens), weight_rows(args_.weight, epilogue.slice.first_entry),
+         tokens.most, entries, depth_, tokens, false},
         epilogue);
   }
 
   template <class Epilogue>
-  void add_products(int64_t word, int64_t words, const Epilogue& epilogue) const {
+  void add_products(int64_t entry, int64_t entries, const Epilogue& epilogue) const {
     if constexpr (kOnHopper) {
-      if (slots_) return sm90_hidden_grad(args_, *slots_, weights_, slice_, word, words, epilogue);
+      if (slots_)
+        return sm90_hidden_grad(args_, *slots_, weights_, slice_, entry, entries, epilogue);
     }
     const RowRange tokens = rows_.all();
     const RowsView weights{weights_, c10::CppTypeToScalarType<Storage>::value, nullptr, slice_, 1,
                            true};
     launch_gemm<Multiply, RowIs::kOutput, RowIs::kStep>(
-        {weights, weight_rows(args_.weight, word), tokens.most, depth_, words, tokens, false},
+        {weights, weight_rows(args_.weight, entry), tokens.most, depth_, entries, tokens, false},
         epilogue);
   }
 

@@ -2,7 +2,6 @@
 // What forward and backward of the LM head share on the host side of CUDA: operands of the
 // products, the arithmetic for the inputs' dtypes, and one workspace cut into arrays.
 #pragma once
-#include <ATen/ops/empty.h>
 
 #include <cstdlib>
 #include <string_view>
@@ -27,9 +26,9 @@ inline RowsView hidden_rows(const at::Tensor& hidden, const RowRange& tokens) {
           hidden.stride(-1),       rows_start_aligned(hidden)};
 }
 
-inline RowsView weight_rows(const at::Tensor& weight, int64_t first_word) {
+inline RowsView weight_rows(const at::Tensor& weight, int64_t first_entry) {
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
-  return {data + first_word * weight.stride(0) * weight.element_size(),
+  return {data + first_entry * weight.stride(0) * weight.element_size(),
           weight.scalar_type(),
           nullptr,
           weight.stride(0),
@@ -88,7 +87,7 @@ const Real* data_or_null(const at::Tensor& tensor) {
 class Workspace {
  public:
   Workspace(const at::Tensor& like, int64_t bytes)
-      : block_(at::empty({bytes}, like.options().dtype(at::kByte))) {}
+      : block_(blank({bytes}, like.options().dtype(at::kByte))) {}
 
   static int64_t padded(int64_t bytes) { return blocks_of(bytes, kAlign) * kAlign; }
 

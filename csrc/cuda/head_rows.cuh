@@ -5,6 +5,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include "../checks.h"
 #include "../math/logit_map.h"
@@ -113,6 +114,23 @@ __global__ void __launch_bounds__(kSelectThreads)
   if (threadIdx.x == 0) *out.count = before;
 }
 
+// Room for numbers. Where the log is dry nothing will be written, so there is only an address.
+inline at::Tensor blank(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  if (!launch_log.dry) return at::empty(sizes, options);
+  void* const nowhere = reinterpret_cast<void*>(256);
+  return at::for_blob(nowhere, sizes)
+      .options(options)
+      .target_device(options.device())
+      .make_tensor();
+}
+
+// Numbers of one value; the kernel that writes them counts.
+inline at::Tensor filled(at::IntArrayRef sizes, double value, const at::TensorOptions& options) {
+  auto out = blank(sizes, options);
+  if (out.numel() > 0 && launch_log.add()) out.fill_(value);
+  return out;
+}
+
 // The list and the tensor that owns it.
 struct SelectedRows {
   at::Tensor storage;
@@ -121,7 +139,7 @@ struct SelectedRows {
 
   template <class Keep>
   SelectedRows(const HeadArgs& args, const Keep& keep) : most(args.targets.numel()) {
-    storage = at::empty({3 * most + 1}, args.targets.options().dtype(at::kLong));
+    storage = blank({3 * most + 1}, args.targets.options().dtype(at::kLong));
     int64_t* data = storage.mutable_data_ptr<int64_t>();
     list = {data, data + 1, data + 1 + most, data + 1 + 2 * most};
     const at::Tensor labels = args.targets.to(at::kLong).contiguous();

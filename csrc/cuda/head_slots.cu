@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which rows of hidden the Hopper kernels visit (head_sm90.h): all of it stays on the device.
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -104,9 +101,9 @@ Slots::Slots(const HeadArgs& args, const SlotLayout& layout, const RowList& list
   const auto options = args.hidden.options();
   const int64_t slots = layout.slots;
   const int64_t pairs = blocks_of(slots, kSm90PairRows), steps = blocks_of(slots, kSm90Steps);
-  place_ = at::full({slots}, -1, options.dtype(at::kLong));
-  slot_ = at::empty({tokens}, options.dtype(at::kLong));
-  lists_ = at::zeros({pairs + steps + 3}, options.dtype(at::kInt));
+  place_ = filled({slots}, -1, options.dtype(at::kLong));
+  slot_ = blank({tokens}, options.dtype(at::kLong));
+  lists_ = filled({pairs + steps + 3}, 0, options.dtype(at::kInt));
   int64_t* const place = place_.mutable_data_ptr<int64_t>();
   int32_t* const counts = lists_.mutable_data_ptr<int32_t>();
   int32_t* const pair_list = counts + 3;

@@ -54,22 +54,22 @@ class Slots {
   SlotMap map_;
 };
 
-// z of all slots times `words` words of the epilogue's slice, and what the epilogue makes of it.
+// z of all slots in the first `entries` of the epilogue's slice, and what the epilogue makes of it.
 template <class T>
-void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t words,
+void sm90_statistics(const HeadArgs& args, const Slots& slots, int64_t entries,
                      const StatisticsEpilogue<float>& epilogue);
 template <class T>
-void sm90_gradient(const HeadArgs& args, const Slots& slots, int64_t words,
+void sm90_gradient(const HeadArgs& args, const Slots& slots, int64_t entries,
                    const GradientEpilogue<float, T>& epilogue);
-// dz [slots, pitch] of `words` words from first_word on, times weight. The epilogue's rows are
-// slots.
+// dz [slots, pitch] of `entries` rows of weight from first_entry on, times these rows. The
+// epilogue's rows are slots.
 template <class T>
 void sm90_hidden_grad(const HeadArgs& args, const Slots& slots, const T* dz, int64_t pitch,
-                      int64_t first_word, int64_t words,
+                      int64_t first_entry, int64_t entries,
                       const HiddenGradEpilogue<float, T>& epilogue);
 // dz^T times hidden. Does nothing if slots are poisoned: 0 * NaN would spread.
 template <class T>
 void sm90_weight_grad(const HeadArgs& args, const Slots& slots, const T* dz, int64_t pitch,
-                      int64_t words, const WeightGradEpilogue<float, T>& epilogue);
+                      int64_t entries, const WeightGradEpilogue<float, T>& epilogue);
 
 }  // namespace spo::cuda

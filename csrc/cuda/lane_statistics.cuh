@@ -24,10 +24,7 @@ struct TokenOutputs {
 template <int kLanes, class Real>
 __device__ Real lanes_max(Real x) {
 #pragma unroll
-  for (int d = kLanes / 2; d > 0; d /= 2) {
-    const Real other = __shfl_xor_sync(kAllLanes, x, d);
-    x = other > x ? other : x;
-  }
+  for (int d = kLanes / 2; d > 0; d /= 2) x = ::fmax(__shfl_xor_sync(kAllLanes, x, d), x);
   return x;
 }
 
@@ -46,17 +43,20 @@ __device__ BlockStats<Real> lane_statistics(const Logits& logits, const LogitMap
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Real top = lowest;
 #pragma unroll
-  for (int e = 0; e < kEach; e++) top = logits[e] > top ? logits[e] : top;
+  for (int e = 0; e < kEach; e++) top = ::fmax(logits[e], top);  // passes over a NaN
   top = lanes_max<kLanes>(top);
   const Real base = top == lowest ? Real(0) : top;  // all -inf: exp(-inf - 0) is 0
   Real sum = 0, weighted = 0;
+  const auto add = [&](auto with_entropy) {
 #pragma unroll
-  for (int e = 0; e < kEach; e++) {
-    const Real below = map.template below<Real>(logits[e], base),
-               exponential = Math<Real>::exp(below);
-    sum += exponential;
-    if (entropy && !(exponential == 0)) weighted += exponential * below;
-  }
+    for (int e = 0; e < kEach; e++) {
+      const Real below = map.template below<Real>(logits[e], base),
+                 exponential = Math<Real>::exp(below);
+      sum += exponential;
+      if (with_entropy && !(exponential == 0)) weighted += exponential * below;
+    }
+  };
+  entropy ? add(std::true_type{}) : add(std::false_type{});
   return {top, lanes_sum<kLanes>(sum), entropy ? lanes_sum<kLanes>(weighted) : Real(0)};
 }
 

@@ -6,6 +6,25 @@
 #pragma once
 #include <cstdint>
 
+namespace spo::cuda {
+
+// What this thread has started: kernels, those of ATen that fill memory included, and the bytes
+// that products of matrices move, every operand and result once. While it is dry nothing is
+// started: the same code then tells what a call would cost.
+struct LaunchLog {
+  bool dry = false;
+  int64_t launches = 0, bytes = 0;
+
+  // Whether a kernel that comes now is to be started.
+  bool add() {
+    launches++;
+    return !dry;
+  }
+};
+inline thread_local LaunchLog launch_log;
+
+}  // namespace spo::cuda
+
 #ifdef SPO_EMULATE
 #include "emulate.h"
 #else
@@ -16,6 +35,7 @@
 #include <torch/library.h>
 
 #define SPO_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(spo, CUDA, m)
+#define SPO_HOST_LIBRARY(m) TORCH_LIBRARY_IMPL(spo, CompositeExplicitAutograd, m)
 // A condition on values, which only the device can read without a wait: stops the kernel.
 #define SPO_DEVICE_CHECK(condition, message) CUDA_KERNEL_ASSERT_MSG(condition, message)
 
@@ -34,7 +54,7 @@ inline int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->mu
 // A grid with no blocks is no work. More than 48 KiB of shared memory has to be asked for.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || !launch_log.add()) return;
   if (shared_bytes > 48 << 10)
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));

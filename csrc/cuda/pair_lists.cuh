@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The (row, block of words) pairs that a sparse backward pass visits, listed by block with rows in
-// order: a counting sort of which the host learns nothing. A row visits the blocks that it kept and
-// the block of its label. Blocks are taken in waves, as many as the workspace holds pairs of; the
-// host starts as many waves as there could be, and those past the last block find nothing to do.
+// The (row, block of entries) pairs that a sparse backward pass visits, listed by block with rows
+// in order: a counting sort of which the host learns nothing. A row visits the blocks that it kept
+// and the block of its label. Blocks are taken in waves, as many as the workspace holds pairs of;
+// the host starts as many waves as there could be, and those past the last block find nothing to
+// do.
 #pragma once
 #include "../kept.h"
 #include "head_rows.cuh"
@@ -34,7 +35,7 @@ struct PairLists {
     return dropped[tokens.list.token[tokens.first + row] * blocks + block] < 0;
   }
   __device__ bool visits(int64_t row, int64_t block) const {
-    return tokens.list.label[tokens.first + row] / kBlockWords == block || keeps(row, block);
+    return tokens.list.label[tokens.first + row] / kBlockEntries == block || keeps(row, block);
   }
   __device__ int32_t* ranges(int64_t block) const { return within + block * (kRowRanges + 1); }
   __device__ int64_t count(int64_t block) const { return ranges(block)[kRowRanges]; }
@@ -104,13 +105,14 @@ __global__ void __launch_bounds__(32)
   for (int w = wave + 1 + lane; w <= most_waves; w += 32) pairs.waves[w] = pairs.blocks;
 }
 
+// A thread block for 32 blocks of one range, so that there are enough for every multiprocessor.
 template <class Real>
-__global__ void __launch_bounds__(kPairThreads) list_pairs(PairLists<Real> pairs, int wave) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t block = int64_t(blockIdx.x) * 32 + lane;
+__global__ void __launch_bounds__(32) list_pairs(PairLists<Real> pairs, int wave) {
+  const int range = blockIdx.y;
+  const int64_t block = int64_t(blockIdx.x) * 32 + threadIdx.x;
   if (block < pairs.waves[wave] || block >= pairs.waves[wave + 1]) return;
-  int64_t at = pairs.first_pair(wave, block) + pairs.ranges(block)[warp];
-  pairs.for_rows(warp, [&](int64_t row) {
+  int64_t at = pairs.first_pair(wave, block) + pairs.ranges(block)[range];
+  pairs.for_rows(range, [&](int64_t row) {
     if (!pairs.visits(row, block)) return;
     pairs.row[at] = row;
     pairs.offset[at] = pairs.tokens.list.offset[pairs.tokens.first + row];

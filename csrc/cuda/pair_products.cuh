@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of a sparse backward pass, block of words by block, over the pairs of one wave
+// The products of a sparse backward pass, block of entries by block, over the pairs of one wave
 // (pair_lists.cuh): the same tiles and epilogues as the exact pass, with rows gathered from lists.
 #pragma once
 #include "head_problem.cuh"
@@ -13,21 +13,21 @@ struct Wave {
   PairLists<Real> pairs;
   int number;
   RowsView hidden;         // of the pairs
-  RowsView weight;         // of all words
-  const Storage* dz_data;  // [pairs, kBlockWords]
+  RowsView weight;         // of all entries
+  const Storage* dz_data;  // [pairs, kBlockEntries]
   int64_t depth, vocabulary;
 
   __device__ RowsView dz() const {
-    return {dz_data, c10::CppTypeToScalarType<Storage>::value, nullptr, kBlockWords, 1, true};
+    return {dz_data, c10::CppTypeToScalarType<Storage>::value, nullptr, kBlockEntries, 1, true};
   }
-  __device__ int64_t words(int64_t block) const {
-    const int64_t left = vocabulary - block * kBlockWords;
-    return left < kBlockWords ? left : kBlockWords;
+  __device__ int64_t entries(int64_t block) const {
+    const int64_t left = vocabulary - block * kBlockEntries;
+    return left < kBlockEntries ? left : kBlockEntries;
   }
 };
 
 // dz of a block's pairs: z again, then dL/d(product). A row that only its label brought here gets
-// nothing for the other words.
+// nothing for the other entries.
 template <class Real, class Storage>
 struct PairGradients {
   Wave<Real, Storage> wave;
@@ -35,9 +35,9 @@ struct PairGradients {
 
   __device__ Product product(int64_t block, int64_t first, int64_t count) const {
     return {wave.hidden.from(first),
-            wave.weight.from(block * kBlockWords),
+            wave.weight.from(block * kBlockEntries),
             count,
-            wave.words(block),
+            wave.entries(block),
             wave.depth,
             {},
             false};
@@ -46,10 +46,10 @@ struct PairGradients {
   __device__ void row(const Real* products, int64_t block, int64_t pair, int64_t first,
                       int64_t col0, int lane) const {
     GradientEpilogue<Real, Storage> own = epilogue;
-    own.slice.first_word += block * kBlockWords;
+    own.slice.first_entry += block * kBlockEntries;
     const int64_t row = wave.pairs.row[first + pair];
     own.template write<kTile>(products, row, first + pair, !wave.pairs.keeps(row, block), col0,
-                              wave.words(block), lane);
+                              wave.entries(block), lane);
   }
 };
 
@@ -62,16 +62,16 @@ struct PairWeightGrads {
   __device__ Product product(int64_t block, int64_t first, int64_t count) const {
     return {wave.dz().from(first),
             wave.hidden.from(first),
-            count == 0 ? 0 : wave.words(block),
+            count == 0 ? 0 : wave.entries(block),
             wave.depth,
             count,
             {},
             true};
   }
   template <int kTile>
-  __device__ void row(const Real* products, int64_t block, int64_t word, int64_t, int64_t col0,
+  __device__ void row(const Real* products, int64_t block, int64_t entry, int64_t, int64_t col0,
                       int lane) const {
-    epilogue.template row<kTile>(products, block * kBlockWords + word, col0, wave.depth, lane);
+    epilogue.template row<kTile>(products, block * kBlockEntries + entry, col0, wave.depth, lane);
   }
 };
 
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kGemmThreads)
     const int32_t from = pairs.ranges(block)[range], to = pairs.ranges(block)[range + ranges_each];
     const int64_t first = pairs.first_pair(wave.number, block) + from;
     const Product product{wave.dz().from(first),
-                          wave.weight.from(block * kBlockWords),
+                          wave.weight.from(block * kBlockEntries),
                           to - from,
                           wave.depth,
-                          wave.words(block),
+                          wave.entries(block),
                           {},
                           false};
     for (int64_t row0 = 0; row0 < product.m; row0 += kTile) {
@@ -132,19 +132,20 @@ __global__ void __launch_bounds__(kGemmThreads)
   }
 }
 
-// One block of threads per block of words, a thread per word.
+// One block of threads per block of entries, a thread per entry.
 template <class Real, class Storage>
-__global__ void __launch_bounds__(kBlockWords)
+__global__ void __launch_bounds__(kBlockEntries)
     add_pairs_to_bias(Wave<Real, Storage> wave, const Real* unscale, double* grad) {
   const int64_t block = blockIdx.x;
   const auto& pairs = wave.pairs;
   if (block < pairs.waves[wave.number] || block >= pairs.waves[wave.number + 1]) return;
-  if (threadIdx.x >= wave.words(block)) return;
+  if (threadIdx.x >= wave.entries(block)) return;
   const Storage* dz =
-      wave.dz_data + pairs.first_pair(wave.number, block) * kBlockWords + threadIdx.x;
+      wave.dz_data + pairs.first_pair(wave.number, block) * kBlockEntries + threadIdx.x;
   double sum = 0;
-  for (int64_t i = 0; i < pairs.count(block); i++) sum += static_cast<double>(dz[i * kBlockWords]);
-  grad[block * kBlockWords + threadIdx.x] += sum * (unscale ? double(*unscale) : 1.0);
+  for (int64_t i = 0; i < pairs.count(block); i++)
+    sum += static_cast<double>(dz[i * kBlockEntries]);
+  grad[block * kBlockEntries + threadIdx.x] += sum * (unscale ? double(*unscale) : 1.0);
 }
 
 // A 16-bit gradient, split while it was summed, is rounded.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the LM head over the (row, block of words) pairs that the forward pass kept, on CUDA;
-// see cpu/sparse_backward.h. Per wave of pairs (pair_lists.cuh):
+// Backward of the LM head over the (row, block of entries) pairs that the forward pass kept, on
+// CUDA; see cpu/sparse_backward.h. Per wave of pairs (pair_lists.cuh):
 //   dz            logits again, of the pairs alone
 //   grad_hidden   += dz weight
 //   grad_weight   = dz^T hidden, of the wave's blocks
@@ -58,7 +58,7 @@ class SparseBackward {
   void run_pass(const BackwardPass& pass) {
     const SparsePlan plan(args_, pass, sizeof(Storage), sizeof(Real), split_hidden());
     const int64_t centres = pass.hidden_side ? plan.blocks * depth_ : 0;
-    const int64_t dz = std::max(plan.capacity * kBlockWords, plan.pull_rows * plan.pitch);
+    const int64_t dz = std::max(plan.capacity * kBlockEntries, plan.pull_rows * plan.pitch);
     const int64_t pair_list = plan.capacity * int64_t(sizeof(int64_t));
     Workspace workspace(
         args_.hidden,
@@ -81,7 +81,7 @@ class SparseBackward {
                         plan, low_ + row * depth_);
     }
     for (int wave = 0; wave < plan.most_waves; wave++) {
-      launch(&list_pairs<Real>, dim3(blocks_of(plan.blocks, 32)), kPairThreads, 0, pairs_, wave);
+      launch(&list_pairs<Real>, dim3(blocks_of(plan.blocks, 32), kRowRanges), 32, 0, pairs_, wave);
       make_gradient(wave, plan);
       if (pass.hidden_side) add_hidden(wave);
       if (pass.weight_side) add_weight(wave, plan);
@@ -90,7 +90,7 @@ class SparseBackward {
   }
 
   void make_block_centres(const RowRange& tokens, Real* mean) const {
-    if (map_.capped) return;  // dlogit/dproduct differs from word to word: nothing is pulled
+    if (map_.capped) return;  // dlogit/dproduct differs from entry to entry: nothing is pulled
     launch(&mean_state<Real>, dim3(blocks_of(depth_, kMeanCols)), kMeanThreads, 0, tokens, states_,
            hidden_rows(args_.hidden, tokens), depth_, mean);
     launch(&make_centres<Real, Storage>, dim3(pairs_.blocks), kCentreThreads, 0, map_,
@@ -140,9 +140,9 @@ class SparseBackward {
                              states_,
                              scale_.factor(),
                              dz_,
-                             kBlockWords}};
+                             kBlockEntries}};
     launch(&multiply_pairs<Multiply, RowIs::kOutput, RowIs::kOutput, Products>,
-           grid(tiles(plan.capacity, kBlockWords) + plan.blocks), kGemmThreads,
+           grid(tiles(plan.capacity, kBlockEntries) + plan.blocks), kGemmThreads,
            Multiply::kSharedBytes, products);
   }
 
@@ -162,7 +162,7 @@ class SparseBackward {
 
   void add_weight(int number, const SparsePlan& plan) const {
     if (grads_.bias.defined())
-      launch(&add_pairs_to_bias<Real, Storage>, dim3(plan.blocks), kBlockWords, 0, wave(number),
+      launch(&add_pairs_to_bias<Real, Storage>, dim3(plan.blocks), kBlockEntries, 0, wave(number),
              scale_.inverse(), grads_.bias.template mutable_data_ptr<double>());
     if (!grads_.weight.defined()) return;
     with_output<Multiply>(grads_.weight, [&](auto* grad) {
@@ -170,7 +170,7 @@ class SparseBackward {
       using Products = PairWeightGrads<Real, Storage, Out>;
       const Products products{wave(number), {grad, nullptr, depth_, scale_.inverse(), true, true}};
       launch(&multiply_pairs<Multiply, RowIs::kStep, RowIs::kStep, Products>,
-             grid(plan.blocks * tiles(kBlockWords, depth_)), kGemmThreads, Multiply::kSharedBytes,
+             grid(plan.blocks * tiles(kBlockEntries, depth_)), kGemmThreads, Multiply::kSharedBytes,
              products);
     });
   }
@@ -202,8 +202,8 @@ class SparseBackward {
 }  // namespace
 
 TwoWays::TwoWays(const HeadArgs& args, const SelectedRows& rows, const at::Tensor& dropped)
-    : exact(rows), sparse(rows), counts_(at::empty({2}, rows.storage.options())) {
-  const int64_t blocks = blocks_of(args.weight.size(0), kBlockWords), tokens = rows.most;
+    : exact(rows), sparse(rows), counts_(blank({2}, rows.storage.options())) {
+  const int64_t blocks = blocks_of(args.weight.size(0), kBlockEntries), tokens = rows.most;
   int64_t* const counts = counts_.mutable_data_ptr<int64_t>();
   exact.list.count = counts, sparse.list.count = counts + 1;
   Workspace workspace(args.hidden, SparsePlan::counts_bytes(blocks, 1));

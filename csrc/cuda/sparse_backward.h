@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward pass of the LM head over the (row, block of words) pairs that the forward pass kept.
+// The backward pass of the LM head over the (row, block of entries) pairs that the forward pass
+// kept.
 #pragma once
 #include "backward_kernels.cuh"
 
 namespace spo::cuda {
 
-// The tokens, as two lists with the same entries, one of which is empty: those whose gradient is
+// The tokens, in two lists of the same kind, one of which is empty: those whose gradient is
 // sparse, and those that kept too much and take the exact way. Which it is, the host does not
 // learn.
 struct TwoWays {

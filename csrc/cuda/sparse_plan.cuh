@@ -17,16 +17,16 @@ struct SparsePlan {
 
   SparsePlan(const HeadArgs& args, const BackwardPass& pass, int64_t storage_bytes,
              int64_t real_bytes, bool split_hidden)
-      : blocks(blocks_of(args.weight.size(0), kBlockWords)), pitch(blocks_of(blocks, 8) * 8) {
+      : blocks(blocks_of(args.weight.size(0), kBlockEntries)), pitch(blocks_of(blocks, 8) * 8) {
     const int64_t depth = args.weight.size(1), tokens = args.targets.numel();
     low_bytes = pass.hidden_side && split_hidden ? pass.count * depth : 0;
     const int64_t centres = pass.hidden_side ? depth * (blocks * storage_bytes + real_bytes) : 0;
-    const int64_t pair_bytes = kBlockWords * storage_bytes + 2 * int64_t(sizeof(int64_t));
+    const int64_t pair_bytes = kBlockEntries * storage_bytes + 2 * int64_t(sizeof(int64_t));
     const int64_t rest = (args.workspace_mib << 20) - low_bytes - centres - counts_bytes(blocks, 0);
     const int64_t most = std::min(most_kept_pairs(tokens, blocks) + tokens, pass.count * blocks);
     capacity = std::clamp(rest / pair_bytes, pass.count, std::max(most, pass.count));
     most_waves = static_cast<int>(2 * most / (capacity + 1) + 1);
-    pull_rows = std::max<int64_t>(capacity * kBlockWords / pitch, 1);
+    pull_rows = std::max<int64_t>(capacity * kBlockEntries / pitch, 1);
   }
 
   // Of the arrays that count pairs (PairLists).

@@ -2,9 +2,6 @@
 // Forward of the LM head on CUDA: hidden x weight -> log-probability of each target, without [N, V]
 // logits. Per row and vocabulary block the product leaves (max, sum-exp) and the label's logit; one
 // warp per row merges the blocks in vocabulary order, in double.
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-
 #include "drop_blocks.cuh"
 #include "head_jacobian.cuh"
 
@@ -15,14 +12,14 @@ namespace {
 // steps, so that the order of the merge does not depend on them. In one group, a merge step of
 // every token fits by decree: that is O(N).
 struct ForwardPlan {
-  int64_t group_rows, slice_words;
+  int64_t group_rows, slice_entries;
 
   ForwardPlan(const HeadArgs& args, int64_t tile, int64_t stats_bytes, bool one_group) {
     const int64_t step = kMergeBlocks * tile, budget = args.workspace_mib << 20;
     const int64_t step_bytes = kMergeBlocks * stats_bytes, tokens = args.targets.numel();
     const int64_t all_steps = blocks_of(args.weight.size(0), step);
     group_rows = one_group ? tokens : std::max<int64_t>(std::min(tokens, budget / step_bytes), 1);
-    slice_words = std::clamp<int64_t>(budget / (step_bytes * group_rows), 1, all_steps) * step;
+    slice_entries = std::clamp<int64_t>(budget / (step_bytes * group_rows), 1, all_steps) * step;
   }
 };
 
@@ -32,14 +29,14 @@ struct KeptArrays {
   Real *logits, *dropped;
 };
 
-// make_statistics(tokens, words, epilogue) fills the statistics of one group and slice, in blocks
-// of `tile` words.
+// make_statistics(tokens, entries, epilogue) fills the statistics of one group and slice, in blocks
+// of `tile` entries.
 template <class Real, class MakeStatistics>
 void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutputs<Real>& out,
                  const KeptArrays<Real>& kept, const ForwardPlan& plan, int64_t tile,
                  const MakeStatistics& make_statistics) {
   const int64_t vocabulary = args.weight.size(0);
-  const int64_t most_blocks = blocks_of(std::min(plan.slice_words, vocabulary), tile);
+  const int64_t most_blocks = blocks_of(std::min(plan.slice_entries, vocabulary), tile);
   const int64_t group = plan.group_rows;
   Workspace workspace(args.hidden,
                       Workspace::padded(group * most_blocks * sizeof(BlockStats<Real>)) +
@@ -50,25 +47,25 @@ void run_forward(const HeadArgs& args, const SelectedRows& rows, const TokenOutp
   auto* const running = workspace.take<LogSumExp>(group);
   const at::Tensor bias = bias_of<Real>(args);
   const auto map = logit_map<Real>(args);
-  const int64_t dropped_blocks = blocks_of(vocabulary, kBlockWords);
+  const int64_t dropped_blocks = blocks_of(vocabulary, kBlockEntries);
   const auto real = args.hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
-  const at::Tensor base_of_token = at::full({kept.dropped ? rows.most : 0}, -INFINITY, real);
+  const at::Tensor base_of_token = filled({kept.dropped ? rows.most : 0}, -INFINITY, real);
   auto* const bases = base_of_token.template mutable_data_ptr<Real>();
   for (int64_t row = 0; row < rows.most; row += group) {
     const RowRange tokens = rows.range(row, std::min(group, rows.most - row));
-    for (int64_t word = 0; word < vocabulary; word += plan.slice_words) {
-      const int64_t words = std::min(plan.slice_words, vocabulary - word);
-      const int64_t blocks = blocks_of(words, tile);
-      const LogitSlice<Real> slice{map, data_or_null<Real>(bias), tokens, word};
-      const KeptProducts<Real> keep{kept.logits ? kept.logits + word : nullptr, vocabulary};
+    for (int64_t entry = 0; entry < vocabulary; entry += plan.slice_entries) {
+      const int64_t entries = std::min(plan.slice_entries, vocabulary - entry);
+      const int64_t blocks = blocks_of(entries, tile);
+      const LogitSlice<Real> slice{map, data_or_null<Real>(bias), tokens, entry};
+      const KeptProducts<Real> keep{kept.logits ? kept.logits + entry : nullptr, vocabulary};
       make_statistics(
-          tokens, words,
+          tokens, entries,
           StatisticsEpilogue<Real>{slice, out.entropy != nullptr, stats, blocks, label_raw, keep});
-      launch_merge(tokens, stats, blocks, blocks, map, label_raw, running, word == 0,
-                   word + words == vocabulary, out);
+      launch_merge(tokens, stats, blocks, blocks, map, label_raw, running, entry == 0,
+                   entry + entries == vocabulary, out);
       if (kept.dropped)
-        launch_block_logsumexps(tokens, stats, map.outer, blocks, tile, words, dropped_blocks,
-                                bases, kept.dropped + word / kBlockWords);
+        launch_block_logsumexps(tokens, stats, map.outer, blocks, tile, entries, dropped_blocks,
+                                bases, kept.dropped + entry / kBlockEntries);
     }
   }
   if (kept.dropped)
@@ -86,18 +83,18 @@ void forward_with(const HeadArgs& args, const SelectedRows& rows,
       const ForwardPlan plan(args, kSm90TileCols, sizeof(BlockStats<float>), true);
       return run_forward<float>(
           args, rows, out, kept, plan, kSm90TileCols,
-          [&](const RowRange&, int64_t words, const StatisticsEpilogue<float>& epilogue) {
-            sm90_statistics<typename Multiply::Storage>(args, slots, words, epilogue);
+          [&](const RowRange&, int64_t entries, const StatisticsEpilogue<float>& epilogue) {
+            sm90_statistics<typename Multiply::Storage>(args, slots, entries, epilogue);
           });
     }
   }
   const ForwardPlan plan(args, Multiply::kTile, sizeof(BlockStats<Real>), false);
   run_forward<Real>(
       args, rows, out, kept, plan, Multiply::kTile,
-      [&](const RowRange& tokens, int64_t words, const StatisticsEpilogue<Real>& epilogue) {
+      [&](const RowRange& tokens, int64_t entries, const StatisticsEpilogue<Real>& epilogue) {
         launch_gemm<Multiply, RowIs::kOutput, RowIs::kOutput>(
-            {hidden_rows(args.hidden, tokens), weight_rows(args.weight, epilogue.slice.first_word),
-             tokens.most, words, args.weight.size(1), tokens, false},
+            {hidden_rows(args.hidden, tokens), weight_rows(args.weight, epilogue.slice.first_entry),
+             tokens.most, entries, args.weight.size(1), tokens, false},
             epilogue);
       });
 }
@@ -115,10 +112,11 @@ HeadOutputs token_logprobs_cuda(const at::Tensor& hidden, const at::Tensor& weig
   const Keep keep = keep_of(args.op, keep_name);
   const DeviceGuard guard(hidden.device());
   const auto options = hidden.options().dtype(result_type_of(hidden));
-  const auto column = [&] { return at::zeros(targets.sizes(), options); };
+  const auto column = [&] { return filled(targets.sizes(), 0, options); };
   const auto logprobs = column(), top = column(), log_sum = column();
-  const auto entropy = at::zeros(return_entropy ? targets.sizes() : at::IntArrayRef{0}, options);
+  const auto entropy = filled(return_entropy ? targets.sizes() : at::IntArrayRef{0}, 0, options);
   const auto kept = make_kept(args, keep, return_entropy);
+  launch_log.launches += keep == Keep::kJacobian || keep == Keep::kDropped;  // zeros
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   if (targets.numel() == 0) return {logprobs, entropy, top, log_sum, kept};
   with_arithmetic(args, [&](auto multiply) {
@@ -137,7 +135,14 @@ HeadOutputs token_logprobs_cuda(const at::Tensor& hidden, const at::Tensor& weig
   return {logprobs, entropy, top, log_sum, kept};
 }
 
+// Of this thread's calls since the last one.
+std::vector<int64_t> launch_log_since(bool dry) {
+  const LaunchLog log = std::exchange(launch_log, {dry});
+  return {log.launches, log.bytes};
+}
+
 SPO_CUDA_LIBRARY(m) { m.impl("token_logprobs", &token_logprobs_cuda); }
+SPO_HOST_LIBRARY(m) { m.impl("launch_log", &launch_log_since); }
 
 }  // namespace
 }  // namespace spo::cuda

@@ -6,8 +6,6 @@
 //   grad_hidden += dz weight               [tokens, d]      split floats, rounded after the last
 //   grad_weight  = dz^T hidden             [slice, d]       rounded once
 // On Hopper the rows of dz are slots (head_sm90.h), elsewhere the tokens that take part.
-#include <ATen/ops/zeros.h>
-
 #include "../kept.h"
 #include "backward_plan.cuh"
 #include "sparse_backward.h"
@@ -51,18 +49,19 @@ class HeadBackward {
   void run_pass(const BackwardPass& pass) {
     const BackwardPlan plan(args_, pass, sizeof(Storage), sizeof(Real), split_hidden(),
                             layout_.has_value());
-    const int64_t sums = plan.weight_sums ? plan.slice_words * depth_ : 0;
+    const int64_t sums = plan.weight_sums ? plan.slice_entries * depth_ : 0;
     Workspace workspace(
-        args_.hidden, Workspace::padded(plan.low_bytes) + Workspace::padded(sums * sizeof(Real)) +
-                          Workspace::padded(plan.group_rows * plan.slice_words * sizeof(Storage)));
+        args_.hidden,
+        Workspace::padded(plan.low_bytes) + Workspace::padded(sums * sizeof(Real)) +
+            Workspace::padded(plan.group_rows * plan.slice_entries * sizeof(Storage)));
     low_ = workspace.take<uint8_t>(plan.low_bytes);
     weight_sums_ = workspace.take<Real>(sums);
-    dz_ = workspace.take<Storage>(plan.group_rows * plan.slice_words);
-    pitch_ = plan.slice_words;
+    dz_ = workspace.take<Storage>(plan.group_rows * plan.slice_entries);
+    pitch_ = plan.slice_entries;
     if (layout_)
       slots_.emplace(args_, layout_->range(pass.first, pass.count), rows_.list, rows_.most);
-    for (int64_t word = 0; word < vocabulary_; word += plan.slice_words) {
-      words_ = {word, std::min(plan.slice_words, vocabulary_ - word)};
+    for (int64_t entry = 0; entry < vocabulary_; entry += plan.slice_entries) {
+      entries_ = {entry, std::min(plan.slice_entries, vocabulary_ - entry)};
       for (int64_t row = 0; row < pass.count; row += plan.group_rows) {
         const int64_t count = std::min(plan.group_rows, pass.count - row);
         const RowRange tokens = slots_ ? rows_.all() : rows_.range(pass.first + row, count);
@@ -84,21 +83,21 @@ class HeadBackward {
 
   void make_gradient(const RowRange& tokens) {
     const GradientEpilogue<Real, Storage> epilogue{
-        {map_, data_or_null<Real>(bias_), tokens, words_.first},
+        {map_, data_or_null<Real>(bias_), tokens, entries_.first},
         states_,
         scale_.factor(),
         dz_,
         pitch_};
     if (products_)
       return launch_gradient_of_products<Real, Storage>(slots_ ? &*slots_ : nullptr,
-                                                        {products_ + words_.first, vocabulary_},
-                                                        words_.count, epilogue);
+                                                        {products_ + entries_.first, vocabulary_},
+                                                        entries_.count, epilogue);
     if constexpr (kOnHopper) {
-      if (slots_) return sm90_gradient(args_, *slots_, words_.count, epilogue);
+      if (slots_) return sm90_gradient(args_, *slots_, entries_.count, epilogue);
     }
     launch_gemm<Multiply, RowIs::kOutput, RowIs::kOutput>(
-        {hidden_rows(args_.hidden, tokens), weight_rows(args_.weight, words_.first), tokens.most,
-         words_.count, depth_, tokens, false},
+        {hidden_rows(args_.hidden, tokens), weight_rows(args_.weight, entries_.first), tokens.most,
+         entries_.count, depth_, tokens, false},
         epilogue);
   }
 
@@ -111,36 +110,36 @@ class HeadBackward {
                                                    depth_,
                                                    scale_.inverse(),
                                                    nullptr,
-                                                   words_.first == 0,
-                                                   words_.end() == vocabulary_};
+                                                   entries_.first == 0,
+                                                   entries_.end() == vocabulary_};
       if constexpr (kOnHopper) {
         if (slots_)
-          return sm90_hidden_grad(args_, *slots_, dz_, pitch_, words_.first, words_.count,
+          return sm90_hidden_grad(args_, *slots_, dz_, pitch_, entries_.first, entries_.count,
                                   epilogue);
       }
       launch_gemm<Multiply, RowIs::kOutput, RowIs::kStep>(
-          {dz_rows(), weight_rows(args_.weight, words_.first), tokens.most, depth_, words_.count,
-           tokens, false},
+          {dz_rows(), weight_rows(args_.weight, entries_.first), tokens.most, depth_,
+           entries_.count, tokens, false},
           epilogue);
     });
   }
 
   void add_weight(const RowRange& tokens, bool first, bool last) {
     if (grads_.bias.defined())
-      launch(&add_bias_grad<Real, Storage>, dim3(blocks_of(words_.count, kBiasCols)), kBiasThreads,
-             0, tokens, dz_rows(), words_.count, scale_.inverse(),
-             grads_.bias.template mutable_data_ptr<double>() + words_.first);
+      launch(&add_bias_grad<Real, Storage>, dim3(blocks_of(entries_.count, kBiasCols)),
+             kBiasThreads, 0, tokens, dz_rows(), entries_.count, scale_.inverse(),
+             grads_.bias.template mutable_data_ptr<double>() + entries_.first);
     if (!grads_.weight.defined()) return;
     with_output<Multiply>(grads_.weight, [&](auto* grad) {
       using Out = std::remove_pointer_t<decltype(grad)>;
       const WeightGradEpilogue<Real, Out> epilogue{
-          grad + words_.first * depth_, weight_sums_, depth_, scale_.inverse(), first, last};
+          grad + entries_.first * depth_, weight_sums_, depth_, scale_.inverse(), first, last};
       Product product{
-          dz_rows(), hidden_rows(args_.hidden, tokens), words_.count, depth_, tokens.most, tokens,
+          dz_rows(), hidden_rows(args_.hidden, tokens), entries_.count, depth_, tokens.most, tokens,
           true};
       if constexpr (kOnHopper) {
         if (slots_) {  // one of the two finds out on the device that it has nothing to do
-          sm90_weight_grad(args_, *slots_, dz_, pitch_, words_.count, epilogue);
+          sm90_weight_grad(args_, *slots_, dz_, pitch_, entries_.count, epilogue);
           product.only_if = slots_->map().poisoned;
         }
       }
@@ -162,7 +161,7 @@ class HeadBackward {
   struct {
     int64_t first, count;
     int64_t end() const { return first + count; }
-  } words_;
+  } entries_;
   std::optional<Slots> slots_;
   uint8_t* low_;
   Real* weight_sums_;
@@ -205,16 +204,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
   check_kept(args, keep, kept, grad_entropy, needs);
   args.workspace_mib = workspace_beside(workspace_mib, keep, kept);
   const DeviceGuard guard(hidden.device());
-  if (keep == Keep::kJacobian) return jacobian_grads(args, kept, grad_logprobs, needs[0]);
+  if (keep == Keep::kJacobian) {
+    launch_log.launches += 3;  // a product, a comparison and zeros where there is no gradient
+    return jacobian_grads(args, kept, grad_logprobs, needs[0] && !launch_log.dry);
+  }
   const bool any = targets.numel() > 0;
   const auto grad_hidden =
-      at::zeros(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
-  // Every word of grad_weight is written, so it needs no zeros, if there is any token at all.
+      filled(needs[0] ? hidden.sizes() : at::IntArrayRef{0}, 0, hidden.options());
+  // Every entry of grad_weight is written, so it needs no zeros, if there is any token at all.
   const auto weight_sizes = needs[1] ? weight.sizes().vec() : std::vector<int64_t>{0};
   const auto grad_weight =
-      any ? at::empty(weight_sizes, weight.options()) : at::zeros(weight_sizes, weight.options());
+      any ? blank(weight_sizes, weight.options()) : filled(weight_sizes, 0, weight.options());
   const auto bias_sums =
-      at::zeros({needs[2] ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+      filled({needs[2] ? weight.size(0) : 0}, 0, weight.options().dtype(at::kDouble));
   HeadGrads grads;
   if (needs[0]) grads.hidden = grad_hidden;
   if (needs[1]) grads.weight = grad_weight;
@@ -243,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_backward_cuda(
     });
   }
   const auto bias_type = bias ? bias->scalar_type() : at::kDouble;
+  if (launch_log.dry) return {grad_hidden, grad_weight, bias_sums};
   return {grad_hidden, grad_weight, bias_sums.to(bias_type)};
 }
 

@@ -26,6 +26,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 #define SPO_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(spo_emulated, CPU, m)
+#define SPO_HOST_LIBRARY(m) TORCH_LIBRARY_IMPL(spo_emulated, CompositeExplicitAutograd, m)
 #define SPO_DEVICE_CHECK(condition, message) TORCH_CHECK(condition, message)
 #undef CUDA_KERNEL_ASSERT
 #define CUDA_KERNEL_ASSERT(condition) TORCH_CHECK(condition, #condition)
@@ -178,7 +179,7 @@ inline std::mutex one_kernel_at_a_time;
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || !launch_log.add()) return;
   TORCH_CHECK(threads > 0 && threads <= 1024 && threads % 32 == 0, "bad block of ", threads);
   TORCH_CHECK(grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535, "bad grid");
   TORCH_CHECK(shared_bytes <= 227 << 10, "bad shared memory: ", shared_bytes);

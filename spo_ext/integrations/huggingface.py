@@ -33,7 +33,7 @@ def add_token_logprobs(
     *,
     temperature: float = 1.0,
     max_dropped_mass: float = 0.0,
-    workspace_mib: int = 64,
+    workspace_mib: int | None = None,
 ) -> None:
     """Lets `model(..., logprob_targets=targets)` return log-probabilities instead of logits.
 

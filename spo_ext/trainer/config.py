@@ -193,7 +193,9 @@ class SPOConfig(TrainingArguments):
     max_dropped_mass: float = _field(
         0.0, "probability that the gradient of a token may leave out (see token_logprobs)"
     )
-    workspace_mib: int = _field(64, "scratch memory of the head's kernels")
+    workspace_mib: int | None = _field(
+        None, "scratch memory of the head's kernels (default: 64, on CUDA 256)"
+    )
     log_entropy: bool | None = _field(
         None,
         "log the entropy of tokens (default: unless the head is frozen: it doubles that pass)",

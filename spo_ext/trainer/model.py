@@ -83,7 +83,7 @@ class HeadSettings:
 
     temperature: float = 1.0
     max_dropped_mass: float = 0.0
-    workspace_mib: int = 64
+    workspace_mib: int | None = None
     disable_dropout: bool = True
 
 
