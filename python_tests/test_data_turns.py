@@ -16,9 +16,8 @@ from test_data_tokens import phi
 
 from spo_ext.data.exporter import export_rows
 from spo_ext.data.formats import parse_row
-from spo_ext.data.records import Defaults, RowError, Turn
+from spo_ext.data.records import Defaults, RowError, Turn, join
 from spo_ext.data.tokens import Tokenizer
-from spo_ext.data.turns import join
 from spo_ext.store import TrajectoryStore
 
 # As Qwen's: calls and tools are rendered, and reasoning is dropped once the user speaks again.

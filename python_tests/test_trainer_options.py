@@ -20,8 +20,8 @@ from trainer_process import settings
 from spo_ext.store import Origin, PromptValue, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
 from spo_ext.trainer.batches import Tokens, collate
+from spo_ext.trainer.feed import score_store
 from spo_ext.trainer.model import HeadSettings, answer_logprobs, completion_logprobs
-from spo_ext.trainer.score import score_store
 
 SQUARED = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
 

@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spo_ext.data.records import Completion, Defaults, Record, Row, RowError, Turn, as_json, shown
+from spo_ext.data.records import (
+    MESSAGES,
+    Completion,
+    Defaults,
+    Record,
+    Row,
+    RowError,
+    Turn,
+    as_json,
+    shown,
+)
 from spo_ext.data.trl import readable
-from spo_ext.data.turns import MESSAGES
 from spo_ext.store.records import Finish, Origin, Prompt
 
 

@@ -12,10 +12,9 @@ from typing import IO, Any, cast
 
 from spo_ext.checks import number
 from spo_ext.data.importer import need_pyarrow
-from spo_ext.data.records import Content
+from spo_ext.data.records import MESSAGES, Content
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.data.trl import json_line, trl_row
-from spo_ext.data.turns import MESSAGES
 from spo_ext.store import TrajectoryStore
 from spo_ext.store.records import Split, StoredPrompt, StoredTrajectory
 

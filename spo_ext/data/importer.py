@@ -15,9 +15,18 @@ from typing import Any, get_args
 from spo_ext.checks import check_one_of, number
 from spo_ext.data.contamination import NGRAM, Contamination
 from spo_ext.data.formats import PARSERS, parse_row
-from spo_ext.data.records import Completion, Defaults, Record, RowError, shown, whole_number
+from spo_ext.data.records import (
+    MESSAGES,
+    Completion,
+    Defaults,
+    Record,
+    RowError,
+    is_plain,
+    join,
+    shown,
+    whole_number,
+)
 from spo_ext.data.tokens import Tokenizer
-from spo_ext.data.turns import MESSAGES, is_plain, join
 from spo_ext.store import Origin, Prompt, Trajectory, TrajectoryStore
 from spo_ext.store.loading import Loaded, Ready, load, other_columns
 from spo_ext.store.records import Split

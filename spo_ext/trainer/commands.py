@@ -175,7 +175,7 @@ def _score(options: argparse.Namespace) -> int:
         from spo_ext.data.tokens import load_tokenizer
         from spo_ext.models import load_model
         from spo_ext.store import TrajectoryStore
-        from spo_ext.trainer.score import score_store
+        from spo_ext.trainer.feed import score_store
     except ImportError as error:
         return fail(f"{error}. Install its packages: pip install 'spo_ext[trainer]'")
     try:
