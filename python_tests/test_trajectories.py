@@ -1,4 +1,4 @@
-"""Trajectories of several turns: what the store keeps of them, and that they are learned rightly."""
+"""Trajectories of several turns: what the store keeps, and that they are learned rightly."""
 
 from __future__ import annotations
 
