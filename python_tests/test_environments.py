@@ -25,7 +25,7 @@ from spo_ext.data.tokens import Tokenizer
 from spo_ext.environments import Environment, fill, load_environment
 from spo_ext.environments.worker import MAX_REPLY, CallError, Workers
 from spo_ext.rollout import Generation, Rollouts, Sampling
-from spo_ext.store import Prompt, StoredPrompt, TrajectoryStore
+from spo_ext.store import Prompt, TrajectoryStore
 
 ONE_TURN = """
 class Lengths:
@@ -129,9 +129,7 @@ def played(
     n: int = 2,
 ) -> tuple[list[Any], Any]:
     """Trajectories of the first prompt, and the stats."""
-    prompts = [
-        _tokenised(p, tokenizer) for p in store.get_prompts(fill(store, environment, "train"))
-    ]
+    prompts = store.get_prompts(fill(store, environment, "train", tokenizer))
     generator = environment.generator(plain, tokenizer, room)
     rollouts = Rollouts(
         store,
@@ -146,12 +144,6 @@ def played(
     finally:
         getattr(generator, "close", lambda: None)()
     return list(store.trajectories()), stats
-
-
-def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:
-    from dataclasses import replace
-
-    return replace(prompt, token_ids=tokenizer.prompt_ids(prompt.content))
 
 
 class Right(Scripted):
@@ -176,9 +168,9 @@ def test_a_right_answer_to_reasoning_gym_gets_1(
     pytest.importorskip("reasoning_gym")
     environment = load_environment(f"reasoning_gym:{dataset}", {"size": 3, "eval_size": 2})
     with empty(tmp_path) as store:
-        ids = fill(store, environment, "train")
-        assert fill(store, environment, "train") == ids and len(ids) == 3
-        prompts = [_tokenised(prompt, tokenizer) for prompt in store.get_prompts(ids)]
+        ids = fill(store, environment, "train", tokenizer)
+        assert fill(store, environment, "train", tokenizer) == ids and len(ids) == 3
+        prompts = store.get_prompts(ids)
         rollouts = Rollouts(
             store, Right(), environment.reward, run="r", sampling=Sampling(n=3), decode=decode
         )
@@ -195,7 +187,9 @@ def test_a_right_answer_to_reasoning_gym_gets_1(
         assert again([Prompt("of another")], ["x"], [[1]]) == [None]
 
 
-def test_splits_of_reasoning_gym_have_nothing_in_common(tmp_path: Path) -> None:
+def test_splits_of_reasoning_gym_have_nothing_in_common(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     package = pytest.importorskip("reasoning_gym")
     from spo_ext.environments.gym import MAX_SEED, STRIDE, seed_of
 
@@ -219,7 +213,7 @@ def test_splits_of_reasoning_gym_have_nothing_in_common(tmp_path: Path) -> None:
     found: dict[str, set[str]] = {}
     with empty(tmp_path) as store:
         for split in ("train", "test", "dev"):
-            ids = fill(store, environment, split)  # type: ignore[arg-type]
+            ids = fill(store, environment, split, tokenizer)  # type: ignore[arg-type]
             found[split] = {json.dumps(p.content, sort_keys=True) for p in store.get_prompts(ids)}
             assert len(found[split]) == len(ids)
     assert not (found["train"] & found["dev"] | found["train"] & found["test"])
@@ -285,6 +279,7 @@ def test_one_turn_of_a_file(tmp_path: Path) -> None:
     with TrajectoryStore(store) as opened:
         [first, *others] = opened.prompts()
         assert len(others) == 3 and (first.content, first.answer) == ("train 0", 0)
+        assert first.token_ids is not None
         assert first.columns == {"kind": "length", "environment": name}
         rows = list(opened.trajectories())
         assert {row.prompt_id for row in rows} == {1, 2, 3} and len(rows) > 12
@@ -474,12 +469,12 @@ def test_several_turns_of_a_model_in_this_process(tmp_path: Path) -> None:
             assert all(row.total_reward == 0.25 * row.num_turns for row in rows)
 
 
-def test_contests_are_an_environment(tmp_path: Path) -> None:
+def test_contests_are_an_environment(tmp_path: Path, tokenizer: Tokenizer) -> None:
     given = {"train_problems": 3, "evaluation_problems": 2}
     environment = load_environment("spo_ext.contests.recipe:Contest", given)
     with empty(tmp_path) as store:
-        assert len(fill(store, environment, "train")) == 3
-        assert len(fill(store, environment, "dev")) == len(fill(store, environment, "test")) == 2
+        assert len(fill(store, environment, "train", tokenizer)) == 3
+        assert [len(fill(store, environment, s, tokenizer)) for s in ("dev", "test")] == [2, 2]  # type: ignore[arg-type]
         [prompt, *_] = store.prompts("train")
     assert prompt.content == Contest(**given).draw("train", 3)[0].description
     assert not environment.several_turns

@@ -1,7 +1,7 @@
 """Environments: where prompts come from, and who answers and judges what a policy writes.
 
     environment = load_environment("reasoning_gym:chain_sum", {"size": 500})
-    ids = fill(store, environment, "train")
+    ids = fill(store, environment, "train", Tokenizer("path/to/model"))
 
 `spo rollout --environment NAME` and `spo eval --environment NAME` do this, then draw, judge and
 store what follows. A name is reasoning_gym:DATASET, verifiers:ENVIRONMENT, or path/file.py:name and
@@ -123,14 +123,20 @@ def load_environment(name: str, arguments: Mapping[str, Any] | None = None) -> E
     return Environment(name, given, source)
 
 
-def fill(store: TrajectoryStore, environment: Environment, split: Split) -> list[int]:
-    """Stores the environment's prompts of a split, those of before once more being the same, and
-    returns their ids in order.
+def fill(
+    store: TrajectoryStore, environment: Environment, split: Split, tokenizer: Tokenizer
+) -> list[int]:
+    """Stores the environment's prompts of a split, with the policy's token ids, those of before
+    being the same once more, and returns their ids in order.
 
     Raises ValueError if one of them is stored in another split, and what the environment raises.
     """
     check_one_of("fill", "split", split, ("train", "dev", "test"))
-    return list(dict.fromkeys(store.add_prompts(environment.prompts(split))))
+    prompts = [
+        replace(one, token_ids=tokenizer.prompt_ids(one.content)) if one.token_ids is None else one
+        for one in environment.prompts(split)
+    ]
+    return list(dict.fromkeys(store.add_prompts(prompts)))
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _eval(options: argparse.Namespace) -> int:
                 ),
                 reward,
                 stack.enter_context(_progress()),
-                None if environment is None else fill(store, environment, options.split),
+                fill(store, environment, options.split, tokenizer) if environment else None,
             )
         except KeyboardInterrupt:
             return fail("interrupted; the same command continues", status=130)

@@ -145,8 +145,8 @@ class _Producer:
         """Of --model or --server."""
         options = self._options
         version = options.policy_version
-        ids = self._prompt_ids()
         tokenizer = self._tokenizer_of(options.model)
+        ids = self._prompt_ids()
         if options.model is not None:
             self._collect_of(self._load(options.model), ids, version, tokenizer)
         else:
@@ -220,7 +220,9 @@ class _Producer:
         """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
         options, reward = self._options, self._reward
         if self._environment is not None:
-            self._ids = self._ids or fill(self._store, self._environment, options.split)
+            assert self._tokenizer is not None  # of the policy, whichever
+            given = (self._store, self._environment, options.split, self._tokenizer)
+            self._ids = self._ids or fill(*given)
             return self._ids[: options.prompts]
         ids = ids_of_split(self._store, options.split, needs_of(reward))[: options.prompts]
         if not ids:
