@@ -27,6 +27,7 @@ from spo_ext.store.records import Prompt, Split, StoredPrompt
 
 if TYPE_CHECKING:
     from spo_ext.data.tokens import Tokenizer
+    from spo_ext.environments.hub import Server
     from spo_ext.rollout.generation import Generator, Judgement, Reward
     from spo_ext.store import TrajectoryStore
 
@@ -88,6 +89,9 @@ class Environment:
         """
         if not self.several_turns:
             return plain
+        if hasattr(self.source, "generate"):
+            own: Generator = self.source
+            return own
         from spo_ext.environments.episodes import Episodes
 
         return Episodes(self, plain, tokenizer, room)
@@ -98,8 +102,10 @@ class Environment:
             self.source.close()
 
 
-def load_environment(name: str, arguments: Mapping[str, Any] | None = None) -> Environment:
-    """The environment of a name; see the package.
+def load_environment(
+    name: str, arguments: Mapping[str, Any] | None = None, server: Server | None = None
+) -> Environment:
+    """The environment of a name; see the package. server: of the policy, for verifiers.
 
     Raises ValueError for a name or arguments that there are not, ImportError without the package
     that it needs, and what its own code raises.
@@ -112,6 +118,12 @@ def load_environment(name: str, arguments: Mapping[str, Any] | None = None) -> E
         from spo_ext.environments.gym import ReasoningGym
 
         return Environment(name, given, ReasoningGym(rest, **given))
+    if kind == "verifiers":
+        from spo_ext.environments.hub import Verifiers
+
+        if server is None:
+            refuse("--environment", "--server", f"given for {name}, which plays against one", None)
+        return Environment(name, given, Verifiers(rest, server, **given))
     try:
         source = worker.make(name, given)
     except ValueError as error:

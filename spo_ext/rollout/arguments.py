@@ -61,7 +61,24 @@ def make_environment(options: argparse.Namespace) -> Environment | None:
     """
     if options.environment is None:
         return None
-    environment = load_environment(options.environment, options.environment_args)
+    server = None
+    if options.server is not None and options.environment.startswith("verifiers:"):
+        from spo_ext.environments.hub import Server
+
+        if getattr(options, "follow", None) is not None:
+            raise ValueError(
+                f"--follow must not be given with {options.environment}, whose episodes do not "
+                "know when the server's weights change"
+            )
+        server = Server(
+            options.server,
+            options.served_model,
+            options.tokenizer,
+            options.api_key_from,
+            getattr(options, "server_logprobs", False),
+            options.concurrency,
+        )
+    environment = load_environment(options.environment, options.environment_args, server)
     environment.check_dialect(None if options.server is None else options.dialect)
     return environment
 
