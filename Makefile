@@ -52,7 +52,7 @@ $(VENV)/.ready: $(VENV)/.torch
 	$(PIP) pytest hypothesis pytest-benchmark pytest-xdist pytest-timeout safetensors ruff mypy clang-format \
 		transformers matplotlib tqdm SQLAlchemy "psycopg[binary]" pyarrow httpx PyYAML accelerate peft trl \
 		datasets markdown-it-py math-verify lightning-fabric tensorboard trackio fastapi uvicorn openai \
-		mkdocs-material mkdocstrings-python
+		mkdocs-material mkdocstrings-python reasoning-gym
 	touch $@
 
 compile: $(VENV)/.torch

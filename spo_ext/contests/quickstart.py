@@ -107,7 +107,7 @@ def commands(contest: Contest, out: Path, n: int) -> list[list[str]]:
 def _prepare(contest: Contest, options: argparse.Namespace) -> None:
     """Writes the store, the model folder and the yaml; files of an earlier quickstart go."""
     from spo_ext.contests.supervised import train_reference
-    from spo_ext.contests.vocabulary import as_prompts, make_tokenizer
+    from spo_ext.contests.vocabulary import make_tokenizer
     from spo_ext.store import TrajectoryStore
 
     out: Path = options.out
@@ -117,8 +117,8 @@ def _prepare(contest: Contest, options: argparse.Namespace) -> None:
     for name in (_BEFORE, _AFTER):
         shutil.rmtree(out / name, ignore_errors=True)
     with TrajectoryStore(out / "store.db") as store:
-        store.add_prompts(as_prompts(contest.draw("train", contest.train_problems), "train"))
-        store.add_prompts(as_prompts(contest.draw("test", contest.evaluation_problems), "test"))
+        store.add_prompts(contest.prompts("train"))
+        store.add_prompts(contest.prompts("test"))
     print(
         f"{out / 'store.db'}: prompts and hidden tests of {contest.train_problems} problems to "
         f"train on and {contest.evaluation_problems} held-out ones"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spo_ext.contests.problems import Problem, Split, draw_problem
+from spo_ext.store.records import Prompt
+from spo_ext.store.records import Split as StoredSplit
 
 PROMPTS_PER_BATCH, NUM_GENERATIONS, SPO_STEPS = 16, 8, 160
 
@@ -16,8 +19,8 @@ PROMPTS_PER_BATCH, NUM_GENERATIONS, SPO_STEPS = 16, 8, 160
 class Contest:
     """Problems and the supervised start of a policy; everything follows from the seed.
 
-    The defaults were chosen on development problems only. Raises ValueError for values that cannot
-    work.
+    It is an environment too: `--environment spo_ext.contests.recipe:Contest`. The defaults were
+    chosen on development problems only. Raises ValueError for values that cannot work.
     """
 
     seed: int = 0
@@ -65,6 +68,20 @@ class Contest:
                 "hidden_size must be a multiple of 2 * heads (rotary positions pair the channels"
                 f" of a head), got {self.hidden_size} and {self.heads} heads"
             )
+
+    def prompts(self, split: StoredSplit) -> list[Prompt]:
+        """What the store holds of a split, with hidden tests."""
+        from spo_ext.contests.vocabulary import as_prompts
+
+        count = self.train_problems if split == "train" else self.evaluation_problems
+        return as_prompts(self.draw("development" if split == "dev" else split, count), split)
+
+    @property
+    def reward(self) -> Callable[..., list[float]]:
+        """1 for a program that passes every hidden test."""
+        from spo_ext.contests.reward import passes
+
+        return passes
 
     def draw(self, split: Split, count: int, seed: int | None = None) -> list[Problem]:
         """Problems of a split with different prompts, of the contest's seed unless one is given."""

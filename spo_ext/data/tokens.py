@@ -71,6 +71,10 @@ class Tokenizer:
         own: int | None = self._tokenizer.eos_token_id
         return own if own in self._ends or not self._ends else self._ends[0]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self._text(ids)
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """All tokens at which generation ends, that of a text first."""

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spo_ext.commands import fail, failures, require_store
-from spo_ext.rollout.commands import DIALECTS, add_reward_names, json_object
+from spo_ext.rollout.commands import (
+    DIALECTS,
+    add_environment,
+    add_reward_names,
+    check_environment,
+    json_object,
+)
 from spo_ext.shown import say
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ def add_eval(subparsers: Subparsers) -> None:
     add("--store", required=True, metavar="WHERE", help=_STORE)
     add("--split", choices=_SPLITS, default="test", help="whose prompts (default: test)")
     add("--prompts", type=int, metavar="LIMIT", help="only the first so many of them")
+    add_environment(parser)
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument("--model", type=Path, metavar="FOLDER", help="of transformers, run here")
     policy.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server")
@@ -88,6 +95,7 @@ def _eval(options: argparse.Namespace) -> int:
     try:
         # Imported here: they need packages that the other commands do not.
         from spo_ext.data.tokens import Tokenizer
+        from spo_ext.environments import fill
         from spo_ext.evaluation import producers
         from spo_ext.evaluation.records import table
         from spo_ext.evaluation.stored import evaluate_stored
@@ -96,23 +104,31 @@ def _eval(options: argparse.Namespace) -> int:
         return fail(error)
     with ExitStack() as stack:
         try:
+            check_environment(options)
             plan = _plan(options)
             tokenizer = Tokenizer(options.tokenizer or options.model)
-            reward = _closed_by(stack, producers.make_reward(options))
+            environment = producers.make_environment(options)
+            given = environment.reward if environment else producers.make_reward(options)
+            reward = _closed_by(stack, given)
         except ValueError as error:
             options.error(str(error))  # exits with status 2
         except failures() as error:
             return fail(error)
         try:
-            require_store(options.store)
+            if environment is None:
+                require_store(options.store)
+            store = stack.enter_context(TrajectoryStore(options.store))
             result = evaluate_stored(
-                stack.enter_context(TrajectoryStore(options.store)),
+                store,
                 plan,
                 options.out,
                 tokenizer,
-                lambda: _closed_by(stack, producers.make_generator(options, tokenizer)),
+                lambda: _closed_by(
+                    stack, producers.make_generator(options, tokenizer, environment)
+                ),
                 reward,
                 stack.enter_context(_progress()),
+                fill(store, environment, options.split, tokenizer) if environment else None,
             )
         except KeyboardInterrupt:
             return fail("interrupted; the same command continues", status=130)
@@ -148,6 +164,11 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _described_reward(options: argparse.Namespace) -> dict[str, Any]:
     """What the plan says of the rewards; what is left out is as in evaluations of before."""
+    if options.environment is not None:
+        return {
+            "environment": options.environment,
+            "environment_args": options.environment_args or {},
+        }
     names = options.reward or ["tests"]
     return {
         "reward": names if len(names) > 1 else names[0],

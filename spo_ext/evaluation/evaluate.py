@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from spo_ext.checks import check_integer, refuse
 from spo_ext.evaluation.records import Evaluation, Sample
-from spo_ext.rollout.generation import Generation, Generator, Reward, Sampling, check_judgements
+from spo_ext.rollout.generation import Generation, Generator, Reward, Sampling, judge
 from spo_ext.rollout.rewards import look_at
 from spo_ext.store.records import Prompt
 
@@ -102,11 +102,8 @@ def _judge(
     reward: Reward,
     decode: Callable[[Sequence[int]], str],
 ) -> list[tuple[Sample, ...]]:
-    repeated = [prompt for prompt, row in zip(prompts, drawn, strict=True) for _ in row]
-    generations = [generation for row in drawn for generation in row]
-    token_ids = [generation.token_ids for generation in generations]
-    texts = [decode(ids) for ids in token_ids]
-    judgements = check_judgements("evaluate", reward(repeated, texts, token_ids), len(texts))
-    samples = [Sample(*parts) for parts in zip(generations, texts, judgements, strict=True)]
+    pairs = [(prompt, each) for prompt, row in zip(prompts, drawn, strict=True) for each in row]
+    judged = judge("evaluate", reward, pairs, decode)
+    samples = [Sample(each, *found) for (_, each), found in zip(pairs, judged, strict=True)]
     n = len(drawn[0])
     return [tuple(samples[i : i + n]) for i in range(0, len(samples), n)]

@@ -10,35 +10,52 @@ from typing import Any
 
 from spo_ext.commands import api_key, import_from_here
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.environments import Environment
 from spo_ext.rollout.generation import Generator, Reward
 from spo_ext.shown import hide_passwords
 
 
-def make_generator(options: argparse.Namespace, tokenizer: Tokenizer) -> Generator:
-    """A model in this process, on the GPU if there is one, or one behind a server.
+def make_generator(
+    options: argparse.Namespace, tokenizer: Tokenizer, environment: Environment | None = None
+) -> Generator:
+    """A model in this process, on the GPU if there is one, or one behind a server; with an
+    environment, what plays it.
 
     Raises ImportError without transformers, ValueError if there is no model.
     """
+    plain: Generator
+    room: int | None
     if options.server is None:
+        from spo_ext.integrations.heads import longest
         from spo_ext.models import load_model
         from spo_ext.rollout.embedded import ModelGenerator
 
         model = load_model(options.model)
-        embedded: Generator = ModelGenerator(model, tokenizer, batch_size=options.batch_size)
-        return embedded
-    from spo_ext.rollout.server import ServerGenerator
+        plain = ModelGenerator(model, tokenizer, batch_size=options.batch_size)
+        room = longest(model)
+    else:
+        from spo_ext.rollout.server import ServerGenerator
 
-    served: Generator = ServerGenerator(
-        options.server,
-        options.served_model,
-        dialect=options.dialect,
-        tokenizer=tokenizer,
-        api_key=api_key(options.api_key_from),
-        concurrency=options.concurrency,
-        end_ids=tokenizer.end_ids,
-        extra=options.server_extra,
-    )
-    return served
+        plain = server = ServerGenerator(
+            options.server,
+            options.served_model,
+            dialect=options.dialect,
+            tokenizer=tokenizer,
+            api_key=api_key(options.api_key_from),
+            concurrency=options.concurrency,
+            end_ids=tokenizer.end_ids,
+            extra=options.server_extra,
+        )
+        room = server.context() if environment is not None else None
+    return plain if environment is None else environment.generator(plain, tokenizer, room)
+
+
+def make_environment(options: argparse.Namespace) -> Environment | None:
+    """That of --environment, of the user's files in the current folder too. Raises ValueError."""
+    from spo_ext.rollout import arguments
+
+    import_from_here()
+    return arguments.make_environment(options)
 
 
 def make_reward(options: argparse.Namespace) -> Reward:

@@ -119,7 +119,7 @@ class Evaluation:
                 for row in self.samples
             ],
             "num_tokens": [
-                _mean([float(len(sample.generation.token_ids)) for sample in row])
+                _mean([float(sample.generation.num_policy_tokens) for sample in row])
                 for row in self.samples
             ],
             "distinct_correct": [float(count) for count in self._distinct() if count],

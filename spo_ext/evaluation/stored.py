@@ -18,9 +18,10 @@ from spo_ext.data.tokens import Tokenizer
 from spo_ext.durable import read_json, read_json_lines, write_json
 from spo_ext.evaluation.evaluate import evaluate
 from spo_ext.evaluation.records import Evaluation, Sample, summary
-from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling
+from spo_ext.rollout.generation import Generation, Generator, Judgement, Reward, Sampling, Turns
 from spo_ext.rollout.rewards import judged_by, named_split
-from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
+from spo_ext.rollout.rollouts import as_trajectory
+from spo_ext.store import Origin, StoredPrompt, TrajectoryStore
 from spo_ext.store.loading import Ready, load
 from spo_ext.store.records import Split
 from spo_ext.store.rows import prompt_row
@@ -105,7 +106,28 @@ def _line(prompt: StoredPrompt, sample: Sample) -> dict[str, Any]:
         "finish": generation.finish,
         "token_ids": generation.token_ids,
         "logprobs": generation.logprobs,
+        **({} if generation.turns is None else {"turns": _turns_line(generation.turns)}),
     }
+
+
+def _turns_line(turns: Turns) -> dict[str, Any]:
+    return {
+        "completion_mask": turns.completion_mask,
+        "contexts": list((turns.contexts or {}).items()),
+        "token_rewards": turns.token_rewards,
+        "info": turns.info,
+    }
+
+
+def _turns(row: Mapping[str, Any], judgement: Judgement | None) -> Turns:
+    paid = row["token_rewards"]
+    return Turns(
+        tuple(row["completion_mask"]),
+        judgement,
+        {start: tuple(ids) for start, ids in row["contexts"]} or None,
+        None if paid is None else tuple(paid),
+        row["info"],
+    )
 
 
 def _read(path: Path, n: int) -> tuple[list[tuple[Sample, ...]], int]:
@@ -118,17 +140,17 @@ def _read(path: Path, n: int) -> tuple[list[tuple[Sample, ...]], int]:
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
-    logprobs = row["logprobs"]
+    logprobs, judgement = row["logprobs"], None
+    if row["reward"] is not None:
+        parts = tuple(row.get("rewards", {}).items())
+        judgement = Judgement(row["reward"], row["reason"], parts)
     generation = Generation(
-        tuple(row["token_ids"]), row["finish"], None if logprobs is None else tuple(logprobs)
+        tuple(row["token_ids"]),
+        row["finish"],
+        None if logprobs is None else tuple(logprobs),
+        _turns(row["turns"], judgement) if "turns" in row else None,
     )
-    judged = row["reward"] is not None
-    parts = tuple(row.get("rewards", {}).items())
-    return Sample(
-        generation,
-        row["completion"],
-        Judgement(row["reward"], row["reason"], parts) if judged else None,
-    )
+    return Sample(generation, row["completion"], judgement)
 
 
 @dataclass(frozen=True)
@@ -205,8 +227,11 @@ def evaluate_stored(
     make_generator: Callable[[], Generator],
     reward: Reward,
     on_prompt: Callable[[int, int], None],
+    ids: Sequence[int] | None = None,
 ) -> Evaluation:
     """Writes settings.json, samples.jsonl and evaluation.json into `out`.
+
+    ids: of the prompts, which are of the plan's split; None: all of the split.
 
     The generator is made if something is left to draw. on_prompt hears how many prompts are done,
     and of how many.
@@ -216,7 +241,8 @@ def evaluate_stored(
     """
     if plan.run is not None:
         store.require_writable("eval --run")
-    stored = list(islice(judged_by(reward, store.prompts(plan.split)), plan.limit))
+    every = store.prompts(plan.split) if ids is None else store.get_prompts(ids)
+    stored = list(islice(judged_by(reward, every), plan.limit))
     if not stored:
         which = named_split(plan.split, reward)
         raise ValueError(f"the store has no prompts of split {which}")
@@ -268,19 +294,8 @@ def _keep(
     """Into the store; what is there already stays as it is and counts no duplicate."""
     if plan.origin is None:
         return
-    sampling = plan.sampling
     trajectories = [
-        Trajectory(
-            prompt.id,
-            sample.generation.token_ids,
-            sample.judgement.reward,
-            plan.origin,
-            sample.generation.finish,
-            sample.judgement.reason,
-            sample.generation.logprobs,
-            sampling.temperature,
-            sampling.top_p,
-        )
+        as_trajectory(prompt, sample.generation, sample.judgement, plan.origin, plan.sampling, 0)
         for sample in samples
         if sample.judgement is not None and sample.generation.token_ids
     ]

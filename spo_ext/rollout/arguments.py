@@ -9,6 +9,8 @@ from typing import Any
 
 from spo_ext.commands import api_key
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.environments import Environment, load_environment
+from spo_ext.rollout.commands import check_environment
 from spo_ext.rollout.generation import Reward, Sampling
 from spo_ext.rollout.rewards import as_reward, load_reward, test_options
 from spo_ext.rollout.server import ServerGenerator, check_logprobs_mode
@@ -19,6 +21,7 @@ def checked_sampling(options: argparse.Namespace) -> Sampling:
     sampling = Sampling(
         options.n, options.temperature, options.top_p, options.max_new_tokens, options.seed
     )
+    check_environment(options)
     if options.server is not None:
         if options.model is not None:
             raise ValueError("--server must not be given with --model")
@@ -48,6 +51,36 @@ def checked_sampling(options: argparse.Namespace) -> Sampling:
     if options.min_trajectories is None:
         options.min_trajectories = sampling.n if options.follow is not None else 0
     return sampling
+
+
+def make_environment(options: argparse.Namespace) -> Environment | None:
+    """The environment of --environment.
+
+    Raises ValueError if there is no such one, or if it cannot be played against --server, and what
+    its own code raises.
+    """
+    if options.environment is None:
+        return None
+    server = None
+    if options.server is not None and options.environment.startswith("verifiers:"):
+        from spo_ext.environments.hub import Server
+
+        if getattr(options, "follow", None) is not None:
+            raise ValueError(
+                f"--follow must not be given with {options.environment}, whose episodes do not "
+                "know when the server's weights change"
+            )
+        server = Server(
+            options.server,
+            options.served_model,
+            options.tokenizer,
+            options.api_key_from,
+            getattr(options, "server_logprobs", False),
+            options.concurrency,
+        )
+    environment = load_environment(options.environment, options.environment_args, server)
+    environment.check_dialect(None if options.server is None else options.dialect)
+    return environment
 
 
 def make_reward(options: argparse.Namespace, **given: float) -> Reward:

@@ -66,6 +66,7 @@ def _add_origin(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=int, metavar="LIMIT", help="the first so many of the split"
     )
+    add_environment(group)
     group.add_argument(
         "--min-trajectories",
         type=int,
@@ -131,6 +132,37 @@ def _add_reward(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--q0-reference", default="", metavar="NAME", help="fingerprint to store it with"
     )
+
+
+def add_environment(group: argparse._ActionsContainer) -> None:
+    """--environment, which several commands have, and its arguments."""
+    group.add_argument(
+        "--environment",
+        metavar="NAME",
+        help="reasoning_gym:DATASET, verifiers:ENVIRONMENT, or path/file.py:name and "
+        "package.module:name with prompts, and reward or step; its prompts are stored and drawn "
+        "from, and it judges what follows, in place of --reward",
+    )
+    group.add_argument(
+        "--environment-args",
+        type=json_object,
+        metavar="JSON",
+        help='settings of the environment, as {"size": 500}',
+    )
+
+
+def check_environment(options: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that do not go with --environment."""
+    if options.environment is None:
+        if options.environment_args is not None:
+            raise ValueError("--environment-args must be given with --environment")
+        return
+    for name in ("reward", "reward_weights"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not be given with --environment, which judges "
+                f"by itself, got {getattr(options, name)}"
+            )
 
 
 def add_reward_names(group: argparse._ActionsContainer) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,28 +43,6 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """A completion: token ids as generated, the end token included if there was one.
-
-    logprobs: [T] nats under the policy that drew it at the sampling temperature, before top-p;
-        None where the generator does not know them.
-    """
-
-    token_ids: tuple[int, ...]
-    finish: Finish
-    logprobs: tuple[float, ...] | None = None
-
-
-class Generator(Protocol):
-    """Writes completions: a model in this process, or a server."""
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
-        """For each prompt, in order, `sampling.n` completions, or none of one that it had to leave
-        out and has said so. Prompts have token_ids."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class Judgement:
     """A reward, finite or -inf, and why (the first failed test, a judge's words).
 
@@ -74,6 +52,57 @@ class Judgement:
     reward: float
     reason: str = ""
     parts: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What a generation is besides its tokens where an environment answered the policy.
+
+    completion_mask, contexts, token_rewards, info: as in `Trajectory`, checked there.
+    judgement: of the return, which is the sum of all rewards; None: it cannot be judged, and is
+        not stored.
+    """
+
+    completion_mask: tuple[bool, ...]
+    judgement: Judgement | None
+    contexts: Mapping[int, Sequence[int]] | None = None
+    token_rewards: tuple[float, ...] | None = None
+    info: Any = None
+
+    @property
+    def paid(self) -> float:
+        """Sum of the rewards on the way."""
+        return math.fsum(self.token_rewards or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A completion: token ids as generated, the end token included if there was one.
+
+    logprobs: [T] nats under the policy that drew it at the sampling temperature, before top-p;
+        None where the generator does not know them.
+    turns: of several turns of the policy and an environment, which judged them; None: the policy
+        wrote all, and a `Reward` judges it.
+    """
+
+    token_ids: tuple[int, ...]
+    finish: Finish
+    logprobs: tuple[float, ...] | None = None
+    turns: Turns | None = None
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """How many of token_ids the policy wrote."""
+        return len(self.token_ids) if self.turns is None else sum(self.turns.completion_mask)
+
+
+class Generator(Protocol):
+    """Writes completions: a model in this process, or a server."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        """For each prompt, in order, `sampling.n` completions, or none of one that it had to leave
+        out and has said so. Prompts have token_ids."""
+        ...
 
 
 Need = Literal["tests", "answer"]
@@ -112,6 +141,29 @@ class Reward(Protocol):
         None: it cannot be judged (no tests, the judge failed), and is not stored.
         """
         ...
+
+
+def judge(
+    owner: str,
+    reward: Reward,
+    pairs: Sequence[tuple[Prompt, Generation]],
+    decode: Callable[[Sequence[int]], str],
+) -> list[tuple[str, Judgement | None]]:
+    """Of each prompt and its completion the text and the judgement: the environment's where it
+    answered, else the reward's. Raises what the reward raises, and ValueError unless it returns
+    what it should."""
+    texts = [decode(each.token_ids) for _, each in pairs]
+    plain = [i for i, (_, each) in enumerate(pairs) if each.turns is None]
+    found = reward(
+        [pairs[i][0] for i in plain],
+        [texts[i] for i in plain],
+        [pairs[i][1].token_ids for i in plain],
+    )
+    judged = iter(check_judgements(owner, found, len(plain)))
+    return [
+        (text, next(judged) if each.turns is None else each.turns.judgement)
+        for text, (_, each) in zip(texts, pairs, strict=True)
+    ]
 
 
 # The largest uniform number used: times any sum of weights it stays below that sum.

@@ -15,8 +15,15 @@ from typing import Any
 
 from spo_ext.commands import fail, failures, import_from_here, require_store
 from spo_ext.data.tokens import Tokenizer
+from spo_ext.environments import Environment, fill
+from spo_ext.integrations.heads import longest
 from spo_ext.models import load_model
-from spo_ext.rollout.arguments import checked_sampling, make_reward, make_server
+from spo_ext.rollout.arguments import (
+    checked_sampling,
+    make_environment,
+    make_reward,
+    make_server,
+)
 from spo_ext.rollout.embedded import ModelGenerator
 from spo_ext.rollout.follow import latest_policy, new_policies, prompt_stream
 from spo_ext.rollout.generation import Generator, Reward, Sampling
@@ -87,17 +94,20 @@ def produce(options: argparse.Namespace) -> int:
     except ValueError as error:
         options.error(str(error))  # exits with status 2
     try:
-        require_store(options.store)
         import_from_here()
+        environment = make_environment(options)
+        if environment is None:
+            require_store(options.store)
         how = {"passed": options.reward_passed, "failed": options.reward_failed}
-        reward = make_reward(options, **how)
+        reward = make_reward(options, **how) if environment is None else environment.reward
         try:
             with (
                 TrajectoryStore(options.store, retry_s=options.store_retry) as store,
                 Stopping() as stopping,
             ):
                 store.require_writable("rollout")
-                producer = _Producer(store, reward, sampling, options, stopping.requested)
+                stop = stopping.requested
+                producer = _Producer(store, reward, environment, sampling, options, stop)
                 if options.follow is not None:
                     producer.follow()
                     return 0
@@ -120,23 +130,25 @@ class _Producer:
         self,
         store: TrajectoryStore,
         reward: Reward,
+        environment: Environment | None,
         sampling: Sampling,
         options: argparse.Namespace,
         stop: Callable[[], bool],
     ) -> None:
         self._store, self._reward, self._sampling = store, reward, sampling
+        self._environment = environment
         self._options, self._stop = options, stop
         self._tokenizer: Tokenizer | None = None
+        self._ids: list[int] = []  # of the environment's prompts
 
     def once(self) -> None:
         """Of --model or --server."""
         options = self._options
         version = options.policy_version
-        ids = self._prompt_ids()
         tokenizer = self._tokenizer_of(options.model)
+        ids = self._prompt_ids()
         if options.model is not None:
-            model = self._load(options.model)
-            self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
+            self._collect_of(self._load(options.model), ids, version, tokenizer)
         else:
             with make_server(options, tokenizer) as server:
                 self._serve_once(server, ids, tokenizer)
@@ -163,8 +175,7 @@ class _Producer:
                 if self._newest() != version:
                     continue  # its folder was removed while it was read
                 raise
-            ids = self._stream(version)
-            self._collect(ids, version, self._embedded(model, tokenizer), tokenizer)
+            self._collect_of(model, self._stream(version), version, tokenizer)
             del model  # before the next one is loaded
 
     def _serve_once(
@@ -174,7 +185,7 @@ class _Producer:
         served = ServedPolicy(server, self._store, options.run_name)
         served.begin(options.policy_version if options.origin_model is None else None)
         stop = lambda: self._stop() or served.changed  # noqa: E731
-        self._collect(ids, options.policy_version, served, tokenizer, stop)
+        self._collect(ids, options.policy_version, served, tokenizer, stop, server.context())
         served.check_answered()
         if served.changed:
             raise ServerError("the server's weights changed: what came before is stored")
@@ -188,7 +199,8 @@ class _Producer:
                 past = partial(self._is_past, version, served)
                 rounds = 2  # a trainer may wait for prompts that had no answer
                 while rounds and served.await_version(options.follow, version, self._stop):
-                    self._collect(self._stream(version), version, served, tokenizer, past)
+                    ids, room = self._stream(version), server.context()
+                    self._collect(ids, version, served, tokenizer, past, room)
                     if not served.changed:
                         rounds = rounds - 1 if served.failed else 0
 
@@ -207,11 +219,23 @@ class _Producer:
     def _prompt_ids(self) -> list[int]:
         """Of the split, as far as the reward can judge. Raises ValueError if there are none."""
         options, reward = self._options, self._reward
+        if self._environment is not None:
+            assert self._tokenizer is not None  # of the policy, whichever
+            given = (self._store, self._environment, options.split, self._tokenizer)
+            self._ids = self._ids or fill(*given)
+            return self._ids[: options.prompts]
         ids = ids_of_split(self._store, options.split, needs_of(reward))[: options.prompts]
         if not ids:
             which = named_split(options.split, reward)
             raise ValueError(f"the store must have prompts of split {which}, got none")
         return ids
+
+    def _collect_of(
+        self, model: Any, ids: Sequence[int], version: int, tokenizer: Tokenizer
+    ) -> None:
+        """By a model in this process."""
+        generator = ModelGenerator(model, tokenizer, batch_size=self._options.generate_batch)
+        self._collect(ids, version, generator, tokenizer, room=longest(model))
 
     def _collect(
         self,
@@ -220,11 +244,16 @@ class _Producer:
         generator: Generator,
         tokenizer: Tokenizer,
         stop: Callable[[], bool] | None = None,
+        room: int | None = None,
     ) -> None:
-        options = self._options
+        """room: tokens of a context, where that is known."""
+        options, environment = self._options, self._environment
+        drawing = generator
+        if environment is not None:
+            drawing = environment.generator(generator, tokenizer, room)
         rollouts = Rollouts(
             self._store,
-            generator,
+            drawing,
             self._reward,
             run=options.run_name,
             sampling=self._sampling,
@@ -241,8 +270,12 @@ class _Producer:
         if isinstance(generator, ServedPolicy):
             ready = generator.possible(ready, self._sampling)
         refused = len(prompts) - len(ready)
-        with progress_bar(len(ready), f"version {version}", options.quiet) as advance:
-            stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
+        try:
+            with progress_bar(len(ready), f"version {version}", options.quiet) as advance:
+                stats = rollouts.collect(ready, version, advance, stop=stop or self._stop)
+        finally:
+            if drawing is not generator:
+                getattr(drawing, "close", lambda: None)()
         done = f"; {left_out} prompts had enough" if left_out else ""
         done += f"; {refused} left out, which the server refused" if refused else ""
         say(f"version {version}: {stats}{done}")
@@ -275,9 +308,6 @@ class _Producer:
     def _load(self, folder: Path) -> Any:
         options = self._options
         return load_model(folder, options.device, options.dtype, options.quiet)
-
-    def _embedded(self, model: Any, tokenizer: Tokenizer) -> ModelGenerator:
-        return ModelGenerator(model, tokenizer, batch_size=self._options.generate_batch)
 
 
 def _tokenised(prompt: StoredPrompt, tokenizer: Tokenizer) -> StoredPrompt:

@@ -17,8 +17,8 @@ from spo_ext.rollout.generation import (
     Judgement,
     Reward,
     Sampling,
-    check_judgements,
     derived_seed,
+    judge,
 )
 from spo_ext.rollout.rewards import look_at
 from spo_ext.store import Origin, StoredPrompt, Trajectory, TrajectoryStore
@@ -34,7 +34,7 @@ class RolloutStats:
     appended, duplicates: trajectories new to the store, and those that it had already, of a
         rollout that was run again. unjudged: completions without a reward, which are not stored.
     reward_*: of the judged ones; NaN if there are none. -inf counts as it is, so that a mean may
-        be -inf. *_length: tokens of all completions, the end token included.
+        be -inf. *_length: tokens that the policy wrote of all completions, end tokens included.
     frac_reward_zero_std: share of the prompts whose judged completions have one reward.
     parts: of a sum of several rewards the mean and the standard deviation of each, by name.
     entropy: nats a token, by the log-probabilities of what was drawn; NaN if they are not known.
@@ -133,11 +133,11 @@ class Tally:
             return
         self.groups.append(list(rewards))
         self.unjudged += len(generations) - len(rewards)
-        self.lengths += [len(each.token_ids) for each in generations]
-        self.terminated += [len(each.token_ids) for each in generations if each.finish == "eos"]
+        self.lengths += [each.num_policy_tokens for each in generations]
+        self.terminated += [each.num_policy_tokens for each in generations if each.finish == "eos"]
         for each in generations:
-            self.logprob_sum += math.fsum(each.logprobs or ())
-            self.logprob_count += len(each.logprobs or ())
+            self.logprob_sum += math.fsum(each.logprobs or ())  # 0 where another wrote the token
+            self.logprob_count += 0 if each.logprobs is None else each.num_policy_tokens
 
     def stats(self, seconds: float) -> RolloutStats:
         rewards = [reward for group in self.groups for reward in group]
@@ -323,15 +323,17 @@ class Rollouts:
         for prompt, group in zip(prompts, generations, strict=True):
             judgements = [next(judged) for _ in group]
             seen = Counter[tuple[int, ...]]()
-            new = []
+            new: list[Trajectory] = []
+            rewards: list[float] = []
             for each, judgement in zip(group, judgements, strict=True):
                 if judgement is not None:
                     ids = tuple(each.token_ids)
                     # Above all draws before, since equal ones of those have numbers below it.
                     draw = call.drawn + seen[ids]
-                    new.append(_trajectory(prompt, each, judgement, origin, sampling, draw))
+                    new.append(as_trajectory(prompt, each, judgement, origin, sampling, draw))
+                    rewards.append(judgement.reward)
                     seen[ids] += 1
-            tally.add_prompt(group, [each.reward for each in new])
+            tally.add_prompt(group, rewards)
             tally.add_parts(judgements)
             trajectories += new
         result = self._store.append(trajectories)
@@ -348,17 +350,15 @@ class Rollouts:
             for each in group
         ]
         whole = [(prompt, each) for prompt, each in pairs if each.token_ids]
-        texts = [self._decode(each.token_ids) for _, each in whole]
-        found = self._reward([p for p, _ in whole], texts, [each.token_ids for _, each in whole])
-        judged = iter(check_judgements("collect", found, len(whole)))
-        return [next(judged) if each.token_ids else None for _, each in pairs]
+        judged = iter(judge("collect", self._reward, whole, self._decode))
+        return [next(judged)[1] if each.token_ids else None for _, each in pairs]
 
 
 def _first(pair: tuple[int, StoredPrompt]) -> int:
     return pair[0]
 
 
-def _trajectory(
+def as_trajectory(
     prompt: StoredPrompt,
     generation: Generation,
     judgement: Judgement,
@@ -366,10 +366,12 @@ def _trajectory(
     sampling: Sampling,
     draw: int,
 ) -> Trajectory:
+    """What is stored of a generation. Raises ValueError as `Trajectory` does."""
+    turns = generation.turns
     return Trajectory(
         prompt.id,
         generation.token_ids,
-        judgement.reward,
+        judgement.reward - (0.0 if turns is None else turns.paid),
         origin,
         generation.finish,
         reason=judgement.reason,
@@ -377,4 +379,8 @@ def _trajectory(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         draw=draw,
+        completion_mask=None if turns is None else turns.completion_mask,
+        contexts=None if turns is None else turns.contexts,
+        token_rewards=None if turns is None else turns.token_rewards,
+        info=None if turns is None else turns.info,
     )

@@ -1,0 +1,200 @@
+"""Environments of verifiers: a trace as a trajectory, and an environment with tools for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("transformers")
+
+import torch
+from fake_generate import save_tokenizer
+from rollout_cases import rollout
+
+from spo_ext.data.tokens import Tokenizer
+from spo_ext.environments.hub import generation_of
+from spo_ext.store import TrajectoryStore
+
+
+def node(parent: int | None, token_ids: list[int], drawn: int = 0) -> Any:
+    mask = [False] * (len(token_ids) - drawn) + [True] * drawn
+    known = [-0.5] * drawn
+    return SimpleNamespace(
+        parent=parent, token_ids=token_ids, mask=mask, logprobs=known, sampled=drawn > 0
+    )
+
+
+def trace(*nodes: Any, untrained: tuple[int, ...] = (), **fields: Any) -> Any:
+    kept = [one for i, one in enumerate(nodes) if i not in untrained]
+    given: dict[str, Any] = {
+        "nodes": list(nodes),
+        "branches": [SimpleNamespace(nodes=kept, trainable=True)],
+        "rewards": {"right": SimpleNamespace(score=0.5), "later": None},
+        "reward": 1.0,
+        "task": SimpleNamespace(key="k"),
+        "stop_condition": "agent_completed",
+        "metrics": {"calls": 1.0},
+        "ok": True,
+        "is_truncated": False,
+        "is_timeout": False,
+        "last_error": None,
+        "calls": [],
+    }
+    return SimpleNamespace(**{**given, **fields})
+
+
+# The prompt, a call, the tool's answer, the policy's last word.
+TURNS = (node(None, [1, 2]), node(0, [3, 10, 11], 2), node(1, [4, 5]), node(2, [3, 12], 1))
+
+
+def test_turns_that_extend_what_came_before() -> None:
+    made = generation_of(trace(*TURNS), [1, 2, 3], True)
+    assert made.token_ids == (10, 11, 4, 5, 3, 12) and made.finish == "eos"
+    assert made.logprobs == (-0.5, -0.5, 0, 0, 0, -0.5)
+    turns = made.turns
+    assert turns is not None and turns.contexts is None
+    assert turns.completion_mask == (True, True, False, False, False, True)
+    assert turns.judgement is not None
+    assert (turns.judgement.reward, turns.judgement.parts) == (1.0, (("right", 0.5),))
+    assert turns.info == {"task": "k", "stop": "agent_completed", "metrics": {"calls": 1.0}}
+    assert generation_of(trace(*TURNS), [1, 2, 3], False).logprobs is None
+
+
+def test_turns_that_are_rendered_anew() -> None:
+    """As of a template that leaves thinking out; what was tried and not taken is left out too."""
+    anew = (node(None, [1, 2]), node(4, [9, 11, 4, 5]), node(5, [3, 12], 1))
+    nodes = (*TURNS[:3], node(2, [7, 7], 2), *anew)
+    made = generation_of(trace(*nodes, untrained=(3,)), [1, 2, 3], True)
+    assert made.token_ids == (10, 11, 12)
+    assert made.turns is not None and made.turns.completion_mask == (True,) * 3
+    assert made.turns.contexts == {2: [1, 2, 9, 11, 4, 5, 3]}
+
+
+def test_what_failed_has_no_judgement() -> None:
+    error = SimpleNamespace(type="ProviderError", message="dead")
+    for given, prompt in (
+        (trace(*TURNS, ok=False, last_error=error), [1, 2, 3]),
+        (trace(*TURNS), [1, 2]),
+        (trace(TURNS[0]), [1, 2, 3]),
+    ):
+        made = generation_of(given, prompt, True)
+        assert made.turns is not None and made.turns.judgement is None
+    refused = [SimpleNamespace(error=None), SimpleNamespace(error=error)]
+    for cut in (trace(*TURNS, is_truncated=True), trace(*TURNS, calls=refused)):
+        made = generation_of(cut, [1, 2, 3], True)
+        assert made.finish == "truncated"
+        assert made.turns is not None and made.turns.judgement is not None
+
+
+TOOLS = """
+import time
+import verifiers.v1 as vf
+
+__all__ = ["Tasks"]
+
+class Data(vf.TaskData):
+    answer: str = ""
+
+class Tools(vf.Toolset[vf.ToolsetConfig]):
+    @vf.tool
+    def go(self, what: str) -> str:
+        "Does something."
+        if what == "hang":
+            time.sleep(1000)
+        if what == "raises":
+            raise RuntimeError("the tool fell over")
+        return "x" * 200_000 if what == "flood" else "here"
+
+class Work(vf.Task[Data]):
+    @classmethod
+    def toolsets(cls, config):
+        return [Tools(vf.ToolsetConfig())]
+
+    @vf.reward
+    async def right(self, trace) -> float:
+        return float(trace.last_reply == self.data.answer)
+
+class Tasks(vf.Taskset[Work]):
+    def load(self):
+        for what in ("plain", "raises", "hang", "flood", "broken", "test"):
+            yield Work(Data(prompt=what, answer="done"), self.config.task)
+
+if __name__ == "__main__":
+    Tools.run()
+"""
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What `spo rollout` gets, but for the model's name."""
+    pytest.importorskip("verifiers")
+    folder = save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "own_tasks.py").write_text(TOOLS)
+    monkeypatch.chdir(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "fake_generate.py"), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    arguments = {
+        "renderer": {"name": "qwen3"},
+        "splits": {"train": "0:5", "test": "5:"},
+        "agent": {"harness": {"tool_timeout": 3}},
+    }
+    url = f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+    environment = ["--environment", "verifiers:own_tasks"]
+    environment += ["--environment-args", json.dumps(arguments), "--tokenizer", folder]
+    try:
+        yield ["--store", "s.db", "--run", "r", "--server", url, *environment, "--n", 1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_tools_that_work_and_tools_that_do_not(served: list[Any], tmp_path: Path) -> None:
+    more = ["--served-model", "policy", "--max-new-tokens", 100, "--server-logprobs"]
+    assert rollout(*served, *more) == 0
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    with TrajectoryStore(tmp_path / "s.db") as store:
+        prompts: list[Any] = list(store.prompts("train"))
+        by_id = {prompt.id: prompt.content[-1]["content"] for prompt in prompts}
+        rows = {by_id[row.prompt_id]: row for row in store.trajectories()}
+    assert len(prompts) == 5 and set(prompts[0].columns) >= {"tools", "task"}
+    # A call that hangs and a server that breaks off end the episode, which is not stored. What a
+    # tool did wrong is said to the policy; an answer that no context holds cuts the episode short.
+    assert set(rows) == {"plain", "raises", "flood"}
+    assert (rows["raises"].num_turns, rows["raises"].finish) == (2, "eos")
+    assert (rows["flood"].num_turns, rows["flood"].finish) == (1, "truncated")
+    assert len(rows["flood"].token_ids) < 200
+    row = rows["plain"]
+    assert (row.reward, row.finish, row.num_turns, row.contexts) == (1.0, "eos", 2, None)
+    words = tokenizer.text(row.token_ids)
+    assert words.startswith("<tool_call>") and words.endswith(
+        "<|im_start|>assistant\ndone<|im_end|>"
+    )
+    assert "<tool_response>\nhere\n</tool_response>" in words
+    own = [
+        token for token, mine in zip(row.token_ids, row.completion_mask or (), strict=True) if mine
+    ]
+    assert "here" not in tokenizer.text(own) and tokenizer.text(own).endswith("done<|im_end|>")
+    known = torch.as_tensor(row.behaviour_logprobs)
+    assert known.sum() == -0.25 * row.num_policy_tokens
+
+
+def test_a_server_without_token_ids_is_refused(served: list[Any], capsys: Any) -> None:
+    place = served.index("--environment-args") + 1
+    served[place] = json.dumps({**json.loads(served[place]), "splits": {"train": "0:1"}})
+    assert rollout(*served, "--served-model", "text") == 1
+    said = capsys.readouterr().err
+    assert "--server must give token ids (POST /inference/v1/generate" in said
+    assert "verifiers:own_tasks" in said
