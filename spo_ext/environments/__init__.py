@@ -145,7 +145,9 @@ def fill(
     """
     check_one_of("fill", "split", split, ("train", "dev", "test"))
     prompts = [
-        replace(one, token_ids=tokenizer.prompt_ids(one.content)) if one.token_ids is None else one
+        replace(one, token_ids=tokenizer.prompt_ids(one.content, one.template))
+        if one.token_ids is None
+        else one
         for one in environment.prompts(split)
     ]
     return list(dict.fromkeys(store.add_prompts(prompts)))

@@ -266,7 +266,7 @@ class Episodes:
             if isinstance(message.get("content"), str):
                 message["content"] = self._cut(message["content"])
         episode.said = [*episode.said, *messages]
-        whole = self._tokenizer.prompt_ids([*content, *episode.said])
+        whole = self._tokenizer.prompt_ids([*content, *episode.said], episode.prompt.template)
         between = following(self._tokenizer, episode.tokens, whole)
         if between is None:
             episode.context = episode.tokens = whole
