@@ -343,3 +343,48 @@ def test_turns_that_do_not_follow_each_other_are_refused() -> None:
         join([1, 2], [Turn([2], [3])])
     with pytest.raises(RowError, match="logprobs must be one for each of the 2 tokens"):
         join([1], [Turn([1], [3, 4], [0.0])])
+
+
+def test_logs_of_every_form_are_learned_and_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pytest.importorskip("accelerate")
+    from trainer_cases import make_model
+    from trainer_process import settings
+
+    from spo_ext.store import PromptValue
+    from spo_ext.trainer import SPOConfig, SPOTrainer
+
+    rows = (
+        {"prompt": ASKED, "completion": [CALLED, RESULT, YES], "tools": TOOLS, "reward": 1},
+        {"prompt": ASKED, "completion": [SAID, MORE, YES], "reward": 0, "turn_rewards": [0.5, 0]},
+        {
+            "prompt": "a",
+            "prompt_ids": [3],
+            "completion_ids": [5, 6],
+            "env_mask": [0, 1],
+            "reward": 1,
+        },
+        TRACE,
+        ATIF,
+    )
+    with TrajectoryStore(tmp_path / "store.db") as store:
+        before = imported(store, tmp_path, tokenizer, *rows)
+        store.put_q0({one.id: PromptValue(0.5, 4, 0.5, 1.0) for one in store.prompts()})
+    how = {"mixture": "offline", "rollouts": "none", "objective": "squared", "group_size": 1}
+    shape = {"vocab_size": 300, "max_position_embeddings": 512}
+    config = SPOConfig(
+        **settings(tmp_path, **how, per_device_train_batch_size=5, max_steps=20, learning_rate=1e-2)
+    )
+    trainer = SPOTrainer(make_model(**shape), config, tokenizer._tokenizer)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.2 * losses[0]
+    turns = [line["store/turns"] for line in trainer.state.log_history if "loss" in line]
+    assert set(turns) == {(2 + 2 + 1 + 3 + 2) / 5}
+    with (
+        TrajectoryStore(tmp_path / "store.db") as store,
+        TrajectoryStore(tmp_path / "b.db") as again,
+    ):
+        export_rows(store, tmp_path / "out.jsonl")
+        import_rows(again, tmp_path / "out.jsonl")
+        assert contents(again) == contents(store)
+        assert [one.info for one in again.trajectories()] == [one.info for one in before]
