@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from spo_ext.checks import number
+from spo_ext.environments.worker import load
 from spo_ext.rollout.answers import AnswerReward
 from spo_ext.rollout.generation import Judgement, Need, Reward, check_judgements
 from spo_ext.rollout.programs import TestsReward
@@ -136,31 +134,13 @@ def load_function(name: str) -> Callable[..., Any]:
             f"got {name!r}"
         )
     try:
-        found = _from_file(Path(module)) if module.endswith(".py") else _import(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ModuleNotFoundError, FileNotFoundError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
-    except SystemExit as end:
-        raise ValueError(f"reward {name!r} cannot be loaded: it calls sys.exit") from end
+        found = load(f"{module}:{attribute}")
+    except ValueError as error:
+        raise ValueError(f"reward {error}") from error
     if not callable(found):
         raise ValueError(f"reward {name!r} must be a function, got {type(found).__name__}")
     function: Callable[..., Any] = found
     return function
-
-
-def _import(module: str) -> Any:
-    return importlib.import_module(module)
-
-
-def _from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # for every name that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _result(awaitable: Awaitable[Any]) -> Any:
