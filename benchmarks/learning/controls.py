@@ -169,6 +169,9 @@ class SFT(Control):
     """Likelihood of the correct programs of a batch: of solutions, or, for expert iteration, of
     those that the policy wrote itself."""
 
+    def _prompt_values(self) -> None:
+        """Nothing is compared with the value of a prompt."""
+
     def loss_of(self, logprobs: Tensor, rows: Rows) -> tuple[Tensor, Values]:
         return likelihood_loss(logprobs, rows, self.args.failure_below), {}
 

@@ -49,7 +49,8 @@ _HALF_ONLINE = _SPO | {"mixture": "half-online", "mixed_groups": True, "temperat
 _SUPERVISED: dict[str, Any] = {
     "mixture": "offline",
     "rollouts": "none",
-    "group_size": 2,
+    "objective": "squared",  # of rows that are drawn one by one; SFT has a loss of its own
+    "group_size": 1,
     "learning_rate": 1e-3,
     "lr_scheduler_kwargs": {"lr_end": 1e-4, "power": 1.0},
     "max_grad_norm": 1.0,

@@ -456,7 +456,7 @@ class SPOTrainer(Trainer):
             refuse("SPO", "eval_split", expected, split)
         return prompts
 
-    def _prompt_values(self) -> PromptValues:
+    def _prompt_values(self) -> PromptValues | None:
         args = self.args
         can_sample = args.q0_samples > 0 and self.reference.model is not None
         return PromptValues(
