@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo_ext.contests.problems import Problem, Split, draw_problem
-from spo_ext.store.records import Prompt
-from spo_ext.store.records import Split as StoredSplit
+
+if TYPE_CHECKING:  # the command of the quickstart shall start without the store
+    from spo_ext.store.records import Prompt
+    from spo_ext.store.records import Split as StoredSplit
 
 PROMPTS_PER_BATCH, NUM_GENERATIONS, SPO_STEPS = 16, 8, 160
 
