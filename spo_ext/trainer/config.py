@@ -105,7 +105,9 @@ class SPOConfig(TrainingArguments):
         None, "draw online only from so many policy versions back"
     )
     max_tokens: int | None = _field(
-        None, "longest prompt + completion to learn from; longer ones are drawn but left out"
+        None,
+        "most tokens that a trajectory to learn from may have, its prompt and every context "
+        "counted; longer ones are drawn but left out",
     )
     max_uses: int | None = _field(None, "draw a trajectory at most so often")
     strata: list[list[float]] | None = _field(
