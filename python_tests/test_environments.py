@@ -323,7 +323,7 @@ def test_turns(tmp_path: Path, tokenizer: Tokenizer, chat: bool) -> None:
     row = rows[0]
     ids = tokenizer.prompt_ids(prompt.content)
     assert plain.asked[1][0] == (*ids, *row.token_ids[:-2]), "it read what it wrote, and the answer"
-    between = tokenizer.text(row.token_ids[2:-2])
+    between = tokenizer._text(row.token_ids[2:-2])
     assert ("no" in between) if chat else (between == "no")
     size = len(row.token_ids) - 4
     assert row.completion_mask == (True,) * 2 + (False,) * size + (True,) * 2
@@ -348,10 +348,10 @@ def test_a_template_that_writes_turns_anew_begins_a_context(
     )
     with empty(tmp_path) as store:
         [row, _], _ = played(store, environment, plain, tokenizer)
-    assert tokenizer.text(row.token_ids) == " 9<|end|>3<|end|>" and row.completion_mask is None
+    assert tokenizer._text(row.token_ids) == " 9<|end|>3<|end|>" and row.completion_mask is None
     [(start, context)] = row.contexts.items()
     assert start == 3 and context == plain.asked[1][0]
-    assert tokenizer.text(context).endswith("[assistant]9<|end|>[user]no<|end|>[a]")
+    assert tokenizer._text(context).endswith("[assistant]9<|end|>[user]no<|end|>[a]")
 
 
 def test_an_episode_that_is_cut_short_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -412,7 +412,7 @@ def test_a_long_observation_is_cut(tmp_path: Path, tokenizer: Tokenizer) -> None
         assert row.reward == 1.0
         assert len(row.token_ids) < 200
         if words == "flood":
-            said = tokenizer.text(row.token_ids)
+            said = tokenizer._text(row.token_ids)
             assert "x" * 20 + "\n[... 999960 characters left out ...]\n" + "x" * 20 in said
 
 

@@ -33,10 +33,19 @@ def node(parent: int | None, token_ids: list[int], drawn: int = 0) -> Any:
 
 
 def trace(*nodes: Any, untrained: tuple[int, ...] = (), **fields: Any) -> Any:
-    kept = [one for i, one in enumerate(nodes) if i not in untrained]
+    """untrained: leaves whose branches are not learned from."""
+    parents = {one.parent for one in nodes}
+    branches = []
+    for leaf in (i for i in range(len(nodes)) if i not in parents):
+        place: int | None = leaf
+        path: list[Any] = []
+        while place is not None:
+            path.insert(0, nodes[place])
+            place = nodes[place].parent
+        branches.append(SimpleNamespace(nodes=path, trainable=leaf not in untrained))
     given: dict[str, Any] = {
         "nodes": list(nodes),
-        "branches": [SimpleNamespace(nodes=kept, trainable=True)],
+        "branches": branches,
         "rewards": {"right": SimpleNamespace(score=0.5), "later": None},
         "reward": 1.0,
         "task": SimpleNamespace(key="k"),
@@ -71,7 +80,7 @@ def test_turns_that_extend_what_came_before() -> None:
 def test_turns_that_are_rendered_anew() -> None:
     """As of a template that leaves thinking out; what was tried and not taken is left out too."""
     anew = (node(None, [1, 2]), node(4, [9, 11, 4, 5]), node(5, [3, 12], 1))
-    nodes = (*TURNS[:3], node(2, [7, 7], 2), *anew)
+    nodes = (*TURNS[:3], node(None, [8, 7, 7], 2), *anew)
     made = generation_of(trace(*nodes, untrained=(3,)), [1, 2, 3], True)
     assert made.token_ids == (10, 11, 12)
     assert made.turns is not None and made.turns.completion_mask == (True,) * 3
@@ -178,7 +187,7 @@ def test_tools_that_work_and_tools_that_do_not(served: list[Any], tmp_path: Path
     assert len(rows["flood"].token_ids) < 200
     row = rows["plain"]
     assert (row.reward, row.finish, row.num_turns, row.contexts) == (1.0, "eos", 2, None)
-    words = tokenizer.text(row.token_ids)
+    words = tokenizer._text(row.token_ids)
     assert words.startswith("<tool_call>") and words.endswith(
         "<|im_start|>assistant\ndone<|im_end|>"
     )
@@ -186,7 +195,7 @@ def test_tools_that_work_and_tools_that_do_not(served: list[Any], tmp_path: Path
     own = [
         token for token, mine in zip(row.token_ids, row.completion_mask or (), strict=True) if mine
     ]
-    assert "here" not in tokenizer.text(own) and tokenizer.text(own).endswith("done<|im_end|>")
+    assert "here" not in tokenizer._text(own) and tokenizer._text(own).endswith("done<|im_end|>")
     known = torch.as_tensor(row.behaviour_logprobs)
     assert known.sum() == -0.25 * row.num_policy_tokens
 

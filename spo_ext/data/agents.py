@@ -38,7 +38,7 @@ def parse_verifiers(row: Row, defaults: Defaults) -> Record:
     if row.get("mm_token_type_id_map"):
         raise RowError("mm_token_type_id_map must be empty: images and audio are not stored")
     paths = _paths(nodes)
-    messages = [[_openai(nodes[i]["message"]) for i in path] for path in paths]
+    messages = [[openai_message(nodes[i]["message"]) for i in path] for path in paths]
     first = next((i for i, n in enumerate(paths[0]) if nodes[n].get("sampled")), None)
     if not first:
         raise RowError("nodes must have a sampled message behind a prompt")
@@ -52,7 +52,7 @@ def parse_verifiers(row: Row, defaults: Defaults) -> Record:
     read = [int(t) for n in paths[0][:first] for t in nodes[n].get("token_ids") or ()]
     turns, prompt_ids = None, None
     if any(node.get("token_ids") for node in nodes):
-        turns = list(_branches(nodes, paths))
+        turns = list(sampled_turns(nodes, paths))
         if not turns:
             raise RowError("nodes must have token_ids that were sampled")
         prompt_ids = turns[0].context
@@ -60,7 +60,9 @@ def parse_verifiers(row: Row, defaults: Defaults) -> Record:
             raise RowError("the first sampled tokens must follow the prompt's")
     elif len(paths) > 1:
         raise RowError(f"{len(paths)} branches without token_ids cannot be told apart")
-    tools = [_tool(tool) for tool in nodes[paths[0][0]].get("tools") or row.get("tools") or ()]
+    tools = [
+        openai_tool(tool) for tool in nodes[paths[0][0]].get("tools") or row.get("tools") or ()
+    ]
     named = last.get("model") or _object(agent, "config").get("model")
     origin = defaults.origin or Origin("model", model=str(named or agent.get("name") or "unknown"))
     prompt = Prompt(
@@ -70,9 +72,9 @@ def parse_verifiers(row: Row, defaults: Defaults) -> Record:
         split=defaults.split_of(row),
         columns={"task": as_json("task", task)} | ({"tools": tools} if tools else {}),
     )
-    said = readable("completion", [m for m in messages[0][first:]])
+    said = readable("completion", messages[0][first:])
     info = {name: as_json(name, row[name]) for name in row if name not in ("task", "nodes")}
-    info["nodes"] = [_without(node, *_TOKENS) for node in nodes]
+    info["nodes"] = [_without(node, *TOKENS) for node in nodes]
     completion = Completion(
         said,
         _weighted(row.get("rewards")),
@@ -87,7 +89,7 @@ def parse_verifiers(row: Row, defaults: Defaults) -> Record:
     return Record(prompt, (completion,))
 
 
-_TOKENS = ("token_ids", "mask", "logprobs")
+TOKENS = ("token_ids", "mask", "logprobs")
 
 
 def _paths(nodes: Sequence[Any]) -> list[list[int]]:
@@ -111,7 +113,7 @@ def _paths(nodes: Sequence[Any]) -> list[list[int]]:
     return paths
 
 
-def _branches(nodes: Sequence[Any], paths: Sequence[Sequence[int]]) -> Iterator[Turn]:
+def sampled_turns(nodes: Sequence[Any], paths: Sequence[Sequence[int]]) -> Iterator[Turn]:
     """The sampled tokens of each node once, behind all tokens of its path. Raises RowError."""
     seen: set[int] = set()
     for path in paths:
@@ -150,7 +152,7 @@ def _weighted(rewards: Any) -> float:
     return sum(float(one["score"]) * float(one.get("weight", 1.0)) for one in rewards.values())
 
 
-def _openai(message: Mapping[str, Any]) -> dict[str, Any]:
+def openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message of verifiers with calls as OpenAI and chat templates have them."""
     plain = {name: value for name, value in message.items() if value is not None}
     if plain.get("tool_calls"):
@@ -165,7 +167,7 @@ def _openai(message: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+def openai_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": _without(tool, "type")}
 
 

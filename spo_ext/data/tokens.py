@@ -71,10 +71,6 @@ class Tokenizer:
         own: int | None = self._tokenizer.eos_token_id
         return own if own in self._ends or not self._ends else self._ends[0]
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
-        return self._text(ids)
-
     @property
     def end_ids(self) -> tuple[int, ...]:
         """All tokens at which generation ends, that of a text first."""
@@ -149,12 +145,11 @@ class Tokenizer:
             raise RowError(f"turn_rewards must be {said}, one for each turn, got {len(paid)}")
         start = self._chat(before, template, "prompt")
         tokens = self.prompt_ids(prompt, template) if prompt_ids is None else list(prompt_ids)
-        text = start
         for message in messages:
             if message.get("role") == "assistant":
                 if len(before) > len(prompt):
                     start = self._chat(before, template, "answer")
-                    tokens = self._read(text, start, tokens)
+                    tokens = self.continued(tokens, self._ids(start, special=False))
                 whole = self._chat([*before, message], template, "whole")
                 if not whole.startswith(start):
                     raise RowError(
@@ -167,21 +162,25 @@ class Tokenizer:
                 reward = float(paid[len(made)]) if paid else 0.0
                 made.append(Turn(tokens, ids, reward=reward, own=message.get("weight") != 0))
                 tokens = [*tokens, *ids]
-                text = start + rest + ("" if end is None else self._text([end]))
             before.append(message)
         if made and before[-1].get("role") != "assistant":
             whole = self._chat(before, template, "whole")
-            made.append(Turn(self._read(text, whole, tokens), ()))
+            read = self.continued(tokens, self._ids(whole, special=False))
+            made.append(Turn(read, ()))
         return made
 
-    def _read(self, text: str, now: str, tokens: list[int]) -> list[int]:
-        """Ids of the text now, those of the text before it being given."""
-        if now.startswith(text):
-            try:
-                return [*tokens, *self._following(text, now[len(text) :], tokens)]
-            except RowError:  # no two tokens meet there
-                pass
-        return self._ids(now, special=False)
+    def continued(self, before: list[int], whole: list[int]) -> list[int]:
+        """Ids of the text of `whole` that begin with those before, as the policy read and wrote
+        them, where the text does; else `whole`, which a template wrote anew."""
+        if whole[: len(before)] == before:
+            return whole
+        start, words = self._text(before), self._text(whole)
+        if words.startswith(start):
+            # A template's marks are tokens of their own, so that nothing merges over the border.
+            rest = self.completion_ids("", words[len(start) :], "truncated", prompt_ids=[])
+            if self._text([*before, *rest]) == words:
+                return [*before, *rest]
+        return whole
 
     def _ended(self, ids: list[int], end: int | None, finish: Finish) -> list[int]:
         if ids and ids[-1] == end:

@@ -28,18 +28,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from spo_ext.checks import check_integer, number, refuse
+from spo_ext.data.records import Turn
 from spo_ext.environments.worker import CallError, Workers
 from spo_ext.rollout.generation import (
     Generation,
     Generator,
     Judgement,
     Sampling,
-    Turns,
     derived_seed,
 )
 from spo_ext.shown import say
@@ -57,24 +57,15 @@ _KEYS = ("observation", "reward", "done", "state")
 class _Episode:
     """What has been said so far.
 
-    tokens: what the policy reads next, or has read and written. context: those of a template that
-    wrote earlier turns anew; between: what the environment said since; both go to the tokens of
-    the trajectory when the policy has answered them.
+    tokens: what the policy reads next; turns: what it has read and written.
     """
 
     prompt: Prompt
     row: Mapping[str, Any]
     tokens: list[int]
-    ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    logprobs: list[float] | None = field(default_factory=list)
-    paid: dict[int, float] = field(default_factory=dict)
-    contexts: dict[int, list[int]] = field(default_factory=dict)
-    between: list[int] = field(default_factory=list)
-    context: list[int] | None = None
+    turns: list[Turn] = field(default_factory=list)
     said: list[Mapping[str, Any]] = field(default_factory=list)
     state: Any = None
-    turns: int = 0
     truncated: bool = False
     over: bool = False
     lost: bool = False
@@ -86,19 +77,9 @@ class _Episode:
         if not turn.token_ids:
             self.over = self.truncated = True
             return
-        if self.context is not None:
-            self.contexts[len(self.ids)] = self.context
-        known = turn.logprobs if self.logprobs is not None else None
-        if known is None:
-            self.logprobs = None
-        elif self.logprobs is not None:
-            self.logprobs += [0.0] * len(self.between) + list(known)
-        self.ids += [*self.between, *turn.token_ids]
-        self.mask += [False] * len(self.between) + [True] * len(turn.token_ids)
+        self.turns.append(Turn(self.tokens, turn.token_ids, turn.logprobs))
         self.tokens = [*self.tokens, *turn.token_ids]
-        self.between, self.context = [], None
         self.truncated = turn.finish == "truncated"
-        self.turns += 1
         self.said = [*self.said, {"role": "assistant", "content": text}]
 
     def answer(self, step: Mapping[str, Any]) -> None:
@@ -109,27 +90,21 @@ class _Episode:
         if self.over:
             self.reward = reward
         elif reward:
-            self.paid[len(self.ids) - 1] = reward
+            self.turns[-1] = replace(self.turns[-1], reward=reward)
 
     def finished(self, name: str, failed: float | None) -> Generation:
         """As it is stored."""
-        paid = tuple(self.paid.get(place, 0.0) for place in range(len(self.ids)))
+        paid = math.fsum(turn.reward for turn in self.turns)
         judgement = None
         if not self.failure:
-            judgement = Judgement(self.reward + math.fsum(paid))
+            judgement = Judgement(self.reward + paid)
         elif failed is not None:
-            judgement = Judgement(failed + math.fsum(paid), self.failure)
-        info = {"environment": name, "turns": self.turns}
-        turns = Turns(
-            tuple(self.mask),
-            judgement,
-            self.contexts or None,
-            paid if self.paid else None,
-            {**info, "failure": self.failure} if self.failure else info,
-        )
+            judgement = Judgement(failed + paid, self.failure)
+        info = {"environment": name, "turns": len(self.turns)}
+        info |= {"failure": self.failure} if self.failure else {}
         finish: Finish = "truncated" if self.truncated or self.failure else "eos"
-        logprobs = None if self.logprobs is None else tuple(self.logprobs)
-        return Generation(tuple(self.ids), finish, logprobs, turns)
+        start = self.prompt.token_ids or ()
+        return Generation.of_turns(start, self.turns, finish, judgement, info)
 
 
 class Episodes:
@@ -258,8 +233,8 @@ class Episodes:
                 refuse(f"{self._name}.step", "observation", "text for a prompt of text", said)
             said = self._cut(said)
             episode.said = [*episode.said, {"role": "user", "content": said}]
-            episode.between = self._tokenizer.completion_ids("", said, "truncated", prompt_ids=[])
-            episode.tokens = [*episode.tokens, *episode.between]
+            between = self._tokenizer.completion_ids("", said, "truncated", prompt_ids=[])
+            episode.tokens = [*episode.tokens, *between]
             return
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
         for message in messages:
@@ -267,11 +242,7 @@ class Episodes:
                 message["content"] = self._cut(message["content"])
         episode.said = [*episode.said, *messages]
         whole = self._tokenizer.prompt_ids([*content, *episode.said], episode.prompt.template)
-        between = following(self._tokenizer, episode.tokens, whole)
-        if between is None:
-            episode.context = episode.tokens = whole
-            return
-        episode.between, episode.tokens = between, [*episode.tokens, *between]
+        episode.tokens = self._tokenizer.continued(episode.tokens, whole)
 
     def _cut(self, words: str) -> str:
         left_out = len(words) - self._longest
@@ -287,18 +258,3 @@ class Episodes:
             self._told.add(failure)
             kept = "are not stored" if self._failed is None else f"get the reward {self._failed:g}"
             say(f"spo: {self._name}: {failure}; such episodes {kept}", sys.stderr, line=True)
-
-
-def following(tokenizer: Tokenizer, before: list[int], whole: list[int]) -> list[int] | None:
-    """Ids that follow those before and make the text of the whole with them; None if the whole
-    begins with another text."""
-    if whole[: len(before)] == before:
-        return whole[len(before) :]
-    text: Callable[[list[int]], str] = tokenizer.text
-    start, words = text(before), text(whole)
-    if not words.startswith(start):
-        return None
-    # A template's marks are tokens of their own, so that nothing merges over the border.
-    rest = words[len(start) :]
-    found = tokenizer.completion_ids("", rest, "truncated", prompt_ids=[])
-    return found if text([*before, *found]) == words else None

@@ -13,16 +13,16 @@ import os
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spo_ext.checks import refuse
+from spo_ext.data.agents import TOKENS, openai_message, openai_tool, sampled_turns
 from spo_ext.rollout.generation import (
     Generation,
     Judgement,
     Sampling,
-    Turns,
     completion_seeds,
     derived_seed,
 )
@@ -169,8 +169,10 @@ class Verifiers:
                 f"verifiers:{self._name}, got {_failure(trace) or 'an answer without any'}"
             )
         assert sampled is not None
-        content = [_plain(trace.nodes[i].message) for i in _path(trace, sampled)[:-1]]
-        tools = [tool.model_dump(mode="json", exclude_none=True) for tool in trace.tools]
+        content = [
+            openai_message(_plain(trace.nodes[i].message)) for i in _path(trace, sampled)[:-1]
+        ]
+        tools = [openai_tool(_plain(tool)) for tool in trace.tools]
         columns = {_TASK: place, "key": trace.task.key, **({"tools": tools} if tools else {})}
         answer = getattr(self._tasks[place].data, "answer", None)
         return Prompt(content, read, answer=answer, split=split, columns=columns)
@@ -212,39 +214,25 @@ def generation_of(trace: Trace, prompt_ids: Sequence[int], logprobs: bool) -> Ge
     One that failed, that holds nothing which the policy drew, or that does not begin with the
     prompt has no judgement.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
-    known: list[float] = []
-    contexts: dict[int, list[int]] = {}
-    so_far = list(prompt_ids)
     failure = _failure(trace)
-    trained = {id(node) for branch in trace.branches if branch.trainable for node in branch.nodes}
-    for place, node in enumerate(trace.nodes):
-        if not node.sampled or id(node) not in trained or not any(node.mask):
-            continue
-        read, drawn = _read(trace, place)
-        if read[: len(so_far)] == so_far:
-            between = read[len(so_far) :]
-        else:
-            between = []
-            if ids:
-                contexts[len(ids)] = read
-        if not ids and read != so_far:
-            failure = failure or "it began with another prompt than before"
-        ids += [*between, *drawn]
-        mask += [False] * len(between) + node.mask[len(node.mask) - len(drawn) :]
-        known += [0.0] * len(between) + node.logprobs
-        so_far = [*read, *drawn]
+    places = {id(node): place for place, node in enumerate(trace.nodes)}
+    nodes = [{name: getattr(node, name) for name in TOKENS} for node in trace.nodes]
+    trained = [branch.nodes for branch in trace.branches if branch.trainable]
+    paths = [[places[id(node)] for node in path] for path in trained]
+    turns = list(sampled_turns(nodes, paths))
+    if not logprobs:
+        turns = [replace(turn, logprobs=None) for turn in turns]
+    start = list(turns[0].context) if turns else list(prompt_ids)
+    if start != list(prompt_ids):
+        failure = failure or "it began with another prompt than before"
     parts = tuple((name, one.score) for name, one in trace.rewards.items() if one is not None)
-    judgement = None if failure or not ids else Judgement(trace.reward, "", parts)
+    judgement = None if failure or not turns else Judgement(trace.reward, "", parts)
     info = {"task": trace.task.key, "stop": trace.stop_condition, "metrics": dict(trace.metrics)}
     # A call that was refused, as one too long for the server, ends an episode without a failure.
     refused = bool(trace.calls) and trace.calls[-1].error is not None
     cut = failure or refused or trace.is_truncated or trace.is_timeout
     finish: Finish = "truncated" if cut else "eos"
-    kept = tuple(known) if logprobs and len(known) == len(ids) else None
-    turns = Turns(tuple(mask), judgement, contexts or None, None, info)
-    return Generation(tuple(ids), finish, kept, turns)
+    return Generation.of_turns(start, turns, finish, judgement, info)
 
 
 def _path(trace: Trace, place: int | None) -> list[int]:

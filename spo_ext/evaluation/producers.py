@@ -34,18 +34,9 @@ def make_generator(
         plain = ModelGenerator(model, tokenizer, batch_size=options.batch_size)
         room = longest(model)
     else:
-        from spo_ext.rollout.server import ServerGenerator
+        from spo_ext.rollout import arguments
 
-        plain = server = ServerGenerator(
-            options.server,
-            options.served_model,
-            dialect=options.dialect,
-            tokenizer=tokenizer,
-            api_key=api_key(options.api_key_from),
-            concurrency=options.concurrency,
-            end_ids=tokenizer.end_ids,
-            extra=options.server_extra,
-        )
+        plain = server = arguments.make_server(options, tokenizer)
         room = server.context() if environment is not None else None
     return plain if environment is None else environment.generator(plain, tokenizer, room)
 

@@ -95,6 +95,17 @@ def make_reward(options: argparse.Namespace, **given: float) -> Reward:
     return as_reward(rewards, options.reward_weights)
 
 
+_OF_SERVER = {
+    "dialect": "dialect",
+    "timeout_s": "timeout",
+    "retries": "retries",
+    "concurrency": "concurrency",
+    "logprobs": "server_logprobs",
+    "logprobs_mode": "logprobs_mode",
+    "extra": "server_extra",
+}
+
+
 def make_server(
     options: argparse.Namespace,
     tokenizer: Tokenizer,
@@ -102,18 +113,17 @@ def make_server(
 ) -> ServerGenerator:
     """Raises ValueError if the environment lacks the key, or for a field of --server-extra that
     other arguments set."""
+    how = {
+        name: getattr(options, given)
+        for name, given in _OF_SERVER.items()
+        if hasattr(options, given)  # `spo eval` has fewer
+    }
     return ServerGenerator(
         options.server,
         options.served_model,
-        dialect=options.dialect,
         tokenizer=tokenizer,
         api_key=api_key(options.api_key_from),
-        timeout_s=options.timeout,
-        retries=options.retries,
-        concurrency=options.concurrency,
-        logprobs=options.server_logprobs,
-        logprobs_mode=options.logprobs_mode,
         end_ids=tokenizer.end_ids,
-        extra=options.server_extra,
         published=published,
+        **how,
     )

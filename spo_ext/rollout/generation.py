@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spo_ext.checks import check_integer, number, refuse
+from spo_ext.data.records import Turn, join
 from spo_ext.store.records import Finish, Prompt
 
 
@@ -94,6 +95,31 @@ class Generation:
     def num_policy_tokens(self) -> int:
         """How many of token_ids the policy wrote."""
         return len(self.token_ids) if self.turns is None else sum(self.turns.completion_mask)
+
+    @classmethod
+    def of_turns(
+        cls,
+        prompt_ids: Sequence[int],
+        turns: Sequence[Turn],
+        finish: Finish,
+        judgement: Judgement | None,
+        info: Any,
+    ) -> Generation:
+        """Several turns as one generation; raises RowError where they do not follow each other."""
+        written = join(prompt_ids, turns)
+        known, paid = written["behaviour_logprobs"], written["token_rewards"]
+        return cls(
+            tuple(written["token_ids"]),
+            finish,
+            None if known is None else tuple(known),
+            Turns(
+                tuple(written["completion_mask"]),
+                judgement,
+                written["contexts"] or None,
+                tuple(paid) if any(paid) else None,
+                info,
+            ),
+        )
 
 
 class Generator(Protocol):

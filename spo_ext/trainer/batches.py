@@ -149,9 +149,10 @@ def collate(sequences: Sequence[Tokens], layout: Layout, pad_id: int = 0) -> Tok
         positions[row, start : start + length] = torch.arange(length)
         mask[row, start : start + length] = 1
         first = row * width + start + len(tokens.prompt) - 1
-        index.append(first + tokens.places)
-        targets.append(torch.tensor(tokens.completion)[tokens.places])
-        sizes.append(len(tokens.places))
+        own = tokens.places
+        index.append(first + own)
+        targets.append(torch.tensor(tokens.completion)[own])
+        sizes.append(len(own))
     inputs = {"input_ids": ids, "position_ids": positions}
     if layout == "padded":
         inputs = {"input_ids": ids, "attention_mask": mask}
