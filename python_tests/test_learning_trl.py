@@ -15,7 +15,7 @@ pytest.importorskip("sqlalchemy")
 from types import SimpleNamespace
 
 from learning import baselines
-from learning.controls import GRPO, grpo_loss
+from learning.controls import GRPO, grpo_loss, truncated_grpo_loss
 from trl import GRPOConfig, GRPOTrainer
 
 from spo_ext.trainer.batches import TokenBatch, Tokens, collate
@@ -188,3 +188,25 @@ def test_loss_in_double(tmp_path, monkeypatch, loss_type):
     ratio = (new - inputs["old_per_token_logps"]).exp()[inputs["completion_mask"].bool()]
     assert 5 < int((ratio > 1.2).sum()) and 5 < int((ratio < 0.8).sum()) < len(ratio) // 2
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_truncated_weights_in_double(tmp_path, monkeypatch):
+    """TRL's with a server's log-probabilities, of a policy that wrote before this one."""
+    made = trainer(tmp_path, loss_type="dapo")
+    made.model.eval()
+    new, inputs, rows = double_batch()
+    kept = inputs["completion_mask"].bool()
+    ratio = (new.detach() - inputs["old_per_token_logps"]).exp()
+    assert 5 < int((ratio[kept] > 1.5).sum()) < int(kept.sum()) // 2
+    inputs |= {
+        "old_per_token_logps": new.detach(),
+        "importance_sampling_ratio": ratio.clamp(max=1.5),
+    }
+    made.use_vllm = made.vllm_importance_sampling_correction = True
+    found = (new, torch.zeros_like(new), None)
+    monkeypatch.setattr(made, "_get_per_token_logps_and_entropies", lambda *_, **__: found)
+    theirs = GRPOTrainer._compute_loss(made, made.model, inputs)
+    ours, _ = truncated_grpo_loss(new[kept], rows, GRPO.kl, cap=1.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+    gradients = [torch.autograd.grad(loss, new)[0] for loss in (theirs, ours)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)

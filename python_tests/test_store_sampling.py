@@ -129,6 +129,29 @@ def test_max_offpolicy_steps_draws_from_the_last_versions(store: TrajectoryStore
     assert {row.origin.policy_version for row in whole.trajectories} == {0, 1, 2, 3}
 
 
+def test_replay_draws_the_last_versions_evenly_and_again(store: TrajectoryStore) -> None:
+    """Without it, rows that a new version adds come before those that were drawn."""
+    for version in range(6):
+        fill(store, policy(version), 20)
+    draw = sampler(store, 12, replay_versions=4)
+    plain = named(store, "plain", batch_size=12, run="run", max_offpolicy_steps=3)
+    seen = [draw.next_batch(policy_version=4) for _ in range(100)]
+    ages = Counter(row.origin.policy_version for batch in seen for row in batch.trajectories)
+    assert sorted(ages) == [1, 2, 3, 4]
+    assert min(ages.values()) > 240  # of 300 expected, with a standard deviation of 12
+    assert all(len(set(ids_of(batch))) == 12 for batch in seen)
+    drawn = [id for batch in (draw.next_batch(5) for _ in range(4)) for id in ids_of(batch)]
+    assert len(set(drawn)) < 48  # some again, though there are rows that never were
+    plain.next_batch(policy_version=4)
+    once = [id for batch in (plain.next_batch(4) for _ in range(5)) for id in ids_of(batch)]
+    assert len(set(once)) == 60
+
+
+def test_replay_is_in_place_of_a_limit_of_age(store: TrajectoryStore) -> None:
+    with pytest.raises(ValueError, match="max_offpolicy_steps must be None with replay_versions"):
+        SamplerConfig(4, run="run", replay_versions=2, max_offpolicy_steps=1)
+
+
 def test_max_uses_ends_with_an_error_that_says_so(store: TrajectoryStore) -> None:
     ids = fill(store, Origin("human"), 6)
     draw = sampler(store, 4, mixture="offline", max_uses=2)

@@ -59,6 +59,9 @@ def test_killed_and_resumed_again_and_again(tmp_path: Path) -> None:
         assert torch.equal(end["weights"][name], weight), name
     losses = [{line["step"]: line["loss"] for line in one["log"]} for one in (end, expected)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+    learned = [[line["cost/learned_tokens"] for line in one["log"]] for one in (end, expected)]
+    assert learned[0][-1] == learned[1][-1] > 6 * 8 * 5  # rows of at least a prompt of five tokens
+    assert learned[1] == sorted(learned[1])
 
 
 def run(folder: Path, **options: Any) -> int:

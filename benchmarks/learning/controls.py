@@ -8,6 +8,7 @@ over the whole step: one micro-batch on one process.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Protocol
 
 import torch
@@ -72,13 +73,36 @@ def surrogate(
 def grpo_loss(logprobs: Tensor, rows: Rows, clip: float, kl: float) -> tuple[Tensor, Values]:
     """GRPO's, with its penalty, and what to log."""
     cut = rows.cu_seqlens
-    online = rows.online.to(rows.rewards)
-    advantages = baselines.group_advantages(rows.rewards, rows.groups, online)
-    loss, values = surrogate(logprobs, rows, advantages[:, None], clip)
+    loss, values = surrogate(logprobs, rows, group_advantages(rows), clip)
     new, mask = padded(logprobs, cut)
     old, ref = padded(known(rows), cut)[0], padded(rows.ref_logprobs, cut)[0]
-    penalty = baselines.kl_estimate(new, old, ref, mask * online[:, None])
+    penalty = baselines.kl_estimate(new, old, ref, mask * rows.online[:, None])
     return loss + kl * penalty, values
+
+
+def truncated_grpo_loss(
+    logprobs: Tensor, rows: Rows, kl: float, cap: float
+) -> tuple[Tensor, Values]:
+    """GRPO's with its old policy the one that learns, and what to log.
+
+    As TRL corrects for a sampler that is another policy: the loss of a token has the weight
+    min(pi / behaviour, cap), the penalty none.
+    """
+    cut = rows.cu_seqlens
+    new, mask = padded(logprobs, cut)
+    behaviour, ref = padded(known(rows), cut)[0], padded(rows.ref_logprobs, cut)[0]
+    old, sampled = new.detach(), mask * rows.online[:, None]
+    weights = (old - behaviour).exp().clamp(max=cap)
+    loss = baselines.clipped_loss(new, old, group_advantages(rows) * weights, sampled, math.inf)
+    log_ratios = padded(logprobs.detach() - rows.ref_logprobs, cut)[0].sum(1)
+    values = {"log_ratio": float(log_ratios.mean())}
+    return loss + kl * baselines.kl_estimate(new, old, ref, sampled), values
+
+
+def group_advantages(rows: Rows) -> Tensor:
+    """[S, 1]; 0 for rows that the policy did not sample."""
+    online = rows.online.to(rows.rewards)
+    return baselines.group_advantages(rows.rewards, rows.groups, online)[:, None]
 
 
 def ppo_loss(
@@ -181,6 +205,15 @@ class GRPO(Control):
 
     def loss_of(self, logprobs: Tensor, rows: Rows) -> tuple[Tensor, Values]:
         return grpo_loss(logprobs, rows, self.clip, self.kl)
+
+
+class TruncatedGRPO(Control):
+    """GRPO with truncated importance weights (TIS), for a sampler that lags behind."""
+
+    cap = 2.0
+
+    def loss_of(self, logprobs: Tensor, rows: Rows) -> tuple[Tensor, Values]:
+        return truncated_grpo_loss(logprobs, rows, self.kl, self.cap)
 
 
 class PPO(Control):

@@ -4,6 +4,9 @@
 
 A recipe is a supervised start and settings of the trainer, as anybody would give them. A run is a
 line of FILE, and what is there is not run again. In the end all of FILE is shown as tables.
+
+How far the policy that writes lags behind the one that learns, and how often its programs are used,
+are the recipe's, or those of --sync, --uses and --versions, for each of which a recipe runs.
 """
 
 from __future__ import annotations
@@ -35,16 +38,23 @@ from spo_ext.store import Origin, Trajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
 from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
-from .controls import GRPO, PPO, SFT
+from .controls import GRPO, PPO, SFT, TruncatedGRPO
 from .evaluation import evaluate
 from .references import load_reference, reference_key
 from .settings import SETTINGS, Setting
-from .tables import columns, read_records, tables
+from .tables import columns, name_of, read_records, tables
 
 # Every step samples its batch from the policy as it is.
 _ONLINE: dict[str, Any] = {"sync_every": 1, "rollout_batch_size": PROMPTS_PER_BATCH}
 _SPO = _ONLINE | {"beta": 0.1, "max_grad_norm": 0.2}
 _CONTROL = _ONLINE | {"max_grad_norm": 1.0}
+# OAPL: Q_0 by the group's soft value, log-ratios to whoever wrote the programs.
+_OAPL = _SPO | {
+    "objective": "squared",
+    "reference": "behaviour",
+    "q0": "group_soft",
+    "taper": False,
+}
 _HALF_ONLINE = _SPO | {"mixture": "half-online", "mixed_groups": True, "temperature": 0.8}
 _SUPERVISED: dict[str, Any] = {
     "mixture": "offline",
@@ -73,11 +83,15 @@ class Recipe:
 RECIPES = {
     "quickstart": Recipe(),
     "spo": Recipe(_SPO),
+    "spo-untapered": Recipe(_SPO | {"taper": False}),
+    "spo-tis": Recipe(_SPO | {"taper": False, "importance_sampling_mode": "sequence_truncate"}),
+    "oapl": Recipe(_OAPL),
     "half-online": Recipe(_HALF_ONLINE),
     "sft-spo": Recipe(_SPO, sft_share=0.75),
     "sft": Recipe(_SUPERVISED, SFT),
     "expert": Recipe(_CONTROL, SFT),
     "grpo": Recipe(_CONTROL, GRPO),
+    "grpo-tis": Recipe(_CONTROL, TruncatedGRPO),
     "ppo": Recipe(_CONTROL, PPO),
     "sft-ppo": Recipe(_CONTROL, PPO, sft_share=0.75),
 }
@@ -97,8 +111,37 @@ def fill(store: TrajectoryStore, setting: Setting, problems: Sequence[Problem]) 
     )
 
 
+@dataclass(frozen=True)
+class Lag:
+    """sync_every: batches between versions of the policy that writes. uses: of each sampled batch.
+    versions: batches are drawn uniformly from what so many last versions wrote (None: from all,
+    what was used least first).
+    """
+
+    sync_every: int = 1
+    uses: int = 1
+    versions: int | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """Settings of the trainer in place of a recipe's; none by default."""
+        if self == SYNCHRONOUS:
+            return {}
+        found: dict[str, Any] = {"sync_every": max(self.sync_every, self.uses)}
+        found["replay_ratio"] = float(self.uses)
+        return found | ({} if self.versions is None else {"replay_versions": self.versions})
+
+
+SYNCHRONOUS = Lag()
+
+
 def settings(
-    recipe: Recipe, setting: Setting, folder: Path, run: str, steps: int, seed: int
+    recipe: Recipe,
+    setting: Setting,
+    folder: Path,
+    run: str,
+    steps: int,
+    seed: int,
+    lag: Lag = SYNCHRONOUS,
 ) -> SPOConfig:
     """Those of the quickstart with the recipe's changes, and the sizes of the setting."""
     given = spo_settings(
@@ -115,18 +158,25 @@ def settings(
     sizes["per_device_train_batch_size"] = setting.prompts_per_batch * group
     if recipe.changes.get("mixture") == "half-online":
         sizes["num_generations"] = group // 2
-    return SPOConfig(**(given | sizes | recipe.changes))
+    lagged = lag.changes() if recipe.changes.get("rollouts") != "none" else {}
+    return SPOConfig(**(given | sizes | recipe.changes | lagged))
 
 
 def learn(
-    recipe: Recipe, setting: Setting, policy: Qwen2ForCausalLM, folder: Path, steps: int, seed: int
+    recipe: Recipe,
+    setting: Setting,
+    policy: Qwen2ForCausalLM,
+    folder: Path,
+    steps: int,
+    seed: int,
+    lag: Lag = SYNCHRONOUS,
 ) -> SPOTrainer:
     """Trains the policy in place, on a store in the folder; returns the last trainer."""
     start = round(recipe.sft_share * steps)
     if start:
-        given = settings(RECIPES["sft"], setting, folder, "start", start, seed)
+        given = settings(RECIPES["sft"], setting, folder, "start", start, seed, lag)
         SFT(policy, given, make_tokenizer()).train()
-    given = settings(recipe, setting, folder, "run", steps - start, seed)
+    given = settings(recipe, setting, folder, "run", steps - start, seed, lag)
     trainer = recipe.trainer(policy, given, make_tokenizer())
     trainer.train()
     return trainer
@@ -142,9 +192,16 @@ class Run:
     reference_seed: int
     seed: int
     steps: int
+    sync_every: int = 1
+    uses: int = 1
+    versions: int | None = None
+
+    @property
+    def lag(self) -> Lag:
+        return Lag(self.sync_every, self.uses, self.versions)
 
     def __str__(self) -> str:
-        return f"{self.recipe} r{self.reference_seed} s{self.seed}"
+        return f"{name_of(asdict(self))} r{self.reference_seed} s{self.seed}"
 
 
 def perform(run: Run, cache: Path) -> dict[str, Any]:
@@ -161,11 +218,12 @@ def perform(run: Run, cache: Path) -> dict[str, Any]:
         with TrajectoryStore(Path(folder) / "store.db") as store:
             fill(store, setting, setting.problems("train", run.reference_seed))
         started, cpu = time.perf_counter(), time.process_time()
-        trainer = learn(recipe, setting, policy, Path(folder), run.steps, run.seed)
+        trainer = learn(recipe, setting, policy, Path(folder), run.steps, run.seed, run.lag)
         spent = {
             "training_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
         }
+        trainer.meter.drain(trainer.accelerator)
         sampled = sum(1 for _ in trainer.store.trajectories(run=trainer.args.run))
         temperature = trainer.args.temperature
         after = evaluate(policy, origin, held_out, setting, run.seed, temperature)
@@ -175,6 +233,7 @@ def perform(run: Run, cache: Path) -> dict[str, Any]:
         "before": before,
         "after": after,
         **spent,
+        **trainer.meter.totals,
         "reference": reference_key(setting, run.reference_seed),
         "commit": commit,
         "processor": machine.processor(),
@@ -191,8 +250,8 @@ def sweep(runs: Sequence[Run], out: Path, cache: Path, workers: int, minutes: fl
     deadline = time.monotonic() + 60 * minutes
     cut_unfinished_line(out)
     lines = read_records([out]) if out.exists() else []
-    done = [[line.get(field.name) for field in fields(Run)] for line in lines]
-    left = [run for run in runs if list(asdict(run).values()) not in done]
+    done = [{n.name: line.get(n.name, n.default) for n in fields(Run)} for line in lines]
+    left = [run for run in runs if asdict(run) not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
     active: dict[Future[dict[str, Any]], float] = {}
     longest = 0.0
@@ -210,7 +269,7 @@ def sweep(runs: Sequence[Run], out: Path, cache: Path, workers: int, minutes: fl
                 found = future.result()
                 with out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
-                run = Run(**{field.name: found[field.name] for field in fields(Run)})
+                run = Run(**{n.name: found[n.name] for n in fields(Run)})
                 print(
                     run, *(f"{read(found):.3f}" for read in columns([found]).values()), flush=True
                 )
@@ -225,6 +284,9 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--reference-seeds", nargs="+", type=int, default=[0, 1])
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--steps", type=int, default=120)
+    add("--sync", nargs="+", type=int, default=[1], help="batches between two versions")
+    add("--uses", nargs="+", type=int, default=[1], help="of a sampled batch")
+    add("--versions", nargs="+", type=int, default=[None], help="that a batch is drawn from")
     add("--split", choices=("development", "test"), default="development")
     add("--budget", type=float, default=math.inf, help="minutes, in which no run may end later")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
@@ -234,9 +296,11 @@ def main(words: Sequence[str] | None = None) -> None:
     # Both seeds change together first, so that two pairs already vary both; a sweep that is cut
     # short has whole rows of them.
     pairs = sorted(product(options.reference_seeds, options.seeds), key=lambda p: (max(p), p))
+    lags = list(product(options.sync, options.uses, options.versions))
     runs = [
-        Run(name, options.setting, options.split, *pair, options.steps)
+        Run(name, options.setting, options.split, *pair, options.steps, *lag)
         for pair in pairs
+        for lag in lags
         for name in options.recipes
     ]
     left = sweep(runs, options.out, options.cache, options.workers, options.budget)

@@ -43,8 +43,12 @@ def columns(runs: Sequence[Record]) -> dict[str, Callable[[Record], float]]:
 
 
 def name_of(record: Record) -> str:
-    """Its recipe; the method, where no recipe made it."""
-    return str(record.get("recipe") or record["method"])
+    """Its recipe and lag; the method, where no recipe made it."""
+    name = str(record.get("recipe") or record["method"])
+    lags = (("sync", record.get("sync_every", 1)), ("uses", record.get("uses", 1)))
+    name += "".join(f" {what} {number}" for what, number in lags if number > 1)
+    versions = record.get("versions")
+    return name if versions is None else f"{name} of {versions} versions"
 
 
 def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -198,6 +198,26 @@ PANELS = (
         "Time of an optimiser step and of its parts, seconds",
         (Curve("step_time", "whole step", INK), Curve("time/*", "", ORANGE)),
     ),
+    Panel(
+        "tokens",
+        "Tokens so far, prompts' where they were read",
+        (
+            Curve("cost/sampled_tokens", "sampled", BLUE),
+            Curve("cost/scored_tokens", "scored by the reference", GREEN),
+            Curve("cost/learned_tokens", "learned from", ORANGE),
+        ),
+        exact=True,
+    ),
+    Panel(
+        "seconds",
+        "Time so far, seconds of all ranks",
+        (
+            Curve("cost/sampling_seconds", "sampling and judging", BLUE),
+            Curve("cost/scoring_seconds", "scoring by the reference", GREEN),
+            Curve("cost/learning_seconds", "learning", ORANGE),
+        ),
+        exact=True,
+    ),
 )
 
 

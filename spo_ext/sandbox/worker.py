@@ -32,8 +32,10 @@ from spo_ext.sandbox.exam import read_seconds, run_exam
 from spo_ext.sandbox.police import Usage, kill_all
 from spo_ext.sandbox.prelude import add_prelude
 
-# From look to look at a program, and while it sleeps.
-TICK_SECONDS, ASLEEP_TICK = 0.02, 0.06
+# From look to look at a program: while it is young, lest one that sleeps at once keeps another from
+# a core; then; and while it sleeps.
+FIRST_TICK, TICK_SECONDS, ASLEEP_TICK = 0.004, 0.02, 0.06
+YOUNG_SECONDS = 0.03
 # Beyond the prelude, what programs import most, loaded once instead of once per program.
 PRELOADED = ("dataclasses", "decimal", "threading")
 # The examiner's CPU time: that of a program's limit for each of reading, comparing, and the tests'
@@ -41,7 +43,7 @@ PRELOADED = ("dataclasses", "decimal", "threading")
 EXAM_CPU_FACTOR, EXAM_CPU_MORE = 3, 1
 MOST_FILES = 1000  # and folders that are removed for the next program
 # After so long without a core the parent is told, which may then use it for another program.
-ASLEEP_SECONDS = 0.015
+ASLEEP_SECONDS = 0.006
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_HELD = ctypes.PyDLL(None, use_errno=True)  # A fork must hold the interpreter's lock.
@@ -387,15 +389,17 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
     never while it waits for a core that others use.
     """
     usage = Usage(examiner)
-    starved = time.monotonic() + limits["starved_seconds"]
-    next_tick = time.monotonic() + TICK_SECONDS
+    begun = time.monotonic()
+    starved = begun + limits["starved_seconds"]
+    tick = FIRST_TICK
+    next_tick = begun + tick
     pidfd = os.pidfd_open(examiner or child)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, 0)  # Only the parent's hanging up.
     for stream in streams:
         poll.register(stream.fd, select.POLLIN)
-    end, busy, told, tick = "", False, False, TICK_SECONDS
+    end, busy, told = "", False, False
     while not end:
         ready = {fd for fd, _ in poll.poll(1 + 1000 * max(0.0, next_tick - time.monotonic()))}
         if 0 in ready:
@@ -412,11 +416,14 @@ def watch(limits: dict[str, Any], child: int, examiner: int, streams: tuple[Stre
             end = end or "exit"
         elif time.monotonic() >= next_tick:
             end = end or usage.excess(limits, busy, tick)
+            young = not told and time.monotonic() < begun + YOUNG_SECONDS
             if usage.idle > ASLEEP_SECONDS and not told:
                 told = True
                 write_all(frame({"asleep": True}))
             end = end or ("starved" if time.monotonic() > starved else "")
-            tick = ASLEEP_TICK if told and usage.still else TICK_SECONDS
+            tick = FIRST_TICK if young else TICK_SECONDS
+            if told and usage.still:
+                tick = min(ASLEEP_TICK, max(FIRST_TICK, limits["wall_seconds"] - usage.idle))
             next_tick, busy = time.monotonic() + tick, False
     os.close(pidfd)
     return end

@@ -48,6 +48,9 @@ class SamplerConfig:
     seed: of the order in which trajectories are drawn.
     max_offpolicy_steps: draw online only from so many policy versions back and the present one; 0
         is on-policy, None any.
+    replay_versions: a replay buffer in place of max_offpolicy_steps: draw online evenly from what
+        the last so many policy versions wrote, drawn before or not (arXiv 2604.08706). Without it,
+        what was drawn least comes first.
     max_uses: draw a trajectory at most so often.
     strata: least fractions by reward, if there are such trajectories. They may not overlap.
     group_size: draw so many trajectories of a prompt at a time, all from one pool.
@@ -65,6 +68,7 @@ class SamplerConfig:
     run: str | None = None
     seed: int = 0
     max_offpolicy_steps: int | None = None
+    replay_versions: int | None = None
     max_uses: int | None = None
     strata: Sequence[Stratum] = ()
     group_size: int = 1
@@ -81,9 +85,12 @@ class SamplerConfig:
             refuse(
                 owner, "batch_size", f"a multiple of group_size {self.group_size}", self.batch_size
             )
-        for name, least in (("max_offpolicy_steps", 0), ("max_uses", 1)):
+        for name, least in (("max_offpolicy_steps", 0), ("replay_versions", 1), ("max_uses", 1)):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), least)
+        if self.replay_versions is not None and self.max_offpolicy_steps is not None:
+            expected = "None with replay_versions"
+            refuse(owner, "max_offpolicy_steps", expected, self.max_offpolicy_steps)
         check_one_of(owner, "split", self.split, get_args(Split))
         check_one_of(owner, "on_shortfall", self.on_shortfall, get_args(Shortage))
         if self.run is not None:
@@ -119,6 +126,13 @@ class SamplerConfig:
         return dict(self.mixture)
 
     @property
+    def oldest(self) -> int | None:
+        """How many policy versions back online rows may be from; None for any."""
+        if self.replay_versions is not None:
+            return self.replay_versions - 1
+        return self.max_offpolicy_steps
+
+    @property
     def rows_per_group(self) -> dict[str, int]:
         """Rows of each pool in a mixed group."""
         return {pool: round(part * self.group_size) for pool, part in self.fractions.items()}
@@ -127,8 +141,9 @@ class SamplerConfig:
         """For a checkpoint and the store; infinite bounds as text."""
         fields = asdict(self)
         fields["max_age"] = fields.pop("max_offpolicy_steps")  # its name in stores of before
-        if not self.mixed_groups:
-            del fields["mixed_groups"]  # as samplers were stored before there were any
+        for name in ("mixed_groups", "replay_versions"):
+            if not fields[name]:
+                del fields[name]  # as samplers were stored before there were any
         fields["strata"] = [[repr(value) for value in asdict(s).values()] for s in self.strata]
         return fields
 

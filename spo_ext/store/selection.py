@@ -258,8 +258,8 @@ class _Draw:
             online = self.pool == pools.index("online")
             # Before a crash the run may have come further than the checkpoint that it resumes.
             late = columns.version > self.policy_version
-            if config.max_offpolicy_steps is not None:
-                late |= columns.version < self.policy_version - config.max_offpolicy_steps
+            if config.oldest is not None:
+                late |= columns.version < self.policy_version - config.oldest
             allowed &= ~(online & late)
         return allowed
 
@@ -279,7 +279,10 @@ class _Draw:
     def _take(self, inside: Tensor, count: int) -> int:
         """Picks from `inside` what this epoch has not drawn yet, then starts another epoch."""
         pick = self._pick_groups if self.config.group_size > 1 else self._pick
-        fresh = inside & self.open & (self.columns.epoch < self.epochs[self.columns.cell])
+        fresh = self.columns.epoch < self.epochs[self.columns.cell]
+        if self.config.replay_versions is not None:
+            fresh |= self.pool == self.names.index("online")
+        fresh &= inside & self.open
         got = pick(fresh, count)
         if got < count and bool((inside & self.open).any()):
             cells = self.columns.cell[inside]
@@ -326,8 +329,9 @@ class _Draw:
         self.open[unit] = False
 
     def _order(self, what: str, keys: Tensor, rows: Tensor) -> Tensor:
-        """A random number for each key, another one in every epoch."""
-        salts = [self._salt(what, int(epoch)) for epoch in self.epochs]
+        """A random number for each key, another one in every epoch; of a replay, in every step."""
+        replay = self.config.replay_versions is not None
+        salts = [self._salt(what, self.step if replay else int(epoch)) for epoch in self.epochs]
         by_cell = torch.tensor(salts, device="cpu")
         return _mix(keys ^ by_cell[self.columns.cell[rows]])
 
@@ -348,7 +352,7 @@ class _Draw:
             f"Sampler: the store must hold enough for a batch of {config.batch_size} at step "
             f"{self.step}, got too little (wanted, got): {self.shortfall}. Stored: {stored}; "
             f"policy_version {self.policy_version}, max_offpolicy_steps "
-            f"{config.max_offpolicy_steps}, max_uses {config.max_uses}, "
+            f"{config.oldest}, max_uses {config.max_uses}, "
             f"group_size {config.group_size}{mixed}, split {config.split}"
         )
         short = [name for name in self.names if name in self.shortfall]

@@ -104,6 +104,11 @@ class SPOConfig(TrainingArguments):
     max_offpolicy_steps: int | None = _field(
         None, "draw online only from so many policy versions back"
     )
+    replay_versions: int | None = _field(
+        None,
+        "a replay buffer in place of max_offpolicy_steps: draw online uniformly, used or not, from "
+        "what the last so many policy versions wrote; replay_ratio says how often on average",
+    )
     max_tokens: int | None = _field(
         None,
         "most tokens that a trajectory to learn from may have, its prompt and every context "
@@ -369,6 +374,7 @@ class SPOConfig(TrainingArguments):
             run=self.run,
             seed=self.data_seed if self.data_seed is not None else self.seed,
             max_offpolicy_steps=self.max_offpolicy_steps,
+            replay_versions=self.replay_versions,
             max_uses=self.max_uses,
             strata=[Stratum(*numbers) for numbers in self.strata or ()],
             group_size=self.group_size,

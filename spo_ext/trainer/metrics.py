@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from spo_ext.trainer.feed import MicroBatch
 
 
 class Meter:
-    """Means, and the extremes that TRL logs too.
+    """Means, and the extremes that TRL logs too, and what adds up over the whole run.
 
     Sums stay on the device until `drain`, so that no step waits for them.
+
+    totals: by name, of all ranks and intervals; part of a checkpoint.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._plain: dict[str, tuple[float, int]] = {}
         self._most: dict[str, Tensor] = {}
+        self._spent: dict[str, float] = {}
+        self.totals: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """All of these numbers, or those at `where` (bool), with equal weight."""
@@ -52,29 +56,34 @@ class Meter:
             total, count = self._plain.get(name, (0.0, 0))
             self._plain[name] = (total + value, count + 1)
 
+    def spend(self, values: Mapping[str, float]) -> None:
+        """Numbers of this rank that add up, such as tokens and seconds."""
+        for name, value in values.items():
+            self._spent[name] = self._spent.get(name, 0.0) + value
+
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks since the last call. Every rank calls it."""
-        pairs: dict[str, list[float]] = {name: value.tolist() for name, value in self._sums.items()}
-        pairs |= {name: list(value) for name, value in self._plain.items()}
-        most = {name: [float(value)] for name, value in self._most.items()}
-        pairs |= most
-        self._sums, self._plain, self._most = {}, {}, {}
-        gathered: list[dict[str, list[float]]] = [pairs]
+        """The means over all ranks since the last call, and the totals. Every rank calls it."""
+        pairs: dict[str, Sequence[float]] = {n: value.tolist() for n, value in self._sums.items()}
+        most = {name: float(value) for name, value in self._most.items()}
+        mine = (pairs | self._plain, most, self._spent)
+        self._sums, self._plain, self._most, self._spent = {}, {}, {}, {}
+        gathered = [mine]
         if accelerator.num_processes > 1:
-            gathered = [{} for _ in range(accelerator.num_processes)]
-            torch.distributed.all_gather_object(gathered, pairs)
-        totals: dict[str, list[float]] = {}
+            gathered = [mine] * accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, mine)
+        held: dict[str, list[float]] = {}
         largest: dict[str, float] = {}
-        for part in gathered:
-            for name, numbers in part.items():
-                if len(numbers) == 1:
-                    largest[name] = max(numbers[0], largest.get(name, 0.0))
-                    continue
-                held = totals.setdefault(name, [0.0, 0.0])
-                held[0] += numbers[0]
-                held[1] += numbers[1]
-        means = {name: total / count for name, (total, count) in totals.items() if count}
-        return _derived(means) | largest
+        for means, extremes, spent in gathered:
+            for name, (total, count) in means.items():
+                before = held.setdefault(name, [0.0, 0.0])
+                before[0] += total
+                before[1] += count
+            for name, value in extremes.items():
+                largest[name] = max(value, largest.get(name, 0.0))
+            for name, value in spent.items():
+                self.totals[name] = self.totals.get(name, 0.0) + value
+        found = {name: total / count for name, (total, count) in held.items() if count}
+        return _derived(found) | largest | self.totals
 
 
 def add_tokens(
@@ -166,10 +175,13 @@ class RunLog(TrainerCallback):
     """spo_config.json, and metrics.jsonl with one object a log call.
 
     A resumed run appends; where two lines have the same step, the later one counts.
+
+    spend: called at the end of every step, before it is logged.
     """
 
-    def __init__(self, config: SPOConfig) -> None:
+    def __init__(self, config: SPOConfig, spend: Callable[[], None]) -> None:
         self._config = config
+        self._spend = spend
         self._folder = Path(str(config.output_dir))
 
     def on_train_begin(
@@ -180,6 +192,9 @@ class RunLog(TrainerCallback):
             settings = json.dumps(self._settings(), indent=2, default=str)
             write_text(self._folder / "spo_config.json", settings + "\n")
             cut_unfinished_line(self._folder / "metrics.jsonl")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._spend()
 
     def on_log(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ class SharedRollouts:
     ) -> None:
         self._rollouts, self._generator, self._n = rollouts, generator, n
         self._accelerator, self._replicated = accelerator, replicated
+        self.tokens, self.seconds = 0, 0.0  # that this rank has sampled, and spent on it
 
     def collect(self, wanted: Sequence[StoredPrompt], version: int) -> dict[str, float]:
         """Stores n completions for each time that a prompt is wanted; metrics of this rank's part.
@@ -45,12 +47,15 @@ class SharedRollouts:
         mine = wanted if self._replicated else self._part(wanted)
         missing = self._missing(mine, version)
         accelerator.wait_for_everyone()  # all have read what there is before any adds to it
+        started = time.perf_counter()
         metrics: dict[str, float] = {}
         if self._replicated and not accelerator.is_main_process:
             for call in self._rollouts.plan(missing, version):
                 self._generator.generate(call.prompts, call.sampling)  # its part of the collectives
         elif missing:
             metrics = self._rollouts.collect(missing, version).metrics()
+            self.tokens += int(metrics["rollout/tokens"])
+        self.seconds += time.perf_counter() - started
         accelerator.wait_for_everyone()
         return metrics
 
@@ -118,7 +123,7 @@ class Producer:
             decode=decode,
             prompts_per_batch=config.rollout_batch_size,
         )
-        self._rollouts = SharedRollouts(
+        self.shared = SharedRollouts(
             rollouts, generator, sampling.n, accelerator, replicated=replicated
         )
         share = config.sampler_config().fractions.get("online", 0.0)
@@ -131,7 +136,7 @@ class Producer:
 
         What a killed run has stored of it already is not drawn again.
         """
-        return self._rollouts.collect(self._prompts_of(version, 0), version)
+        return self.shared.collect(self._prompts_of(version, 0), version)
 
     def more(self, version: int) -> bool:
         """Another round, of prompts further on, when too few completions of the first were new.
@@ -146,7 +151,7 @@ class Producer:
         self._more = (version, rounds)
         if rounds > _MORE_ROUNDS:
             return False
-        self._rollouts.collect(self._prompts_of(version, rounds), version)
+        self.shared.collect(self._prompts_of(version, rounds), version)
         return True
 
     def _prompts_of(self, version: int, rounds: int) -> list[StoredPrompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,6 +67,8 @@ class Reference:
         self._precision: Precision = precision
         self._batch_tokens = batch_tokens
         self._behaviour_at: float | None = None
+        self.scored_tokens = 0  # prompts' too, as often as they were read
+        self.scoring_seconds = 0.0
 
     @classmethod
     def behaviour(cls, store: TrajectoryStore, temperature: float) -> Reference:
@@ -153,6 +156,7 @@ class Reference:
     def score(self, rows: Sequence[StoredTrajectory], prompts: Prompts) -> None:
         """Scores and stores. Raises ValueError for log-probabilities that are not finite."""
         assert self.model is not None
+        started = time.perf_counter()
         segments = {row.id: tokens_of(row, prompts[row.prompt_id]) for row in rows}
         parts = [
             part
@@ -172,6 +176,8 @@ class Reference:
                 self.fingerprint,
                 {key: torch.cat([of[place] for place in sorted(of)]) for key, of in done.items()},
             )
+        self.scored_tokens += sum(len(tokens) for part in parts for _, _, tokens in part)
+        self.scoring_seconds += time.perf_counter() - started
 
     def _together(self, segments: Mapping[int, Sequence[Tokens]]) -> Iterable[list[_Segment]]:
         """Segments that may be in one call of the model, so that ranks can count their calls."""

@@ -139,6 +139,8 @@ class SPOTrainer(Trainer):
             **options,
         )
         self.meter = Meter()
+        self._spent: dict[str, float] = {}
+        self._learned_tokens, self._handed = 0, 0.0  # handed: when the step had its batch
         self._health = Health(args.beta, args.objective, args.reward_range)
         self._output = Path(str(args.output_dir))
         self.store = TrajectoryStore(str(args.store), retry_s=args.store_retry_seconds)
@@ -170,7 +172,7 @@ class SPOTrainer(Trainer):
         trains = any(parameter.requires_grad for parameter in head.parameters())
         # A frozen head takes half the products, but not with the entropy (`spo_ext.explain`).
         self._log_entropy = trains if args.log_entropy is None else args.log_entropy
-        self.add_callback(RunLog(args))
+        self.add_callback(RunLog(args, self._spend))
         show_progress(self)
 
     def train(
@@ -194,6 +196,7 @@ class SPOTrainer(Trainer):
                     refuse("SPOConfig", name, expected, getattr(self.args, name))
             if "health" in state:
                 self._health.load_state_dict(state["health"])
+            self.meter.totals = state.get("totals", {})
         self._feed.start(step, resume)
         self.accelerator.wait_for_everyone()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -220,9 +223,11 @@ class SPOTrainer(Trainer):
             self._begin_version(version)
         metrics, micro_batches = self._feed.next_step(version)
         self.meter.put(metrics)
-        self.meter.put({"time/batch": time.perf_counter() - started})
         # input_ids are there for the Trainer, which counts them.
         ids = [one.tokens.model_inputs["input_ids"] for one in micro_batches]
+        self._learned_tokens += sum(read.numel() for read in ids)
+        self._handed = time.perf_counter()
+        self.meter.put({"time/batch": self._handed - started})
         pairs = zip(micro_batches, ids, strict=True)
         return [{"micro_batch": one, "input_ids": read} for one, read in pairs], None
 
@@ -280,6 +285,20 @@ class SPOTrainer(Trainer):
             counted = self._router if batch.share > 0 else 0.0
             scaled = scaled + counted * router_loss / self.current_gradient_accumulation_steps
         return scaled
+
+    def _spend(self) -> None:
+        """What the run has cost this rank since the last call, at the end of a step."""
+        now = {
+            "cost/learned_tokens": self._learned_tokens,
+            "cost/scored_tokens": self.reference.scored_tokens,
+            "cost/scoring_seconds": self.reference.scoring_seconds,
+        }
+        if self._producer is not None:
+            shared = self._producer.shared
+            now |= {"cost/sampled_tokens": shared.tokens, "cost/sampling_seconds": shared.seconds}
+        self.meter.spend({name: value - self._spent.get(name, 0) for name, value in now.items()})
+        self.meter.spend({"cost/learning_seconds": time.perf_counter() - self._handed})
+        self._spent = now
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the interval over all ranks."""
@@ -342,6 +361,7 @@ class SPOTrainer(Trainer):
         if self.args.should_save:
             state = {name: getattr(self.args, name) for name in ("run", "sync_every")}
             state |= {"global_step": self.state.global_step, "health": self._health.state_dict()}
+            state["totals"] = self.meter.totals
             checkpoints.mark_complete(folder, state)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(self._output), keep, best, use_mtime=True)
