@@ -23,11 +23,12 @@ END = 9
 class Scripted:
     """Draws [verdict, number, end] from the seed and the prompt, and remembers what it was asked.
 
-    seconds: how long a prompt takes.
+    seconds: how long a prompt takes. numbers: that there are.
     """
 
     verdicts: Sequence[int] = (GOOD, BAD)
     seconds: float = 0.0
+    numbers: range = range(10, 99)
     calls: list[tuple[list[int], Sampling]] = field(default_factory=list)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
@@ -39,7 +40,7 @@ class Scripted:
     def _draw(self, noise: random.Random, n: int) -> list[Generation]:
         return [
             Generation(
-                (noise.choice(self.verdicts), noise.randrange(10, 99), END),
+                (noise.choice(self.verdicts), noise.choice(self.numbers), END),
                 noise.choice(("eos", "truncated")),
                 (-noise.random(), -0.25, -0.5),
             )

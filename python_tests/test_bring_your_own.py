@@ -38,6 +38,10 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
+    return make_clone(tmp_path)
+
+
+def make_clone(tmp_path: Path) -> Path:
     """What the page needs of a clone: examples/, and .venv/ whose `spo` and `python` are these."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     programs = tmp_path / ".venv" / "bin"
@@ -92,6 +96,17 @@ def test_the_page_works(clone: Path) -> None:
 
 def test_the_commands_with_a_server_work(clone: Path) -> None:
     """Those that need vLLM, with one that behaves as it."""
+    mine = run_served(clone)
+    with TrajectoryStore(mine / "store.db") as store:
+        rows = list(store.trajectories(run="served"))
+    found = {(row.origin.policy_version, row.token_ids[3] - 1) for row in rows}
+    assert found == {(0, 0), (1, 1)}, "the weights of each version wrote what is stored under it"
+    assert all(row.behaviour_logprobs is not None for row in rows)
+    assert "version 1: 64 trajectories of 8 prompts" in (mine / "served.log").read_text()
+
+
+def run_served(clone: Path) -> Path:
+    """Follows the block with `vllm serve`; the folder of what it made."""
     needed = (
         "make_tiny_model",
         "spo import mine/prompts",
@@ -108,13 +123,7 @@ def test_the_commands_with_a_server_work(clone: Path) -> None:
         port = free.getsockname()[1]
     activate = ". .venv/bin/activate\n"
     follow(clone, "".join([activate, *before, served.replace("8000", str(port))]))
-    mine = clone / "mine"
-    with TrajectoryStore(mine / "store.db") as store:
-        rows = list(store.trajectories(run="served"))
-    found = {(row.origin.policy_version, row.token_ids[3] - 1) for row in rows}
-    assert found == {(0, 0), (1, 1)}, "the weights of each version wrote what is stored under it"
-    assert all(row.behaviour_logprobs is not None for row in rows)
-    assert "version 1: 64 trajectories of 8 prompts" in (mine / "served.log").read_text()
+    return clone / "mine"
 
 
 def check_rows(mine: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_run_leaves_what_a_user_would_have_and_repeats_with_the_seed(
     output = capsys.readouterr().out
     found = re.findall(r"^\$ spo (\w+) ", output, re.MULTILINE)
     assert found == ["eval", "train", "eval", "report"]
-    assert "pass@1 " in output.rpartition("after SPO")[2]
+    assert "pass@1 " in output.rpartition("1-after")[2]
     assert [one["values"] for one in results(tiny_run)] == [one["values"] for one in first]
 
 

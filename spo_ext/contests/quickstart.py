@@ -82,7 +82,6 @@ def _run(options: argparse.Namespace, command: Callable[[Sequence[str]], int]) -
             status = command(words)
             if status:
                 return status
-        print(f"\n{summary(options.out)}")
     return 0
 
 
@@ -132,18 +131,3 @@ def _prepare(contest: Contest, options: argparse.Namespace) -> None:
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
     (out / "train.yaml").write_text(text, encoding="utf-8")
     print(f"{out / 'train.yaml'}: the settings of spo train")
-
-
-def summary(out: Path) -> str:
-    """Before and after as aligned text, and where to look."""
-    from spo_ext.evaluation.records import label
-
-    before, after = (
-        json.loads((out / name / "evaluation.json").read_text(encoding="utf-8"))["values"]
-        for name in (_BEFORE, _AFTER)
-    )
-    lines = [f"{'held-out problems':<46}{'reference':>9}{'after SPO':>11}{'change':>11}", "-" * 77]
-    for name in [name for name in after if name in before]:
-        old, new = before[name]["mean"], after[name]["mean"]
-        lines.append(f"{label(name):<46}{old:>9.3f}{new:>11.3f}{new - old:>+11.3f}")
-    return "\n".join((*lines, "", f"report: {out / 'report.html'}"))

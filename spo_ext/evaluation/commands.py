@@ -204,6 +204,7 @@ def add_report(subparsers: Subparsers) -> None:
 def _report(options: argparse.Namespace) -> int:
     try:
         # Imported here: they need packages that the other commands do not.
+        from spo_ext.evaluation.records import compared
         from spo_ext.evaluation.report import newest_trajectories, write_report
         from spo_ext.evaluation.runs import read_run
     except ImportError as error:
@@ -219,6 +220,9 @@ def _report(options: argparse.Namespace) -> int:
         curves = write_report(run, out, stored)
     except failures() as error:
         return fail(error)
+    if run.evaluations:
+        values = {one.name: one.result.get("values", {}) for one in run.evaluations}
+        say(compared({n.removeprefix("evaluation-"): found for n, found in values.items()}))
     say(f"{out}, and {len(curves)} charts in {out.with_name(out.stem + '_curves')}")
     return 0
 

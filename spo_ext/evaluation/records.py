@@ -198,16 +198,38 @@ def table(evaluation: Evaluation) -> str:
     for name, value in evaluation.values().items():
         interval = "" if value.low is None else f"[{value.low:.3f}, {value.high:.3f}]"
         rows.append((label(name), f"{value.mean:.3f}", interval, str(value.prompts)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        first.ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
-        for first, *rest in rows
-    ]
+    lines = [aligned(rows)]
     if evaluation.unjudged:
         total = sum(map(len, evaluation.samples))
         lines.append(f"{evaluation.unjudged} of {total} completions could not be judged")
     return "\n".join(lines)
+
+
+def compared(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Values of several evaluations by name, as `summary` has them, side by side as aligned text.
+
+    What the first does not have is left out; the last column is the change from it to the last.
+    """
+    first, last = list(values)[0], list(values)[-1]
+    rows = [("", *values, *(["change"] if len(values) > 1 else []))]
+    for name in values[first]:
+        means = [found[name]["mean"] if name in found else None for found in values.values()]
+        cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        if len(means) > 1:
+            known = name in values[last]
+            cells.append(f"{means[-1] - means[0]:+.3f}" if known else "")
+        rows.append((label(name), *cells))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        first.ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
+        for first, *rest in rows
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -294,9 +295,12 @@ def _keep(
     """Into the store; what is there already stays as it is and counts no duplicate."""
     if plan.origin is None:
         return
-    trajectories = [
-        as_trajectory(prompt, sample.generation, sample.judgement, plan.origin, plan.sampling, 0)
-        for sample in samples
-        if sample.judgement is not None and sample.generation.token_ids
-    ]
+    trajectories = []
+    seen = Counter[tuple[int, ...]]()
+    for sample in samples:
+        ids = tuple(sample.generation.token_ids)
+        if sample.judgement is not None and ids:
+            who = (plan.origin, plan.sampling, seen[ids])  # equal completions are a row each
+            trajectories.append(as_trajectory(prompt, sample.generation, sample.judgement, *who))
+            seen[ids] += 1
     load(store, [Ready.of(prompt, trajectories)])
