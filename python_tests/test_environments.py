@@ -23,6 +23,7 @@ from spo_ext.cli import main
 from spo_ext.contests.recipe import Contest
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.environments import Environment, fill, load_environment
+from spo_ext.environments.gym import ReasoningGym
 from spo_ext.environments.worker import MAX_REPLY, CallError, Workers
 from spo_ext.rollout import Generation, Rollouts, Sampling
 from spo_ext.store import Prompt, TrajectoryStore
@@ -185,6 +186,22 @@ def test_a_right_answer_to_reasoning_gym_gets_1(
         [judgement] = again(prompts[:1], [str(prompts[0].answer)], [[1]])
         assert judgement is not None and judgement.reward == 1.0
         assert again([Prompt("of another")], ["x"], [[1]]) == [None]
+
+
+def test_the_last_number_is_an_answer_where_asked_for() -> None:
+    pytest.importorskip("reasoning_gym")
+    given = {"size": 3, "eval_size": 1, "instruction": ""}
+    flexible, strict = (
+        ReasoningGym("chain_sum", **given, extract=e) for e in ("flexible", "strict")
+    )
+    for loose, plain in zip(flexible.prompts("train"), strict.prompts("train"), strict=True):
+        assert {**(plain.columns or {}), "extract": "flexible"} == loose.columns
+        texts = [f"It is 1 and {loose.answer}.", f"{loose.answer}", f"{loose.answer}, or 0.5"]
+        for prompt, right in ((loose, [1.0, 1.0]), (plain, [0.0, 1.0])):
+            columns = {name: [value] * 3 for name, value in (prompt.columns or {}).items()}
+            found = flexible.reward(completions=texts, answer=[prompt.answer] * 3, **columns)
+            assert [1.0 if one == 1 else 0.0 for one in found[:2]] == right
+            assert found[2] is not None and found[2] < 1
 
 
 def test_splits_of_reasoning_gym_have_nothing_in_common(

@@ -99,8 +99,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing(run: Path, capsys: Any) ->
     assert "secret" not in page.text and "postgresql://me:***@host/db" in page.text
 
 
-def test_the_page_says_what_was_found(run: Path) -> None:
+def test_the_page_says_what_was_found(run: Path, capsys: Any) -> None:
     assert main(["report", str(run)]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", "2", "change"] in printed and ["pass@1", "0.333", "0.667", "+0.333"] in printed
     text = Page((run / "report.html").read_text()).text
     assert f"SPO run first {EVIL}" in text
     assert "0.667 [0.125,\u00a00.500]" in text  # pass@1 of the second evaluation

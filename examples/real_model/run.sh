@@ -1,14 +1,29 @@
 #!/usr/bin/env bash
-# A pretrained model learns a task: every command of docs/real_model.md. run.sh [FOLDER [SEED]]
+# A pretrained model learns arithmetic: every command of docs/real_model.md, in its order.
+# examples/real_model/run.sh [FOLDER [SEED]]
 set -euo pipefail
-out=${1:-runs/real} seed=${2:-0}
-task=(--environment reasoning_gym:chain_sum --environment-args "{\"size\": 600, \"eval_size\": 200,
-    \"min_terms\": 2, \"max_terms\": 2, \"min_digits\": 1, \"max_digits\": 2, \"seed\": $seed,
-    \"instruction\": \"Answer with the number alone.\"}")
-drawn=(--max-new-tokens 12 --num-generations 8)
-examples=examples/real_model
-mkdir -p "$out"
+real=${1:-runs/real} seed=${2:-0} here=$(dirname "$0")
+mkdir -p "$real"
+# Sums and differences of two numbers below 100, as a message of the user; the last number that the
+# model says is its answer.
+sums=(--environment reasoning_gym:chain_sum --environment-args '{"size": 600, "eval_size": 200,
+    "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "extract": "flexible", "instruction": ""}')
+look=(spo eval --store "$real/store.db" "${sums[@]}" --split test --max-new-tokens 24 --n 8 --k 1,8)
 set -x
-[ -d "$out/model" ] || python $examples/model.py "$out/model"
-spo eval --store "$out/store.db" "${task[@]}" "${drawn[@]}" --split test --model "$out/model" --k 1,8 \
-    --out "$out/spo/evaluation-0-pretrained"
+
+[ -d "$real/model" ] || python "$here/model.py" "$real/model"
+spo import "${sums[@]}" --store "$real/store.db" --tokenizer "$real/model"
+"${look[@]}" --model "$real/model" --out "$real/spo/evaluation-0-pretrained"
+
+# A supervised start: the answers of 32 prompts.
+python "$here/solutions.py" "$real/store.db" 32 > "$real/solutions.jsonl"
+spo import "$real/solutions.jsonl" --store "$real/store.db" --tokenizer "$real/model"
+spo export "$real/solved.jsonl" --store "$real/store.db" --min-reward 1
+python "$here/../supervised_start.py" "$real/solved.jsonl" "$real/model" "$real/started" --seed "$seed" \
+    --learning_rate 1e-5 --num_train_epochs 3 --per_device_train_batch_size 8 --report_to none --save_strategy no
+"${look[@]}" --model "$real/started" --out "$real/spo/evaluation-1-started"
+
+spo train --config "$here/train.yaml" --model "$real/started" --store "$real/store.db" --output_dir "$real/spo" \
+    --seed "$seed"
+"${look[@]}" --model "$real/spo" --out "$real/spo/evaluation-2-spo"
+spo report "$real/spo" --store "$real/store.db"

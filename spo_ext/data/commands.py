@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo_ext.commands import fail, require_store
+from spo_ext.rollout.commands import add_environment, check_environment
 from spo_ext.shown import say
 
 if TYPE_CHECKING:
     from spo_ext.commands import Subparsers
     from spo_ext.data.importer import Problem, Settings
-    from spo_ext.store import Origin
+    from spo_ext.store import Origin, TrajectoryStore
+    from spo_ext.store.records import Split
 
 # Those of formats.PARSERS, which need packages that the other commands do not.
 _FORMATS = tuple(
     "auto trl verl gsm8k math code_contests taco apps mbpp mbppplus humaneval humanevalplus "
     "evalplus livecodebench verifiers atif".split()
 )
-_SPLITS = ("train", "dev", "test")
+_SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 _ORIGINS = "human[:NAME], model:NAME or policy:RUN:VERSION"
 
 
@@ -30,11 +32,12 @@ def add_import(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "import",
         help="prompts, tests and trajectories from JSONL or Parquet into a store",
-        description="Reads .jsonl, .jsonl.gz, .json and .parquet. Bad rows go to the standard "
-        "error and the rest is stored; the exit status is then 1. To repeat an import changes "
-        "nothing.",
+        description="Reads .jsonl, .jsonl.gz, .json and .parquet, or the prompts of an "
+        "environment. Bad rows go to the standard error and the rest is stored; the exit status is "
+        "then 1. To repeat an import changes nothing.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    add_environment(parser)
     _add_common(parser)
     parser.add_argument("--format", choices=_FORMATS, default="auto", help="default: by columns")
     parser.add_argument(
@@ -103,6 +106,9 @@ def _import(options: argparse.Namespace) -> int:
     except ImportError as error:
         return fail(error)
     try:
+        if bool(options.files) == bool(options.environment):
+            raise ValueError("FILE must be given, or --environment, and not both")
+        check_environment(options)
         settings = _settings(options)
     except ValueError as error:
         options.error(str(error))  # exits with status 2
@@ -112,6 +118,8 @@ def _import(options: argparse.Namespace) -> int:
     try:
         with TrajectoryStore(options.store) as store:
             store.require_writable("import")
+            if options.environment:
+                return _import_environment(store, options, settings)
             notes = _Notes()
             importer = Importer(store, settings, notes.report)
             for path in options.files:
@@ -129,6 +137,25 @@ def _import(options: argparse.Namespace) -> int:
         return fail("interrupted; what was stored stays, and may be imported again", status=130)
     except _failures() as error:
         return fail(error)
+
+
+def _import_environment(
+    store: TrajectoryStore, options: argparse.Namespace, settings: Settings
+) -> int:
+    """The prompts of each split that it has, or of --split."""
+    from spo_ext.environments import fill, load_environment
+
+    if settings.tokenizer is None:
+        raise ValueError("--tokenizer must be given with --environment, got none")
+    environment = load_environment(options.environment, options.environment_args)
+    try:
+        for split in _SPLITS if options.split is None else (options.split,):
+            if options.split is not None or any(True for _ in environment.source.prompts(split)):
+                ids = fill(store, environment, split, settings.tokenizer)
+                say(f"stored {len(ids)} prompts of {options.environment}, split {split}")
+    finally:
+        environment.close()
+    return 0
 
 
 class _Notes:

@@ -21,6 +21,8 @@ MAX_SEED = 1_000  # some data sets give theirs to NumPy, which takes 32 bits
 INSTRUCTION = "Give the answer alone between <answer> and </answer>."
 SCORE_SECONDS = 10.0
 _SPLITS = ("train", "dev", "test")
+_EXTRACT = ("strict", "flexible")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -29,14 +31,19 @@ def seed_of(split: str, seed: int) -> int:
     return STRIDE * (len(_SPLITS) * seed + _SPLITS.index(split))
 
 
-def answer_of(completion: str) -> str:
+def answer_of(completion: str, extract: str = "strict") -> str:
     """What is scored: behind the last "</think>", what stands in the last <answer></answer>, else
-    the final answer as `AnswerReward` reads it: of a \\boxed{}, behind "####", else all of it."""
+    the final answer as `AnswerReward` reads it: of a \\boxed{}, behind "####", else all of it.
+
+    extract: "flexible" takes the last number instead, where there is one (verl's names).
+    """
     from spo_ext.rollout.answers import final_answer
 
     said = completion.rpartition("</think>")[2]
     tagged = _TAGGED.findall(said)
-    return tagged[-1].strip() if tagged else final_answer(said)
+    found = tagged[-1].strip() if tagged else final_answer(said)
+    numbers = _NUMBER.findall(found) if extract == "flexible" else []
+    return numbers[-1] if numbers else found
 
 
 class ReasoningGym:
@@ -49,6 +56,7 @@ class ReasoningGym:
         seed: another one has other items in all splits; at most MAX_SEED.
         instruction: stands behind each question, after an empty line; "" for nothing.
         chat: whether a prompt is a message of the user, or text.
+        extract: what of a completion is its answer, see `answer_of`.
         config: more settings of the data set.
 
     Raises ValueError, and ImportError without reasoning-gym.
@@ -63,9 +71,10 @@ class ReasoningGym:
         seed: int = 0,
         instruction: str = INSTRUCTION,
         chat: bool = True,
+        extract: str = "strict",
         **config: Any,
     ) -> None:
-        from spo_ext.checks import check_integer, refuse
+        from spo_ext.checks import check_integer, check_one_of, refuse
 
         owner = "--environment-args"
         for name, value in (("size", size), ("eval_size", eval_size)):
@@ -79,12 +88,14 @@ class ReasoningGym:
             refuse(owner, "instruction", "text", instruction)
         if not isinstance(chat, bool):
             refuse(owner, "chat", "true or false", chat)
+        check_one_of(owner, "extract", extract, _EXTRACT)
         known = sorted(_package().factory.DATASETS)
         if dataset not in known:
             refuse("--environment", "DATASET", f"one of {', '.join(known)}", dataset)
         self._dataset, self._config = dataset, config
         self._sizes = {"train": size, "dev": eval_size, "test": eval_size}
         self._seed, self._instruction, self._chat = seed, instruction, chat
+        self._more = {} if extract == "strict" else {"extract": extract}
         try:
             Scorer.dataset_of(dataset, {**config, "size": 1, "seed": 0})
         except (TypeError, ValueError, AssertionError) as error:
@@ -113,6 +124,7 @@ class ReasoningGym:
                     "dataset": self._dataset,
                     "config": self._config,
                     "entry": packed(entry),
+                    **self._more,
                 },
             )
 
@@ -128,6 +140,7 @@ def score(
     dataset: Sequence[str | None],
     config: Sequence[Mapping[str, Any] | None],
     entry: Sequence[Any],
+    extract: Sequence[str | None] | None = None,
     **_: object,
 ) -> list[float | None]:
     """The reward, by what is stored with the prompts: `--reward spo_ext.environments.gym:score`
@@ -137,15 +150,15 @@ def score(
     prompt of something else has no judgement.
     """
     texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
-    rows = zip(texts, answer, dataset, config, entry, strict=True)
+    how = extract or [None] * len(texts)
+    rows = zip(texts, answer, dataset, config, entry, how, strict=True)
     calls = [
-        None if name is None else (name, settings or {}, {"answer": right, "entry": kept}, text)
-        for text, right, name, settings, kept in rows
+        None
+        if name is None
+        else (name, settings or {}, {"answer": right, "entry": kept}, answer_of(text, of or ""))
+        for text, right, name, settings, kept, of in rows
     ]
-    asked = [
-        (name, settings, item, answer_of(text))
-        for name, settings, item, text in filter(None, calls)
-    ]
+    asked = list(filter(None, calls))
     found = iter(_scorers().map("score", asked))
     scores = [None if call is None else next(found) for call in calls]
     return [None if one is None else one if isinstance(one, float) else 0.0 for one in scores]

@@ -210,15 +210,14 @@ def compared(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
     What the first does not have is left out; the last column is the change from it to the last.
     """
-    first, last = list(values)[0], list(values)[-1]
-    rows = [("", *values, *(["change"] if len(values) > 1 else []))]
-    for name in values[first]:
-        means = [found[name]["mean"] if name in found else None for found in values.values()]
-        cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
-        if len(means) > 1:
-            known = name in values[last]
-            cells.append(f"{means[-1] - means[0]:+.3f}" if known else "")
-        rows.append((label(name), *cells))
+    first, last = list(values.values())[0], list(values.values())[-1]
+    change = ["change"] if len(values) > 1 else []
+    rows = [("", *values, *change)]
+    for name in first:
+        cells = [f"{of[name]['mean']:.3f}" if name in of else "" for of in values.values()]
+        if change and name in last:
+            cells.append(f"{last[name]['mean'] - first[name]['mean']:+.3f}")
+        rows.append((label(name), *cells, *([""] if change and name not in last else [])))
     return aligned(rows)
 
 

@@ -158,7 +158,7 @@ def check_environment(options: argparse.Namespace) -> None:
             raise ValueError("--environment-args must be given with --environment")
         return
     for name in ("reward", "reward_weights"):
-        if getattr(options, name):
+        if getattr(options, name, None):
             raise ValueError(
                 f"--{name.replace('_', '-')} must not be given with --environment, which judges "
                 f"by itself, got {getattr(options, name)}"
