@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from fake_generate import save_tokenizer
 from rollout_cases import rollout
 
+from spo_ext.cli import main
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.environments.hub import generation_of
 from spo_ext.store import TrajectoryStore
@@ -207,3 +209,84 @@ def test_a_server_without_token_ids_is_refused(served: list[Any], capsys: Any) -
     said = capsys.readouterr().err
     assert "--server must give token ids (POST /inference/v1/generate" in said
     assert "verifiers:own_tasks" in said
+
+
+@pytest.mark.skipif("SPO_VLLM" not in os.environ, reason="needs vLLM: make vllm")
+def test_tools_and_vllm_itself(served: list[Any], tmp_path: Path) -> None:
+    """A model that has learned by heart what the fake server says calls the tool; what it wrote is
+    learned from, exported and imported again."""
+    from test_vllm import Server, policy
+
+    place = served.index("--environment-args") + 1
+    two = {**json.loads(served[place]), "splits": {"train": "0:2"}}
+    served[place] = json.dumps(two)
+    more = ["--served-model", "policy", "--max-new-tokens", 100, "--server-logprobs"]
+    assert rollout(*served, *more) == 0
+    with TrajectoryStore(tmp_path / "s.db") as store:
+        texts = {prompt.id: prompt.token_ids for prompt in store.prompts("train")}
+        taught = {texts[row.prompt_id]: row for row in store.trajectories()}
+    model = policy(vocab_size=265, max_position_embeddings=2048, num_hidden_layers=3)
+    learn_by_heart(model, [(list(start or ()), row) for start, row in taught.items()])
+    (tmp_path / "tokenizer").rename(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    server = Server(tmp_path / "model", "--dtype", "float32", "--enable-scale-out")
+    server.start()
+    try:
+        server.wait()
+        live = [server.url if word.startswith("http") else word for word in map(str, served)]
+        live = [word.replace("/tokenizer", "/model") for word in live]
+        live[live.index("s.db")] = "live.db"
+        assert rollout(*live, *more, "--temperature", 0.2, "--n", 4) == 0
+    finally:
+        server.kill()
+    with TrajectoryStore(tmp_path / "live.db") as store:
+        texts = {prompt.id: prompt.token_ids for prompt in store.prompts("train")}
+        rows = list(store.trajectories())
+    assert len(rows) == 8
+    for row in rows:
+        expected = taught[texts[row.prompt_id]]
+        assert row.num_turns == 2 and row.token_ids == expected.token_ids
+        assert row.completion_mask == expected.completion_mask and row.reward == expected.reward
+        known = row.of_policy(torch.as_tensor(row.behaviour_logprobs))
+        assert (known < 0).any() and (known > -1).all()
+    words = ["--store", "live.db", "--tokenizer", "model"]
+    train = [
+        "--model",
+        "model",
+        "--output_dir",
+        "run",
+        "--mixture",
+        "offline",
+        "--rollouts",
+        "none",
+    ]
+    train += ["--group_size", "4", "--per_device_train_batch_size", "8", "--temperature", "0.2"]
+    train += ["--max_steps", "20", "--use_cpu", "true", "--report_to", "none"]
+    assert main(["train", "--store", "live.db", *train]) == 0
+    assert main(["export", "out.jsonl", *words]) == 0
+    words[1] = "again.db"
+    assert main(["import", "out.jsonl", *words]) == 0
+    with TrajectoryStore(tmp_path / "again.db") as store:
+        again = list(store.trajectories())
+    for row, same in zip(rows, again, strict=True):
+        assert row.token_ids == same.token_ids and row.completion_mask == same.completion_mask
+        torch.testing.assert_close(row.behaviour_logprobs, same.behaviour_logprobs)
+
+
+def learn_by_heart(model: Any, texts: list[tuple[list[int], Any]]) -> None:
+    """Until every token that the policy wrote is nearly certain."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(2000):
+        losses = []
+        for start, row in texts:
+            ids = torch.tensor([start + list(row.token_ids)])
+            logits = model(ids).logits[0, len(start) - 1 : -1]
+            found = logits.log_softmax(-1).gather(1, ids[0, len(start) :, None])[:, 0]
+            losses.append(-found[torch.tensor(row.completion_mask)])
+        loss = torch.cat(losses)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        if float(loss.max()) < 0.01:
+            return
+    raise AssertionError(f"it did not learn: {float(loss.max())}")

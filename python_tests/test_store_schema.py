@@ -40,11 +40,22 @@ def execute(target: str, script: str) -> None:
         connection.execute(script)
 
 
-def back_to_version_5(target: str) -> None:
-    """As it was before there were turns."""
-    columns = ("completion_mask", "contexts", "token_rewards", "info")
-    drop = "".join(f"ALTER TABLE trajectories DROP COLUMN {name};" for name in columns)
-    execute(target, drop + "UPDATE spo_schema SET version = 5;")
+# What leads to each version from the one after it.
+UNDO = {
+    5: "".join(
+        f"ALTER TABLE trajectories DROP COLUMN {name};"
+        for name in ("completion_mask", "contexts", "token_rewards", "info")
+    ),
+    4: "ALTER TABLE prompts DROP COLUMN columns;",
+    3: "DROP TABLE appends; DROP TABLE refusals;",
+    2: "ALTER TABLE trajectories DROP COLUMN draw;",
+}
+
+
+def back_to(version: int, target: str) -> None:
+    for number in range(schema.CURRENT - 1, version - 1, -1):
+        execute(target, UNDO[number])
+    execute(target, f"UPDATE spo_schema SET version = {version};")
 
 
 def tables(store: TrajectoryStore) -> dict[str, Any]:
@@ -97,21 +108,25 @@ def test_a_store_of_version_1_is_migrated_with_its_rows(version_1: str) -> None:
         assert new.ids[0] > third.id
 
 
-def test_a_store_of_version_4_is_migrated_with_its_rows(store_target: str) -> None:
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+def test_a_store_of_a_version_between_is_migrated_with_its_rows(
+    store_target: str, version: int
+) -> None:
     prompt = Prompt("2 + 2 =", [17, 4], answer="4")
     with TrajectoryStore(store_target) as store:
         key = store.add_prompt(prompt)
         store.append([trajectory(key, 1, policy())])
-    back_to_version_5(store_target)
-    drop = "ALTER TABLE prompts DROP COLUMN columns; UPDATE spo_schema SET version = 4;"
-    execute(store_target, drop)
+        whole = tables(store)
+    back_to(version, store_target)
     with TrajectoryStore(store_target) as store:
+        assert tables(store) == whole
         [stored] = store.prompts()
         assert (stored.id, stored.answer, stored.columns) == (key, "4", None)
         assert store.add_prompt(prompt) == key, "its hash is that of today"
         other = store.add_prompt(replace(prompt, columns={"level": 3}))
         assert other != key and store.get_prompts([other])[0].columns == {"level": 3}
         assert store.append([trajectory(key, 1, policy())]).duplicates == 1
+        assert store.append([replace(trajectory(key, 1, policy()), draw=1)]).new == 1
 
 
 def test_a_migrated_store_is_like_a_new_one(

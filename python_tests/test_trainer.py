@@ -18,7 +18,7 @@ from trainer_process import settings, train
 from spo_ext.rollout import Generation
 from spo_ext.store import PromptValue, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer, yaml_config
-from spo_ext.trainer.batches import Tokens
+from spo_ext.trainer.batches import Tokens, collate
 from spo_ext.trainer.reference import score_tokens
 
 OFFLINE = {"mixture": "offline", "rollouts": "none"}
@@ -130,7 +130,8 @@ def test_adapters_train_and_the_base_is_the_reference(folder: Path) -> None:
     from spo_ext.trainer.model import HeadSettings, answer_logprobs
 
     answer_logprobs(base, HeadSettings())
-    expected = score_tokens(base, [Tokens(prompt.token_ids, row.token_ids)], "padded")[0]
+    tokens = Tokens(prompt.token_ids, row.token_ids)
+    expected = score_tokens(base, collate([tokens], "padded"))[0]
     held = trainer.reference.logprobs([row], {prompt.id: prompt.token_ids})[0]
     torch.testing.assert_close(held, expected, rtol=1e-5, atol=1e-5)
 

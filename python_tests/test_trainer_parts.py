@@ -168,18 +168,21 @@ def test_scoring_is_cut_by_tokens(store: TrajectoryStore, monkeypatch: pytest.Mo
     sizes: list[int] = []
     plain = reference.score_tokens
 
-    def counted(model: Any, tokens: Any, layout: Any) -> Any:
-        sizes.append(sum(len(one.prompt) + len(one.completion) for one in tokens))
-        return plain(model, tokens, layout)
+    def counted(model: Any, batch: Any) -> Any:
+        sizes.append(int(batch.model_inputs["attention_mask"].sum()))
+        return plain(model, batch)
 
     monkeypatch.setattr(reference, "score_tokens", counted)
     rows = list(store.trajectories())
     prompts = {prompt.id: prompt.token_ids for prompt in store.prompts("train")}
     found.logprobs(rows, prompts)
-    total = sum(len(prompts[row.prompt_id]) + len(row.token_ids) for row in rows)
+    # Nothing is predicted from the last token of a row.
+    total = sum(len(prompts[row.prompt_id]) + len(row.token_ids) - 1 for row in rows)
     assert sum(sizes) == total and max(sizes) <= 30 and len(sizes) < len(rows) / 2
+    read = found.scored_tokens
+    assert read >= total
     found.logprobs(rows, prompts)
-    assert sum(sizes) == total  # from the store
+    assert sum(sizes) == total and found.scored_tokens == read  # from the store
 
 
 def test_the_value_of_this_reference_comes_first(store: TrajectoryStore) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from store_cases import policy
-from test_store_schema import back_to_version_5
+from test_store_schema import back_to
 from trainer_cases import VOCABULARY, make_model, make_tokenizer
 from trainer_process import settings
 
@@ -94,7 +94,7 @@ def test_a_store_of_version_5_is_migrated_with_its_rows(store_target: str) -> No
     with TrajectoryStore(store_target) as store:
         key = store.add_prompt(Prompt("a", PROMPT))
         store.append([Trajectory(key, IDS, 1.0, policy(), "eos")])
-    back_to_version_5(store_target)
+    back_to(5, store_target)
     with TrajectoryStore(store_target) as store:
         assert store.append([Trajectory(key, IDS, 1.0, policy(), "eos")]).duplicates == 1
         assert store.append([several(key, origin=policy())]).new == 1

@@ -47,10 +47,10 @@ ON_CPU = ("--max-num-batched-tokens", "32768", "--gpu-memory-utilization", "0.15
 ROUTES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
-def policy(seed: int = 0) -> Any:
+def policy(seed: int = 0, **changes: Any) -> Any:
     """Heads of 32, the least that vLLM's attention knows on a CPU."""
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return tiny_model(seed, 0.0, **shape)
+    return tiny_model(seed, 0.0, **shape, **changes)
 
 
 class Server:

@@ -1,9 +1,10 @@
 """Environments of the verifiers package (0.4), played by its own harness against a server.
 
 verifiers renders messages to token ids and asks the server for ids (POST /inference/v1/generate,
-as vLLM has it), so that a trajectory holds what was drawn: the mask and log-probabilities of its
-nodes, the template's and the tools' tokens in between, and a context of its own wherever what the
-policy read is not what came before. Its rewards are the end's; the package has none on the way.
+which vLLM has with --enable-scale-out), so that a trajectory holds what was drawn: the mask and
+log-probabilities of its nodes, the template's and the tools' tokens in between, and a context of
+its own wherever what the policy read is not what came before. Its rewards are the end's; the
+package has none on the way.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Verifiers:
                 f"--environment verifiers needs verifiers ({error}): pip install verifiers uv"
             ) from error
         _let_tools_start()
+        _read_token_ids()
         self._package, self._name, self._server = package, name, server
         self._splits = {"train": ":"} if splits is None else dict(splits)
         for split in self._splits:
@@ -165,7 +167,8 @@ class Verifiers:
         read, drawn = ([], []) if sampled is None else _read(trace, sampled)
         if not read or not drawn:
             raise ServerError(
-                f"--server must give token ids (POST /inference/v1/generate, as vLLM has it) for "
+                "--server must give token ids (POST /inference/v1/generate, as vllm serve has it "
+                "with --enable-scale-out) for "
                 f"verifiers:{self._name}, got {_failure(trace) or 'an answer without any'}"
             )
         assert sampled is not None
@@ -290,6 +293,26 @@ def _let_tools_start() -> None:
         before = os.environ.get(variable, "")
         if folder not in before.split(os.pathsep):
             os.environ[variable] = folder + (os.pathsep + before if before else "")
+
+
+def _read_token_ids() -> None:
+    """vLLM 0.32 says `"token_id": 7`, and the client of verifiers 0.4 refuses all but
+    `"token": "token_id:7"`."""
+    from renderers import client
+
+    parse = client.parse_generate_response
+    if parse.__module__ == __name__:
+        return
+
+    def parsed(raw: bytes) -> dict[str, Any]:
+        found: dict[str, Any] = parse(raw)
+        for choice in found.get("choices", ()):
+            for entry in (choice.get("logprobs") or {}).get("content") or ():
+                if "token_id" in entry:
+                    entry.setdefault("token", f"token_id:{entry['token_id']}")
+        return found
+
+    client.parse_generate_response = parsed
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

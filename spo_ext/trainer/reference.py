@@ -16,7 +16,7 @@ from spo_ext.checks import refuse
 from spo_ext.integrations.agreement import rope_limit
 from spo_ext.models import evaluating
 from spo_ext.store import StoredTrajectory, TrajectoryStore, reference_fingerprint
-from spo_ext.trainer.batches import Layout, Tokens, collate, company, tokens_of
+from spo_ext.trainer.batches import Layout, TokenBatch, Tokens, collate, company, tokens_of
 from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.model import (
     Precision,
@@ -67,7 +67,7 @@ class Reference:
         self._precision: Precision = precision
         self._batch_tokens = batch_tokens
         self._behaviour_at: float | None = None
-        self.scored_tokens = 0  # prompts' too, as often as they were read
+        self.scored_tokens = 0  # as the model read them, with prompts and padding
         self.scoring_seconds = 0.0
 
     @classmethod
@@ -166,8 +166,10 @@ class Reference:
         scored: dict[int, dict[int, Tensor]] = {row.id: {} for row in rows}
         for part in parts + [[]] * (self._rounds(len(parts)) - len(parts)):
             tokens = [one for _, _, one in part]
+            batch = collate(tokens or [_NOTHING], self._layout)
             with self.speaking():
-                found = score_tokens(self.model, tokens or [_NOTHING], self._layout)
+                found = score_tokens(self.model, batch)
+            self.scored_tokens += batch.model_inputs["input_ids"].numel()
             for (key, place, _), logprobs in zip(part, found, strict=False):
                 scored[key][place] = logprobs
             whole = [key for key, of in scored.items() if len(of) == len(segments[key])]
@@ -176,7 +178,6 @@ class Reference:
                 self.fingerprint,
                 {key: torch.cat([of[place] for place in sorted(of)]) for key, of in done.items()},
             )
-        self.scored_tokens += sum(len(tokens) for part in parts for _, _, tokens in part)
         self.scoring_seconds += time.perf_counter() - started
 
     def _together(self, segments: Mapping[int, Sequence[Tokens]]) -> Iterable[list[_Segment]]:
@@ -261,9 +262,8 @@ def _adds_nothing(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def score_tokens(model: nn.Module, tokens: Sequence[Tokens], layout: Layout) -> list[Tensor]:
+def score_tokens(model: nn.Module, batch: TokenBatch) -> list[Tensor]:
     """Log-probabilities of completions, float32 [T] each, on the CPU, without dropout."""
-    batch = collate(tokens, layout)
     with evaluating(model):
         found, _ = completion_logprobs(model, batch)
     sizes: list[int] = batch.cu_seqlens.diff().tolist()
