@@ -20,7 +20,8 @@ python "$here/solutions.py" "$real/store.db" 32 > "$real/solutions.jsonl"
 spo import "$real/solutions.jsonl" --store "$real/store.db" --tokenizer "$real/model"
 spo export "$real/solved.jsonl" --store "$real/store.db" --min-reward 1
 python "$here/../supervised_start.py" "$real/solved.jsonl" "$real/model" "$real/started" --seed "$seed" \
-    --learning_rate 1e-5 --num_train_epochs 3 --per_device_train_batch_size 8 --report_to none --save_strategy no
+    --learning_rate 5e-5 --num_train_epochs 3 --per_device_train_batch_size 8 --report_to none \
+    --save_strategy no --use_cpu true --bf16 false --logging_steps 4
 "${look[@]}" --model "$real/started" --out "$real/spo/evaluation-1-started"
 
 spo train --config "$here/train.yaml" --model "$real/started" --store "$real/store.db" --output_dir "$real/spo" \
