@@ -4,6 +4,7 @@
 set -euo pipefail
 real=${1:-runs/real} seed=${2:-0} here=$(dirname "$0")
 mkdir -p "$real"
+rm -rf "$real"/store.db* "$real/spo" "$real/started"  # of an earlier run; the model stays
 # Sums and differences of two numbers below 100, as a message of the user; the last number that the
 # model says is its answer.
 sums=(--environment reasoning_gym:chain_sum --environment-args '{"size": 600, "eval_size": 200,

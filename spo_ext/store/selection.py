@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,44 +50,57 @@ class Index:
         self.columns = Columns(*(torch.empty(0, **_LONG) for _ in range(7)))
         self.epochs = torch.zeros(len(self._pools) * self.strata, **_LONG)
         self._last = 0
+        self._prompts = torch.empty(2, 0, **_LONG)  # id and key of those of the split
 
     def refresh(self, connection: sa.Connection) -> None:
-        """Takes in what was appended since."""
-        trajectories, prompts = schema.trajectories.c, schema.prompts.c
+        """Takes in what was appended since.
+
+        There may be millions of rows, so pages become tensors column by column, without an object
+        for each row. Prompts are read after the trajectories: whatever those refer to is there.
+        """
+        table, prompts = schema.trajectories.c, schema.prompts.c
         conditions = [pool_condition(pool, self._config.run) for pool in self._pools]
-        pool = sa.case(*((condition, i) for i, condition in enumerate(conditions)))
-        query = (
-            sa.select(
-                trajectories.id,
-                trajectories.hash,
-                prompts.hash.label("prompt_hash"),
-                trajectories.policy_version,
-                trajectories.reward,
-                pool.label("pool"),
-            )
-            .join(schema.prompts, trajectories.prompt_id == prompts.id)
-            .where(prompts.split == self._config.split, sa.or_(*conditions))
-            .order_by(trajectories.id)
-            .limit(_PAGE)
-        )
-        while page := connection.execute(query.where(trajectories.id > self._last)).all():
-            rows = [
-                (
-                    row.id,
-                    shuffle_key(row.hash),
-                    shuffle_key(row.prompt_hash),
-                    _NO_VERSION if row.policy_version is None else row.policy_version,
-                    row.pool * self.strata + self._stratum(row.reward),
-                    0,
-                    _NEVER,
-                )
-                for row in page
-            ]
-            new = torch.tensor(rows, **_LONG).unbind(1)
-            names = Columns.__slots__
-            old = [getattr(self.columns, name) for name in names]
-            self.columns = Columns(*map(torch.cat, zip(old, new, strict=True)))
-            self._last = page[-1].id
+        query = sa.select(
+            table.id,
+            _first_bytes(table.hash),
+            table.prompt_id,
+            sa.func.coalesce(table.policy_version, _NO_VERSION),
+            table.reward,
+            sa.case(*((condition, i) for i, condition in enumerate(conditions))),
+        ).where(sa.or_(*conditions))
+        new = [
+            (*map(_whole, (ids, versions, of)), _keys(hashes), self._cells(pools, rewards))
+            for ids, hashes, of, versions, rewards, pools in _pages(connection, query, self._last)
+        ]
+        if not new:
+            return
+        of_split = sa.select(prompts.id, _first_bytes(prompts.hash))
+        of_split = of_split.where(prompts.split == self._config.split)
+        known = [
+            torch.stack([_whole(ids), _keys(hashes)])
+            for ids, hashes in _pages(connection, of_split, self._last_prompt)
+        ]
+        self._prompts = torch.cat([self._prompts, *known], 1)
+        ids, versions, of, keys, cells = map(torch.cat, zip(*new, strict=True))
+        self._last = int(ids[-1])
+        places = torch.searchsorted(self._prompts[0], of).clamp(max=len(self._prompts[0]) - 1)
+        here = self._prompts[0][places] == of if len(self._prompts[0]) else of < 0
+        found = [ids[here], keys[here], self._prompts[1][places[here]], versions[here], cells[here]]
+        found += [torch.zeros_like(found[0]), torch.full_like(found[0], _NEVER)]
+        old = [getattr(self.columns, name) for name in Columns.__slots__]
+        self.columns = Columns(*map(torch.cat, zip(old, found, strict=True)))
+
+    @property
+    def _last_prompt(self) -> int:
+        return int(self._prompts[0, -1]) if self._prompts.numel() else 0
+
+    def _cells(self, pools: Sequence[int], rewards: Sequence[float]) -> Tensor:
+        """Of each row; a reward is in one stratum at most."""
+        given = torch.tensor(rewards, dtype=torch.float64, device="cpu")
+        strata = torch.full_like(given, self.strata - 1, dtype=torch.int64)
+        for index, stratum in enumerate(self._config.strata):
+            strata[(stratum.low <= given) & (given < stratum.high)] = index
+        return _whole(pools) * self.strata + strata
 
     def apply(self, ids: Tensor, epochs: Tensor) -> None:
         """Counts draws [n], in whatever order. Raises ValueError if one is in no pool."""
@@ -109,11 +123,35 @@ class Index:
         self.columns.epoch.fill_(_NEVER)
         self.epochs.zero_()
 
-    def _stratum(self, reward: float) -> int:
-        for index, stratum in enumerate(self._config.strata):
-            if stratum.low <= reward < stratum.high:
-                return index
-        return self.strata - 1
+
+def _pages(
+    connection: sa.Connection, query: sa.Select[Any], last: int
+) -> Iterator[Sequence[Sequence[Any]]]:
+    """Columns of the rows whose first column, an id, is larger than `last`."""
+    key = query.selected_columns[0]
+    query = query.order_by(key).limit(_PAGE)
+    while True:
+        # The driver's own rows, which are made in half of the time of SQLAlchemy's.
+        rows = connection.execute(query.where(key > last)).cursor.fetchall()
+        if not rows:
+            return
+        columns = list(zip(*rows, strict=True))
+        last = columns[0][-1]
+        yield columns
+
+
+def _first_bytes(digest: sa.ColumnElement[bytes]) -> sa.ColumnElement[bytes]:
+    """What `shuffle_key` reads of a hash."""
+    return sa.func.substr(digest, 1, 8)
+
+
+def _keys(digests: Sequence[bytes]) -> Tensor:
+    """`shuffle_key` of each, of its first bytes."""
+    return torch.tensor(struct.unpack(f"<{len(digests)}q", b"".join(digests)), **_LONG)
+
+
+def _whole(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, **_LONG)
 
 
 class Companions:
