@@ -74,10 +74,12 @@ def make_index(config: SamplerConfig, count: int, seed: int) -> Index:
         return torch.randint(high, (count,), generator=random)
 
     index = Index(config)
+    prompt = integers(8)
     index.columns = Columns(
         id=torch.arange(count) * 2 + 1,
         key=integers(2**62),
-        prompt_key=integers(8) * 10**15,
+        prompt=prompt,
+        prompt_key=prompt * 10**15,
         version=integers(NOW + 2),
         cell=integers(len(index.epochs)),
         uses=torch.zeros(count, dtype=torch.int64),

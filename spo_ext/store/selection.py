@@ -26,13 +26,15 @@ _LONG: Any = {"dtype": torch.int64, "device": "cpu"}  # whatever the default dev
 class Columns:
     """One entry per trajectory of any pool, by id; all [M].
 
-    key and prompt_key are of the content, so that an order by them does not depend on ids. A cell
+    key and prompt_key are of the content, so that an order by them does not depend on ids; prompt
+    numbers the prompts from 0 on. A cell
     is a pool and, in it, a stratum or the rest. epoch is that of the latest draw, uses the number
     of draws.
     """
 
     id: Tensor
     key: Tensor
+    prompt: Tensor
     prompt_key: Tensor
     version: Tensor
     cell: Tensor
@@ -47,7 +49,7 @@ class Index:
         self._config = config
         self._pools = list(config.fractions)
         self.strata = len(config.strata) + 1  # the last one is the rest
-        self.columns = Columns(*(torch.empty(0, **_LONG) for _ in range(7)))
+        self.columns = Columns(*(torch.empty(0, **_LONG) for _ in Columns.__slots__))
         self.epochs = torch.zeros(len(self._pools) * self.strata, **_LONG)
         self._last = 0
         self._prompts = torch.empty(2, 0, **_LONG)  # id and key of those of the split
@@ -85,7 +87,9 @@ class Index:
         self._last = int(ids[-1])
         places = torch.searchsorted(self._prompts[0], of).clamp(max=len(self._prompts[0]) - 1)
         here = self._prompts[0][places] == of if len(self._prompts[0]) else of < 0
-        found = [ids[here], keys[here], self._prompts[1][places[here]], versions[here], cells[here]]
+        places = places[here]
+        found = [ids[here], keys[here], places, self._prompts[1][places], versions[here]]
+        found += [cells[here]]
         found += [torch.zeros_like(found[0]), torch.full_like(found[0], _NEVER)]
         old = [getattr(self.columns, name) for name in Columns.__slots__]
         self.columns = Columns(*map(torch.cat, zip(old, found, strict=True)))
@@ -303,6 +307,8 @@ class _Draw:
 
     def _draw_pool(self, pool: int, count: int) -> int:
         """Picks up to `count` units of the pool; how many it found."""
+        if count < 1:
+            return 0
         before = len(self.picked)
         inside = self.pool == pool
         for stratum, rule in enumerate(self.config.strata):
@@ -337,28 +343,30 @@ class _Draw:
         return len(chosen)
 
     def _pick_groups(self, candidates: Tensor, count: int) -> int:
+        """Of the prompts with enough rows the first in random order, then rows of those alone."""
         rows = candidates.nonzero()[:, 0]
-        rows = rows[self._order("row", self.columns.key[rows], rows).argsort()]
-        prompt_keys = self.columns.prompt_key
-        rows = rows[prompt_keys[rows].argsort(stable=True)]
-        # Rows of a prompt now lie together, in random order. The first of them starts a group if
-        # the row size - 1 further on is still of the prompt.
-        size, prompts = self.size, prompt_keys[rows]
-        first = torch.ones_like(prompts, dtype=torch.bool)
-        first[1:] = prompts[1:] != prompts[:-1]
-        last = max(len(rows) - size + 1, 0)
-        first[:last] &= prompts[:last] == prompts[size - 1 :]
-        first[last:] = False
-        starts = first.nonzero()[:, 0]
-        order = self._order("prompt", prompts[starts], rows[starts])
-        chosen = starts[order.argsort()[:count]].tolist()
-        for start in chosen:
+        if not len(rows):
+            return 0
+        columns, size = self.columns, self.size
+        of = columns.prompt[rows]
+        one = torch.zeros(int(columns.prompt.max()) + 1, **_LONG)
+        one[of] = rows  # of each prompt, whichever
+        enough = (torch.bincount(of, minlength=len(one)) >= size).nonzero()[:, 0]
+        order = self._order("prompt", columns.prompt_key[one[enough]], one[enough])
+        chosen = enough[order.topk(min(count, len(enough)), largest=False).indices]
+        wanted = torch.zeros(len(one), dtype=torch.bool, device="cpu")
+        wanted[chosen] = True
+        rows = rows[wanted[of]]
+        rows = rows[self._order("row", columns.key[rows], rows).argsort()]
+        rows = rows[columns.prompt[rows].argsort(stable=True)]
+        # Rows of a prompt now lie together, in random order.
+        for start in torch.searchsorted(columns.prompt[rows], chosen).tolist():
             group = rows[start : start + size]
             if self.companions is not None:
-                group = torch.cat([group, self.companions.of(prompt_keys[group[0]])])
+                group = torch.cat([group, self.companions.of(columns.prompt_key[group[0]])])
             self._keep(group)
-            # A second group of the prompt in this batch would only make the first one larger.
-            self.open &= prompt_keys != prompt_keys[group[0]]
+        # A second group of a prompt in this batch would only make the first one larger.
+        self.open &= ~wanted[columns.prompt]
         return len(chosen)
 
     def _keep(self, unit: Tensor) -> None:
