@@ -23,7 +23,7 @@ from spo_ext.eager import loss as reference_loss
 from spo_ext.trainer import SPOConfig, SPOTrainer
 from spo_ext.trainer.batches import TokenBatch
 from spo_ext.trainer.feed import MicroBatch
-from spo_ext.trainer.weights import online_baseline, sequence_weights
+from spo_ext.trainer.weights import group_baseline, sequence_weights
 
 HUMAN = Origin("human")
 MIXED: dict[str, Any] = {"mixture": "half-online", "mixed_groups": True, "group_size": 4}
@@ -148,7 +148,7 @@ def test_the_baseline_is_the_mean_over_online_rows(tmp_path: Path, online: torch
     gain = REWARDS.double() - 0.3 * ratios
     first = gain[:2].mean()
     second = gain[3] if online[3] else gain[3:].mean()  # where all online rows were too long
-    found = online_baseline(config, logprobs, batch.ref_logprobs, batch)
+    found = group_baseline(config, logprobs, batch.ref_logprobs, batch)
     expected = torch.stack([first] * 3 + [second] * 3).float()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 

@@ -111,9 +111,36 @@ def test_importance_weights(folder: Path, mode: str, ratio: str, weight: Any) ->
         torch.testing.assert_close(weights, weight(torch.stack([p.sum() for p in logs]).exp()))
 
 
+def test_the_baseline_of_a_group_is_that_of_the_policy_that_learns(folder: Path) -> None:
+    """Q_0 = sum_i w_i (r_i - beta R_i) / sum_i w_i over the group with w = min(1, pi / behaviour);
+    without, that of equal weights, which the operator takes itself."""
+    group = {"objective": "group", "q0": "stored", "q0_beta": None, "reference": "model"}
+    for weighted in (True, False):
+        how = {**group, "importance_sampling_baseline": weighted, "run": f"run-{weighted}"}
+        trainer, batch = first_batch(folder, **how)
+        with torch.no_grad():  # else pi is its own reference, and R is 0
+            for weight in trainer.model.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(4))
+        loss = trainer.compute_loss(trainer.model, {"micro_batch": batch})
+        logprobs = completion_logprobs(trainer.model, batch.tokens)[0].detach().double()
+        sizes = batch.cu_seqlens.diff().tolist()
+        ratios = torch.stack([p.sum() for p in (logprobs - batch.ref_logprobs).split(sizes)])
+        weights = torch.stack([part.sum() for part in parts(batch, logprobs)]).exp().clamp(max=1)
+        assert float(weights.min()) < 0.5, "else nothing is tested"
+        weights = (weights if weighted else torch.ones_like(weights)).reshape(2, 4)
+        gains = (batch.rewards.double() - 0.5 * ratios).reshape(2, 4)
+        start = (weights * gains).sum(1) / weights.sum(1)
+        expected = (start[:, None] - gains).square().mean()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"importance_sampling_baseline": True},
+            "importance_sampling_baseline must be False for another objective than group",
+        ),
         ({"objective": "group"}, "q0 must be stored for objective 'group', got 'group_soft'"),
         ({"q0": "stored"}, "q0_beta must be left out without q0 group_soft, got 0.25"),
         ({"q0": "mean"}, "q0 must be one of stored, group_soft, got 'mean'"),

@@ -49,7 +49,10 @@ _ONLINE: dict[str, Any] = {"sync_every": 1, "rollout_batch_size": PROMPTS_PER_BA
 _SPO = _ONLINE | {"beta": 0.1, "max_grad_norm": 0.2}
 _CONTROL = _ONLINE | {"max_grad_norm": 1.0}
 # OAPL: Q_0 by the group's soft value, log-ratios to whoever wrote the programs.
-_OAPL = _SPO | {
+_OAPL = _ONLINE | {
+    "beta": 0.3,
+    "q0_beta": 1.0,
+    "max_grad_norm": 0.6,
     "objective": "squared",
     "reference": "behaviour",
     "q0": "group_soft",
@@ -83,6 +86,7 @@ class Recipe:
 RECIPES = {
     "quickstart": Recipe(),
     "spo": Recipe(_SPO),
+    "spo-lagged": Recipe(_SPO | {"importance_sampling_baseline": True}),
     "spo-untapered": Recipe(_SPO | {"taper": False}),
     "spo-tis": Recipe(_SPO | {"taper": False, "importance_sampling_mode": "sequence_truncate"}),
     "oapl": Recipe(_OAPL),

@@ -170,6 +170,12 @@ class SPOConfig(TrainingArguments):
     importance_sampling_cap: float = _field(
         2.0, "truncate: no larger weight than this; mask: weight 0 for a larger ratio"
     )
+    importance_sampling_baseline: bool = _field(
+        False,
+        "for group: in the mean of its group a row counts min(1, pi / behaviour), where that is "
+        "known; take it where the policies that write lag behind by tens of steps "
+        "(docs/learning.md)",
+    )
     q0_samples: int = _field(
         0, "samples of the reference for the value of a prompt that has none; 0: it must have one"
     )
@@ -288,6 +294,9 @@ class SPOConfig(TrainingArguments):
             refuse(owner, "group_size", "at least 2 for objective group", self.group_size)
         if self.mixed_groups and self.leave_one_out:
             refuse(owner, "leave_one_out", "False with mixed_groups", self.leave_one_out)
+        if self.importance_sampling_baseline and (self.objective != "group" or self.leave_one_out):
+            expected = "False for another objective than group, and with leave_one_out"
+            refuse(owner, "importance_sampling_baseline", expected, True)
         online = "online" in self.sampler_config().fractions
         if online == (self.rollouts == "none"):
             expected = "embedded or external for" if online else "none for"
@@ -349,9 +358,10 @@ class SPOConfig(TrainingArguments):
         return self.objective in _NEED_Q0 and self.q0 == "stored"
 
     @property
-    def online_baseline(self) -> bool:
-        """Whether a group's Q_0 is the mean over its online rows instead of all."""
-        return self.mixed_groups and self.objective == "group"
+    def own_baseline(self) -> bool:
+        """Whether a group's Q_0 is another mean than that of all its rows (`group_baseline`)."""
+        other = self.mixed_groups or self.importance_sampling_baseline
+        return other and self.objective == "group"
 
     @property
     def failure_below(self) -> float:
@@ -384,7 +394,7 @@ class SPOConfig(TrainingArguments):
     def loss_options(self) -> dict[str, Any]:
         """What `spo_ext.loss` gets in every micro-batch."""
         objective: Objective = self.objective  # type: ignore[assignment]
-        if self.online_baseline:
+        if self.own_baseline:
             objective = "squared"  # which group is, with a Q_0 that the loss takes itself
         options: dict[str, Any] = {"beta": self.beta, "objective": objective, "reduction": "sum"}
         return options | ({"leave_one_out": True} if self.leave_one_out else {})

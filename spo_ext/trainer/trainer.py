@@ -58,8 +58,8 @@ from spo_ext.trainer.producer import Producer, SharedRollouts
 from spo_ext.trainer.publish import ServerPublisher, make_publisher
 from spo_ext.trainer.reference import Reference, reference_model
 from spo_ext.trainer.weights import (
+    group_baseline,
     importance_sampled,
-    online_baseline,
     sequence_weights,
     soft_baseline,
 )
@@ -253,8 +253,8 @@ class SPOTrainer(Trainer):
         share = batch.share * self.accelerator.num_processes
         weights = sequence_weights(self.args, logprobs, rewards, batch)
         q0, options = batch.q0, self.args.loss_options()
-        if self.args.online_baseline:
-            q0 = online_baseline(self.args, logprobs, ref_logprobs, batch)
+        if self.args.own_baseline:
+            q0 = group_baseline(self.args, logprobs, ref_logprobs, batch)
         elif self.args.q0 == "group_soft":
             q0 = soft_baseline(self.args, batch)
         if self.state.global_step % self.args.sync_every == 0:

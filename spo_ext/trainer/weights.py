@@ -12,22 +12,37 @@ from spo_ext.trainer.config import SPOConfig
 from spo_ext.trainer.feed import MicroBatch
 
 
-def online_baseline(
+def group_baseline(
     config: SPOConfig, logprobs: Tensor, ref_logprobs: Tensor, batch: MicroBatch
 ) -> Tensor:
-    """Q_0 [S] of mixed groups: the mean of r - beta R over a group's online rows, without gradient.
+    """Q_0 [S]: a mean of r - beta R over the rows of a group, without gradient.
 
-    What others wrote says nothing of how often the policy succeeds. A group whose online rows were
-    all too long has the mean over its other rows.
+    Of a mixed group the online rows alone are counted: what others wrote says nothing of how often
+    the policy succeeds. One whose online rows were all too long has the mean over its other rows.
+
+    With importance_sampling_baseline a row counts min(1, pi / behaviour), where that is known: the
+    mean is then an estimate for the policy that learns. Without, failures that it has long moved
+    away from, with their large -beta R, ask that all other rows become less likely.
     """
     groups, counted = _counted(batch)
     gain = (batch.rewards.double() + batch.paid).to(logprobs.device)
     gain = gain - config.beta * _sums(logprobs - ref_logprobs, batch)
     # Not by `spo_ext.prompt_value`: it waits for the device, and adds by index_add, in any order on
     # a GPU. A product has one order.
-    means = ((groups[:, None] == groups) & counted).double()
-    means /= means.sum(1, keepdim=True)
-    return (means.to(logprobs.device) @ gain).float()
+    together = groups[:, None] == groups
+    if config.mixed_groups:
+        together &= counted
+    logs = torch.zeros_like(gain)
+    if config.importance_sampling_baseline:
+        logs = _log_ratios(logprobs, batch).clamp(max=0.0)
+    means = logs.where(together.to(logs.device), -torch.inf).softmax(1)
+    return (means @ gain).float()
+
+
+def _log_ratios(logprobs: Tensor, batch: MicroBatch) -> Tensor:
+    """log pi - log behaviour of each sequence, [S] float64; 0 for tokens where it is not known."""
+    behaviour = batch.behaviour_logprobs.to(logprobs)
+    return _sums(torch.where(behaviour.isnan(), 0.0, logprobs.detach() - behaviour), batch)
 
 
 def soft_baseline(config: SPOConfig, batch: MicroBatch) -> Tensor:
