@@ -311,6 +311,31 @@ def test_one_turn_of_a_file(tmp_path: Path) -> None:
         assert [p.content for p in opened.prompts("test")] == [f"test {i}" for i in range(4)]
 
 
+def test_prompts_are_imported_by_themselves(tmp_path: Path, capsys: Any) -> None:
+    """Of all splits that there are, or of one; what is of files is refused."""
+    name, tokenizer = source(tmp_path, ONE_TURN, "Lengths"), save_tokenizer(tmp_path / "tokenizer")
+    words = ["import", "--environment", name, "--environment-args", '{"least": 2}']
+    words += ["--store", str(tmp_path / "store.db"), "--tokenizer", str(tokenizer)]
+    for more in (["--split", "test"], [], []):
+        assert main([*words, *more]) == 0
+        with TrajectoryStore(tmp_path / "store.db") as store:
+            found = [(prompt.content, prompt.split, prompt.answer) for prompt in store.prompts()]
+        assert len(found) == len(set(found))
+        assert {split for _, split, _ in found} == ({"test"} if more else {"train", "dev", "test"})
+    assert f"stored 4 prompts of {name}, split test" in capsys.readouterr().out
+    for wrong, message in (
+        (["--strict"], "must be left out with --environment: they are of files"),
+        (["rows.jsonl"], "FILE must be given, or --environment, and not both"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, *wrong])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["import", "--store", str(tmp_path / "store.db")])
+    assert main(words[:-2]) == 1
+    assert "--tokenizer must be given with --environment" in capsys.readouterr().err
+
+
 def test_flags_that_do_not_go_together(tmp_path: Path, capsys: Any) -> None:
     base = ["--store", tmp_path / "x.db", "--run", "r", "--model", tmp_path]
     for more, message in (

@@ -109,6 +109,15 @@ def _import(options: argparse.Namespace) -> int:
         if bool(options.files) == bool(options.environment):
             raise ValueError("FILE must be given, or --environment, and not both")
         check_environment(options)
+        of_files = (
+            options.format != "auto",
+            options.origin,
+            options.without_columns,
+            options.strict,
+        )
+        if options.environment and any(of_files):
+            names = "--format, --origin, --without-columns and --strict"
+            raise ValueError(f"{names} must be left out with --environment: they are of files")
         settings = _settings(options)
     except ValueError as error:
         options.error(str(error))  # exits with status 2
