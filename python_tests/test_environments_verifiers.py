@@ -268,6 +268,7 @@ def test_tools_and_vllm_itself(served: list[Any], tmp_path: Path) -> None:
     assert main(["import", "out.jsonl", *words]) == 0
     with TrajectoryStore(tmp_path / "again.db") as store:
         again = list(store.trajectories())
+    rows, again = (sorted(part, key=lambda r: (r.token_ids, r.draw)) for part in (rows, again))
     for row, same in zip(rows, again, strict=True):
         assert row.token_ids == same.token_ids and row.completion_mask == same.completion_mask
         torch.testing.assert_close(row.behaviour_logprobs, same.behaviour_logprobs)
