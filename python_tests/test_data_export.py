@@ -47,6 +47,9 @@ def fill(store: TrajectoryStore, contents: list[Any]) -> None:
             for i, (reward, origin, more) in enumerate(zip(rewards, origins, how, strict=True))
         ]
     )
+    # What was drawn twice is two trajectories.
+    again = Trajectory(ids[0], [7, 2], 1.0, Origin("human"), "eos", temperature=0.0, draw=3)
+    store.append([again])
 
 
 @pytest.mark.parametrize("prompts", [["a", "", "\u00e9\0", "b"], [CHAT, CHAT[:1]]])
@@ -56,11 +59,11 @@ def test_import_of_an_export_is_the_same(tmp_path: Path, kind: str, prompts: lis
         pytest.importorskip("pyarrow")
     first, second = TrajectoryStore(tmp_path / "a.db"), TrajectoryStore(tmp_path / "b.db")
     fill(first, prompts)
-    assert export_rows(first, tmp_path / f"rows{kind}") == 3 + len(prompts) - 1
+    assert export_rows(first, tmp_path / f"rows{kind}") == 4 + len(prompts) - 1
     _, problems = import_rows(second, tmp_path / f"rows{kind}")
     assert problems == []
     assert contents(second) == contents(first)
-    assert len(contents(second)) == 3 + len(prompts)
+    assert len(contents(second)) == 4 + len(prompts)
     assert not list(tmp_path.glob(".*"))  # no half file beside it
 
 
@@ -109,9 +112,9 @@ def test_exports_of_a_run_and_of_a_split(tmp_path: Path) -> None:
     assert export_rows(store, tmp_path / "run.jsonl", run="r") == 2
     assert export_rows(store, tmp_path / "dev.jsonl", split="dev") == 1
     assert json.loads((tmp_path / "dev.jsonl").read_text())["prompt"] == "b"
-    assert export_rows(store, tmp_path / "good.jsonl", min_reward=0.1) == 2
+    assert export_rows(store, tmp_path / "good.jsonl", min_reward=0.1) == 3
     rewards = [json.loads(row)["reward"] for row in (tmp_path / "good.jsonl").open()]
-    assert sorted(rewards) == [0.1, 1.0], "and no prompt without a trajectory"
+    assert sorted(rewards) == [0.1, 1.0, 1.0], "and no prompt without a trajectory"
     assert export_rows(store, tmp_path / "both.jsonl", run="r", min_reward=0.1) == 1
 
 

@@ -357,6 +357,7 @@ class Importer:
             reason=item.reason,
             temperature=item.temperature,
             top_p=item.top_p,
+            draw=item.draw,
             info=info,
             **written,
         )

@@ -42,8 +42,8 @@ class Completion:
 
     A solution comes with a prompt and tests that are worth having without it. turns: how the row
     gives it, in token ids; else content may be messages of several turns, to which turn_rewards
-    belong, one for each of the assistant's. completion_mask, contexts, token_rewards, info: as in
-    `Trajectory`.
+    belong, one for each of the assistant's. draw, completion_mask, contexts, token_rewards, info:
+    as in `Trajectory`.
     """
 
     content: Content | None
@@ -55,6 +55,7 @@ class Completion:
     behaviour_logprobs: Sequence[float] | None = None
     temperature: float | None = None
     top_p: float | None = None
+    draw: int = 0
     solution: bool = False
     completion_mask: Sequence[bool] | None = None
     contexts: Mapping[int, Sequence[int]] | None = None
