@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 import torch
@@ -19,6 +20,9 @@ from data_cases import save_tokenizer
 from spo_ext.cli import main
 from spo_ext.rollout import Generation, Judgement, Sampling
 from spo_ext.store import Prompt, TrajectoryStore
+
+if TYPE_CHECKING:
+    from spo_ext.trainer.publish import DirectoryPublisher
 
 END = 256  # of data_cases.save_tokenizer, whose other ids are bytes
 
@@ -170,3 +174,29 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def meanwhile(work: Callable[[], object], publisher: DirectoryPublisher) -> Callable[[], None]:
+    """Starts a trainer's work in a thread; call the result to wait for its end and see its error.
+
+    The trainer finishes at the end, whatever happened, so that nobody follows it for ever.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            publisher.finish()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def join() -> None:
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    return join

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 import pytest
 from data_cases import save_tokenizer
 from fake_vllm import TROUBLES
 from publish_cases import tiny_model
-from rollout_cases import change_server, fake_server, new_store, rollout, save_reward, wait_for
+from rollout_cases import (
+    change_server,
+    fake_server,
+    meanwhile,
+    new_store,
+    rollout,
+    save_reward,
+    wait_for,
+)
 
 from spo_ext.store import Prompt, TrajectoryStore
 from spo_ext.trainer.publish import DirectoryPublisher, ServerPublisher
@@ -64,32 +70,6 @@ class Place:
 
 def words(count: int, first: int = 5) -> list[Prompt]:
     return [Prompt(f"prompt {i}", token_ids=[first + i, 7]) for i in range(count)]
-
-
-def meanwhile(work: Callable[[], Any], publisher: ServerPublisher) -> Callable[[], None]:
-    """Starts a trainer's work in a thread; call the result to wait for its end and see its error.
-
-    The trainer finishes at the end, whatever happened, so that nobody follows it for ever.
-    """
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            publisher.finish()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join() -> None:
-        thread.join()
-        if failures:
-            raise failures[0]
-
-    return join
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["weight_info", "before 0.32"])

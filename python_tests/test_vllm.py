@@ -11,9 +11,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ pytest.importorskip("httpx")
 
 import torch
 from data_cases import save_tokenizer
-from rollout_cases import END, new_store, rollout, save_reward, tiny_model, wait_for
+from rollout_cases import END, meanwhile, new_store, rollout, save_reward, tiny_model, wait_for
 from test_bring_your_own import make_clone, run_served
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -159,29 +158,6 @@ class Place:
 def shaken(version: int) -> Any:
     """Weights of a version, far from those of any other."""
     return policy(seed=100 + version)
-
-
-def meanwhile(work: Callable[[], object], publisher: DirectoryPublisher) -> Callable[[], None]:
-    """Runs it in a thread; whoever follows its policies ends with it."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            publisher.finish()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join() -> None:
-        thread.join()
-        if failed:
-            raise failed[0]
-
-    return join
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 0.7)], ids=["plain", "colder"])

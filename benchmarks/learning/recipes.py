@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ RECIPES = {
     "quickstart": Recipe(),
     "spo": Recipe(_SPO),
     "spo-lagged": Recipe(_SPO | {"importance_sampling_baseline": True}),
-    "spo-untapered": Recipe(_SPO | {"taper": False}),
     "spo-tis": Recipe(_SPO | {"taper": False, "importance_sampling_mode": "sequence_truncate"}),
     "oapl": Recipe(_OAPL),
     "half-online": Recipe(_HALF_ONLINE),
@@ -115,37 +114,8 @@ def fill(store: TrajectoryStore, setting: Setting, problems: Sequence[Problem]) 
     )
 
 
-@dataclass(frozen=True)
-class Lag:
-    """sync_every: batches between versions of the policy that writes. uses: of each sampled batch.
-    versions: batches are drawn uniformly from what so many last versions wrote (None: from all,
-    what was used least first).
-    """
-
-    sync_every: int = 1
-    uses: int = 1
-    versions: int | None = None
-
-    def changes(self) -> dict[str, Any]:
-        """Settings of the trainer in place of a recipe's; none by default."""
-        if self == SYNCHRONOUS:
-            return {}
-        found: dict[str, Any] = {"sync_every": max(self.sync_every, self.uses)}
-        found["replay_ratio"] = float(self.uses)
-        return found | ({} if self.versions is None else {"replay_versions": self.versions})
-
-
-SYNCHRONOUS = Lag()
-
-
 def settings(
-    recipe: Recipe,
-    setting: Setting,
-    folder: Path,
-    run: str,
-    steps: int,
-    seed: int,
-    lag: Lag = SYNCHRONOUS,
+    recipe: Recipe, setting: Setting, folder: Path, run: str, steps: int, seed: int
 ) -> SPOConfig:
     """Those of the quickstart with the recipe's changes, and the sizes of the setting."""
     given = spo_settings(
@@ -162,25 +132,18 @@ def settings(
     sizes["per_device_train_batch_size"] = setting.prompts_per_batch * group
     if recipe.changes.get("mixture") == "half-online":
         sizes["num_generations"] = group // 2
-    lagged = lag.changes() if recipe.changes.get("rollouts") != "none" else {}
-    return SPOConfig(**(given | sizes | recipe.changes | lagged))
+    return SPOConfig(**(given | sizes | recipe.changes))
 
 
 def learn(
-    recipe: Recipe,
-    setting: Setting,
-    policy: Qwen2ForCausalLM,
-    folder: Path,
-    steps: int,
-    seed: int,
-    lag: Lag = SYNCHRONOUS,
+    recipe: Recipe, setting: Setting, policy: Qwen2ForCausalLM, folder: Path, steps: int, seed: int
 ) -> SPOTrainer:
     """Trains the policy in place, on a store in the folder; returns the last trainer."""
     start = round(recipe.sft_share * steps)
     if start:
-        given = settings(RECIPES["sft"], setting, folder, "start", start, seed, lag)
+        given = settings(RECIPES["sft"], setting, folder, "start", start, seed)
         SFT(policy, given, make_tokenizer()).train()
-    given = settings(recipe, setting, folder, "run", steps - start, seed, lag)
+    given = settings(recipe, setting, folder, "run", steps - start, seed)
     trainer = recipe.trainer(policy, given, make_tokenizer())
     trainer.train()
     return trainer
@@ -188,7 +151,12 @@ def learn(
 
 @dataclass(frozen=True)
 class Run:
-    """One recipe in one setting with one pair of seeds, evaluated on the split."""
+    """One recipe in one setting with one pair of seeds, evaluated on the split.
+
+    sync_every: batches between versions of the policy that writes. uses: of each sampled batch.
+    versions: batches are drawn evenly from what so many last versions wrote (None: from all, what
+    was used least first).
+    """
 
     recipe: str
     setting: str
@@ -200,9 +168,15 @@ class Run:
     uses: int = 1
     versions: int | None = None
 
-    @property
-    def lag(self) -> Lag:
-        return Lag(self.sync_every, self.uses, self.versions)
+    def lagged(self) -> Recipe:
+        """The recipe, as the trainer runs it where the policy that writes lags behind."""
+        recipe = RECIPES[self.recipe]
+        asked = (self.sync_every, self.uses, self.versions) != (1, 1, None)
+        if not asked or recipe.changes.get("rollouts") == "none":
+            return recipe
+        lag: dict[str, Any] = {"sync_every": max(self.sync_every, self.uses)}
+        lag |= {"replay_ratio": float(self.uses), "replay_versions": self.versions}
+        return replace(recipe, changes=recipe.changes | lag)
 
     def __str__(self) -> str:
         return f"{name_of(asdict(self))} r{self.reference_seed} s{self.seed}"
@@ -210,7 +184,7 @@ class Run:
 
 def perform(run: Run, cache: Path) -> dict[str, Any]:
     """Trains, and evaluates before and after. References are in the cache."""
-    recipe, setting = RECIPES[run.recipe], SETTINGS[run.setting]
+    recipe, setting = run.lagged(), SETTINGS[run.setting]
     commit = machine.commit()  # now: somebody may commit while it runs
     torch.set_num_threads(1)  # of these sizes a second one only waits for its turn
     origin = load_reference(setting, run.reference_seed, cache)
@@ -222,7 +196,7 @@ def perform(run: Run, cache: Path) -> dict[str, Any]:
         with TrajectoryStore(Path(folder) / "store.db") as store:
             fill(store, setting, setting.problems("train", run.reference_seed))
         started, cpu = time.perf_counter(), time.process_time()
-        trainer = learn(recipe, setting, policy, Path(folder), run.steps, run.seed, run.lag)
+        trainer = learn(recipe, setting, policy, Path(folder), run.steps, run.seed)
         spent = {
             "training_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,

@@ -211,13 +211,14 @@ def compared(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     What the first does not have is left out; the last column is the change from it to the last.
     """
     first, last = list(values.values())[0], list(values.values())[-1]
-    change = ["change"] if len(values) > 1 else []
-    rows = [("", *values, *change)]
+    several = len(values) > 1
+    rows = [("", *values, *["change"] * several)]
     for name in first:
         cells = [f"{of[name]['mean']:.3f}" if name in of else "" for of in values.values()]
-        if change and name in last:
-            cells.append(f"{last[name]['mean'] - first[name]['mean']:+.3f}")
-        rows.append((label(name), *cells, *([""] if change and name not in last else [])))
+        if several:
+            moved = name in last
+            cells.append(f"{last[name]['mean'] - first[name]['mean']:+.3f}" if moved else "")
+        rows.append((label(name), *cells))
     return aligned(rows)
 
 

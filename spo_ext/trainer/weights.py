@@ -34,15 +34,15 @@ def group_baseline(
         together &= counted
     logs = torch.zeros_like(gain)
     if config.importance_sampling_baseline:
-        logs = _log_ratios(logprobs, batch).clamp(max=0.0)
+        logs = _sums(_log_ratios(logprobs, batch), batch).clamp(max=0.0)
     means = logs.where(together.to(logs.device), -torch.inf).softmax(1)
     return (means @ gain).float()
 
 
 def _log_ratios(logprobs: Tensor, batch: MicroBatch) -> Tensor:
-    """log pi - log behaviour of each sequence, [S] float64; 0 for tokens where it is not known."""
+    """log pi - log behaviour of each token [N], without gradient; 0 where it is not known."""
     behaviour = batch.behaviour_logprobs.to(logprobs)
-    return _sums(torch.where(behaviour.isnan(), 0.0, logprobs.detach() - behaviour), batch)
+    return torch.where(behaviour.isnan(), 0.0, logprobs.detach() - behaviour)
 
 
 def soft_baseline(config: SPOConfig, batch: MicroBatch) -> Tensor:
@@ -71,8 +71,7 @@ def importance_sampled(
     mode, cap = config.importance_sampling_mode, config.importance_sampling_cap
     if mode == "none":
         return logprobs, weights
-    behaviour = batch.behaviour_logprobs.to(logprobs)
-    logs = torch.where(behaviour.isnan(), 0.0, logprobs.detach() - behaviour)
+    logs = _log_ratios(logprobs, batch)
     if mode.startswith("sequence"):
         logs = _sums(logs, batch).float()
     ratios = logs.exp()
