@@ -149,7 +149,7 @@ def test_a_sweep_ends_with_its_budget_and_goes_on_where_it_was(
     sandbox, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     # In threads: to start a process takes longer than all of these runs.
-    monkeypatch.setattr(recipes, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setattr(recipes, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
     out = tmp_path / "new" / "runs.jsonl"
     words = ["--setting", "tiny", "--steps", "2", "--recipes", "ppo", "spo", "--seeds", "0"]
     words += ["--reference-seeds", "0", "--workers", "1", "--split", "test", "--out", str(out)]

@@ -19,9 +19,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,8 @@ class Run:
     uses: int = 1
     versions: int | None = None
 
-    def lagged(self) -> Recipe:
+    def lagged(self, recipe: Recipe) -> Recipe:
         """The recipe, as the trainer runs it where the policy that writes lags behind."""
-        recipe = RECIPES[self.recipe]
         asked = (self.sync_every, self.uses, self.versions) != (1, 1, None)
         if not asked or recipe.changes.get("rollouts") == "none":
             return recipe
@@ -184,7 +184,7 @@ class Run:
 
 def perform(run: Run, cache: Path) -> dict[str, Any]:
     """Trains, and evaluates before and after. References are in the cache."""
-    recipe, setting = run.lagged(), SETTINGS[run.setting]
+    recipe, setting = run.lagged(RECIPES[run.recipe]), SETTINGS[run.setting]
     commit = machine.commit()  # now: somebody may commit while it runs
     torch.set_num_threads(1)  # of these sizes a second one only waits for its turn
     origin = load_reference(setting, run.reference_seed, cache)
@@ -219,11 +219,24 @@ def perform(run: Run, cache: Path) -> dict[str, Any]:
     }
 
 
-def sweep(runs: Sequence[Run], out: Path, cache: Path, workers: int, minutes: float) -> list[Run]:
+def reference(run: Run, cache: Path) -> None:
+    """Puts what the run begins with into the cache."""
+    load_reference(SETTINGS[run.setting], run.reference_seed, cache)
+
+
+def sweep(
+    runs: Sequence[Run],
+    out: Path,
+    prepare: Callable[[Run], None],
+    perform: Callable[[Run], dict[str, Any]],
+    workers: int,
+    minutes: float,
+) -> list[Run]:
     """Adds to `out` what it has no line of; returns the runs that there was no time for.
 
-    The references come first. Then no run is begun that would end after the minutes, going by the
-    longest one before it. Killed, it goes on where it was.
+    prepare: makes what all runs of a setting and a reference_seed begin with; called first. Then no
+    run is begun that would end after the minutes, going by the longest one before it. Killed, it
+    goes on where it was.
     """
     deadline = time.monotonic() + 60 * minutes
     cut_unfinished_line(out)
@@ -233,13 +246,15 @@ def sweep(runs: Sequence[Run], out: Path, cache: Path, workers: int, minutes: fl
     out.parent.mkdir(parents=True, exist_ok=True)
     active: dict[Future[dict[str, Any]], float] = {}
     longest = 0.0
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        references = dict.fromkeys((run.setting, run.reference_seed) for run in left)
-        for made in [pool.submit(load_reference, SETTINGS[a], b, cache) for a, b in references]:
+    spawn = multiprocessing.get_context("spawn")
+    # A process for each run, whose peak memory is then its own.
+    with ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
+        starts = {(run.setting, run.reference_seed): run for run in left}
+        for made in [pool.submit(prepare, run) for run in starts.values()]:
             made.result()
         while active or left:
             while left and len(active) < workers and time.monotonic() + longest < deadline:
-                active[pool.submit(perform, left.pop(0), cache)] = time.monotonic()
+                active[pool.submit(perform, left.pop(0))] = time.monotonic()
             if not active:
                 break
             for future in wait(active, return_when=FIRST_COMPLETED).done:
@@ -281,7 +296,9 @@ def main(words: Sequence[str] | None = None) -> None:
         for lag in lags
         for name in options.recipes
     ]
-    left = sweep(runs, options.out, options.cache, options.workers, options.budget)
+    begin = partial(reference, cache=options.cache)
+    work = partial(perform, cache=options.cache)
+    left = sweep(runs, options.out, begin, work, options.workers, options.budget)
     if left:
         print(f"no time for {len(left)} runs: {', '.join(map(str, left))}")
     if options.out.exists():
