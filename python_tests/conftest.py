@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import postgres_server
 import pytest
 import torch
@@ -40,6 +41,13 @@ def why_no_cuda() -> str | None:
 
 
 WHY_NO_CUDA = why_no_cuda()
+
+
+# How long an example takes says something of the machine: others may work on it.
+hypothesis.settings.register_profile(
+    "spo_ext", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("spo_ext")
 
 
 def pytest_configure(config: pytest.Config) -> None:

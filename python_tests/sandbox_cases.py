@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from processes import descendants
 
 from spo_ext.sandbox import (
     Limits,
@@ -39,29 +37,6 @@ def returned(sandbox: Sandbox, expression: str) -> object:
 def paid(sandbox: Sandbox, source: str, expected: object, *arguments: object) -> bool:
     program = Program(textwrap.dedent(source), calls=(arguments,))
     return judge(sandbox, [Submission(program, (expected,))])[0].ok
-
-
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, as this machine sees them."""
-    parent_of = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parent_of[int(entry.name)] = int(fields[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parent_of.items() if parent == pid]
-    return found[1:]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 def only_workers_left(sandbox: Sandbox) -> bool:

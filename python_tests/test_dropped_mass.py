@@ -122,7 +122,7 @@ def test_bimodal_softmax():
     assert check_certificate(*arguments, 2.0**-10) < 0.9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 60),
     vocabulary=st.integers(1, 1500),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import alive, eventually
 
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("transformers")
@@ -480,11 +481,7 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
     workers.close()
     assert isinstance(failure, CallError)
     pid = int((tmp_path / "pid").read_text())
-    state = Path(f"/proc/{pid}/stat")
-    deadline = time.monotonic() + 10
-    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "it lives on"
-        time.sleep(0.05)
+    assert eventually(lambda: not alive(pid)), "it lives on"
     assert os.getpid() != pid
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import spo_ext
 
-RUNS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+RUNS = settings(max_examples=60, derandomize=True, database=None)
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=6)
 BETAS = st.sampled_from([1e-3, 0.1, 1.0, 1e3])
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 LENGTH_LISTS = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 SEEDS = st.integers(0, 2**31)
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 
 
 @FEW

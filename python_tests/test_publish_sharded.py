@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate_launch import launch
+from processes import alive, eventually
 
 
 def test_a_sharded_model_is_published_whole(tmp_path: Path) -> None:
@@ -40,17 +41,8 @@ def test_time_is_up_for_what_ranks_started_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="time is up") as error:
         launch(script, processes=1, timeout_s=2.0)
     child = int(str(error.value).split()[-1])
-    end = time.monotonic() + 120
-    while _runs(child):  # a process of another parent takes its signal when it is scheduled
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def _runs(process: int) -> bool:
-    try:
-        return "zombie" not in Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    # A process of another parent takes its signal when it is scheduled.
+    assert eventually(lambda: not alive(child), 120)
 
 
 def test_outputs_come_by_rank(tmp_path: Path) -> None:

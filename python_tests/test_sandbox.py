@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive, command_line, descendants, eventually
 from sandbox_cases import (
     SQUARE,
     WHY_NOT,
-    descendants,
-    eventually,
     needs_bwrap,
     returned,
     run,
@@ -149,7 +148,7 @@ def test_a_nursery_that_ended_is_replaced_and_one_is_not_needed(
     with Sandbox(workers=1, level="bwrap") as sandbox:
         assert judge(sandbox, [SQUARE])[0].ok
         for pid in set(descendants(os.getpid())):
-            if b"bwrap" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if "bwrap" in command_line(pid):
                 os.kill(pid, signal.SIGKILL)
         assert judge(sandbox, [SQUARE] * 3)[2].ok
 
@@ -193,7 +192,7 @@ def test_workers_end_with_their_owner(state: str) -> None:
         else:
             below = descendants(owner.pid)
         owner.wait()
-    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+    assert eventually(lambda: not any(map(alive, below)))
 
 
 @needs_bwrap

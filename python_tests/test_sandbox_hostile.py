@@ -6,9 +6,9 @@ import textwrap
 import time
 
 import pytest
+from processes import eventually
 from sandbox_cases import (
     SQUARE,
-    eventually,
     only_workers_left,
 )
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import eventually
 from sandbox_cases import (
     SQUARE,
     WHY_NOT,
-    eventually,
     needs_bwrap,
     only_workers_left,
     paid,

@@ -17,7 +17,8 @@ from spo_ext.store import Origin, Prompt, PromptValue, Trajectory, TrajectorySto
 
 # The store is meant to hold what earlier examples left in it.
 ONE_STORE = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

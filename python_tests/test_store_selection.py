@@ -144,7 +144,7 @@ def check_mixed(config: SamplerConfig, index: Index, chosen: Selection) -> None:
         assert chosen.shortfall.get(name) == ((wanted, total) if total < wanted else None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs(), st.integers(0, 60), st.integers(0, 5))
 def test_every_batch_is_what_was_asked_for(config: SamplerConfig, count: int, seed: int) -> None:
     index = make_index(config, count, seed)
@@ -160,7 +160,7 @@ def test_every_batch_is_what_was_asked_for(config: SamplerConfig, count: int, se
         index.apply(index.columns.id[chosen.rows], chosen.epochs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 5))
 def test_no_trajectory_is_used_much_more_than_another(size: int, more: int, seed: int) -> None:
     config = SamplerConfig(size, "offline", seed=seed)
