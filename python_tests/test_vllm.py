@@ -6,6 +6,8 @@ that the row is stored under.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -28,12 +30,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("httpx")
 
 import torch
-from data_cases import save_tokenizer
+from data_cases import contents, save_tokenizer
 from rollout_cases import END, meanwhile, new_store, rollout, save_reward, tiny_model, wait_for
 from test_bring_your_own import make_clone, run_served
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from spo_ext.cli import main
 from spo_ext.data.tokens import Tokenizer
 from spo_ext.store import Prompt, StoredTrajectory, TrajectoryStore
 from spo_ext.trainer import SPOConfig, SPOTrainer
@@ -173,6 +176,44 @@ def test_log_probabilities_are_the_trainers(
     worst = place.worst(rows, AutoModelForCausalLM.from_pretrained(place.model))
     print(f"largest difference: {worst:.1e} nats")
     assert worst < EXACT
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [
+        ("chain_sum", {"max_terms": 2, "extract": "flexible"}),
+        ("letter_counting", {"min_words": 2, "max_words": 3, "extract": "flexible"}),
+        ("spell_backward", {"max_word_len": 5}),
+    ],
+)
+def test_environments_are_learned_from_and_come_back(
+    exact: Server, tmp_path: Path, dataset: str, settings: dict[str, Any]
+) -> None:
+    """Data sets of reasoning-gym: drawn, learned from for 20 steps, exported and imported again."""
+    pytest.importorskip("reasoning_gym")
+    place = Place(tmp_path, exact)
+    place.store = place.words[1] = tmp_path / "gym.db"
+    reward = place.words.index("--reward")
+    del place.words[reward : reward + 2]
+    given = json.dumps({"size": 8, "eval_size": 1, "instruction": "", **settings})
+    place.rollout("--environment", f"reasoning_gym:{dataset}", "--environment-args", given)
+    rows = place.rows()
+    assert len(rows) == 4 * 8 and all(0 <= row.reward <= 1 for row in rows)
+    assert place.worst(rows, AutoModelForCausalLM.from_pretrained(place.model)) < EXACT
+    where = ["--store", str(place.store), "--tokenizer", str(place.model)]
+    train = ["--model", str(place.model), "--output_dir", str(tmp_path / "run")]
+    train += ["--mixture", "offline", "--rollouts", "none", "--max_steps", "20"]
+    train += ["--group_size", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
+    train += ["--use_cpu", "--save_strategy", "no", "--report_to", "none"]
+    assert main(["train", *where, *train]) == 0
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert main(["export", str(tmp_path / "all.jsonl"), "--store", str(place.store)]) == 0
+    where[1] = str(tmp_path / "again.db")
+    assert main(["import", str(tmp_path / "all.jsonl"), *where]) == 0
+    with TrajectoryStore(place.store) as ours, TrajectoryStore(where[1]) as theirs:
+        assert contents(ours) == contents(theirs)
 
 
 def test_log_probabilities_after_truncation_are_refused(
