@@ -35,7 +35,7 @@ CARRIED := liger_kernel cut-cross-entropy quack-kernels nvidia-cutlass
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/pip
 
-.PHONY: quickstart real test lint docs format bench reproduce compile build package wheel cuda cuda-wheel carry \
+.PHONY: quickstart real test lint docs format bench reproduce rehearsal compile build package wheel cuda cuda-wheel carry \
 	vllm sanitize sandbox postgres clean
 
 quickstart: build sandbox
@@ -115,6 +115,12 @@ bench: build
 reproduce: build sandbox
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m learning.recipes --budget $(BUDGET) \
 		--split test --out build/learning/runs.jsonl
+
+# A run of many processes in which everything breaks in turn, for MINUTES; with a live server if SPO_VLLM
+# names its command.
+rehearsal: build postgres
+	PYTHONPATH=benchmarks:python_tests $(BIN)/python benchmarks/rehearsal.py --minutes $(or $(MINUTES),30) \
+		$(if $(SPO_VLLM),--vllm $(SPO_VLLM)) --out build/rehearsal.json
 
 # The source distribution builds and imports by itself.
 package: $(VENV)/.ready

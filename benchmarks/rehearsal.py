@@ -294,13 +294,14 @@ class Rehearsal:
     def finish(self) -> int:
         """Lets the run come to an end by itself; how many steps it had."""
         with self._lock:
-            self.parts["trainer"].kill()
-            del self.parts["trainer"]
+            before = self.parts.pop("trainer")
+            before.kill()
         steps = 20 * (self.step() // 20 + 2)
         with self._lock:
             self._looking = False
             self._train("--max_steps", steps)
         code = self.parts["trainer"].process.wait(600)
+        self.parts["trainer"].ends = [*before.ends, code]
         if code:
             raise RuntimeError(self.parts["trainer"].last_words())
         return steps
