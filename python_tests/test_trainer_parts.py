@@ -73,6 +73,12 @@ def test_versions_go_through_the_prompts(store: TrajectoryStore, tmp_path: Path)
     again = Writer(other_each_time=True)
     make_producer(store, tmp_path, again, sync_every=4, replay_ratio=4.0, run="again").round(0)
     assert len(again.asked) == 2  # the four steps of the version learn from one batch
+    last = Writer(other_each_time=True)
+    changes = {"sync_every": 4, "max_steps": 5, "run": "last"}
+    made = make_producer(store, tmp_path, last, **changes)
+    made.round(0)
+    made.round(1)
+    assert len(last.asked) == 8 + 2  # one step is left for the second version
 
 
 def test_more_rounds_end(store: TrajectoryStore, tmp_path: Path) -> None:

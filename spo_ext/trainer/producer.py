@@ -127,8 +127,8 @@ class Producer:
             rollouts, generator, sampling.n, accelerator, replicated=replicated
         )
         share = config.sampler_config().fractions.get("online", 0.0)
-        rows = share * config.step_batch_size * config.sync_every / config.replay_ratio
-        self._round_size = max(1, math.ceil(rows / config.num_generations))
+        rows = share * config.step_batch_size / config.replay_ratio
+        self._prompts_a_step = rows / config.num_generations
         self._more = (-1, 0)  # policy version, rounds beside its first
 
     def round(self, version: int) -> dict[str, float]:
@@ -155,7 +155,16 @@ class Producer:
         return True
 
     def _prompts_of(self, version: int, rounds: int) -> list[StoredPrompt]:
-        """Those of the version's own round, and of as many after it."""
-        start, size = version * self._round_size, self._round_size * (1 + rounds)
-        places = prompt_stream(range(len(self._prompts)), self._config.seed, start, size)
+        """Those of the version's own round, and of whole ones after it.
+
+        The last version of a run may have fewer steps than sync_every.
+        """
+        config = self._config
+        whole = self._needed(config.sync_every)
+        own = self._needed(min(config.sync_every, config.max_steps - version * config.sync_every))
+        size = own + whole * rounds
+        places = prompt_stream(range(len(self._prompts)), config.seed, version * whole, size)
         return [self._prompts[place] for place in places]
+
+    def _needed(self, steps: int) -> int:
+        return max(1, math.ceil(self._prompts_a_step * steps))
