@@ -269,6 +269,18 @@ def sweep(
     return left
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Arguments of all sweeps: how far the policy that writes lags, what is evaluated, how long."""
+    add = parser.add_argument
+    add("--sync", nargs="+", type=int, default=[1], help="batches between two versions")
+    add("--uses", nargs="+", type=int, default=[1], help="of a sampled batch")
+    add("--versions", nargs="+", type=int, default=[None], help="that a batch is drawn from")
+    add("--split", choices=("development", "test"), default="development")
+    add("--budget", type=float, default=math.inf, help="minutes, in which no run may end later")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
+    add("--out", type=Path, required=True, help="a .jsonl file")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m learning.recipes", description=__doc__)
     add = parser.add_argument
@@ -277,14 +289,8 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--reference-seeds", nargs="+", type=int, default=[0, 1])
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--steps", type=int, default=120)
-    add("--sync", nargs="+", type=int, default=[1], help="batches between two versions")
-    add("--uses", nargs="+", type=int, default=[1], help="of a sampled batch")
-    add("--versions", nargs="+", type=int, default=[None], help="that a batch is drawn from")
-    add("--split", choices=("development", "test"), default="development")
-    add("--budget", type=float, default=math.inf, help="minutes, in which no run may end later")
-    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread")
     add("--cache", type=Path, default=Path("build/learning/references"))
-    add("--out", type=Path, required=True, help="a .jsonl file")
+    add_sweep(parser)
     options = parser.parse_args(words)
     # Both seeds change together first, so that two pairs already vary both; a sweep that is cut
     # short has whole rows of them.
