@@ -192,6 +192,8 @@ class Rehearsal:
             *("--standalone", "-m", "spo_ext.cli", "train"),
             *("--config", self.folder / "train.yaml", "--resume", *more),
             ACCELERATE_USE_CPU="true",
+            # Else ranks that torchrun has restarted may read addresses of those before, and wait.
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
 
     def _add(self, name: str, *words: object, **environment: str) -> None:
