@@ -21,7 +21,6 @@ from spo_ext.trainer.model import (
     answer_logprobs,
     choose_layout,
     completion_logprobs,
-    supports_packing,
 )
 
 LAYOUTS: tuple[Layout, ...] = ("row", "rows", "padded")  # of any attention
@@ -147,10 +146,10 @@ def test_a_far_window_keeps_its_own_mask() -> None:
 def test_packing_is_tried_out() -> None:
     model = make_model()
     answer_logprobs(model, HeadSettings())
-    assert supports_packing(model)
+    assert choose_layout("packed", model) == "rows"
     recurrent = make_model(kind="mamba", state_size=4)
     answer_logprobs(recurrent, HeadSettings())
-    assert not supports_packing(recurrent)  # its state runs on into the next sequence
+    # Its state runs on into the next sequence.
     assert choose_layout("auto", recurrent) == "padded"
     with pytest.raises(ValueError, match="packing must be auto or padded for this model"):
         choose_layout("packed", recurrent)

@@ -45,16 +45,10 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last `width` values (fewer at the start) at every index."""
-    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]
-
-
 def smoothed(values: Sequence[float], width: float) -> list[float]:
     """Mean under a Gaussian of this standard deviation, in values, that ends at the first and last.
 
-    It has no lag, unlike a trailing mean, but a value counts what came after it too.
+    It has no lag, but a value counts what came after it too.
     """
     reach = round(3 * width)
     kernel = numpy.exp(-0.5 * (numpy.arange(-reach, reach + 1) / width) ** 2)

@@ -208,15 +208,6 @@ def has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
-def supports_packing(model: nn.Module) -> bool:
-    """Whether sequences in one row, told apart by their position_ids, leave each other alone."""
-    try:
-        check_agreement(model, ("rows",))
-    except ValueError:
-        return False
-    return True
-
-
 def choose_layout(
     packing: str,
     model: nn.Module,
