@@ -33,7 +33,11 @@ def server() -> Iterator[postgres_server.Server]:
 
 
 def lose_answers(
-    store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch, count: int, committed: bool
+    store: TrajectoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    committed: bool,
+    error: sa.exc.OperationalError | None = None,
 ) -> None:
     """The next `count` transactions fail, before their commit or after it."""
     left = [count]
@@ -53,7 +57,7 @@ def lose_answers(
         return lose
 
     cause = Exception("disk I/O error: server closed the connection unexpectedly")
-    lost = sa.exc.OperationalError("COMMIT", {}, cause, connection_invalidated=True)
+    lost = error or sa.exc.OperationalError("COMMIT", {}, cause, connection_invalidated=True)
     for name in ("read", "write"):
         monkeypatch.setattr(store.database, name, losing(getattr(store.database, name)))
 
@@ -96,6 +100,25 @@ def test_a_batch_whose_answer_is_lost_is_drawn_once(
     seen = Counter(row.id for _ in range(2) for row in draw.next_batch().trajectories)
     assert set(seen.values()) == {1} and len(seen) == 8
     assert store.counters()["draws"] == 8
+
+
+def test_a_full_disk_is_waited_for(
+    store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection holds, and the transaction does not."""
+
+    class Full(Exception):
+        sqlstate = "53100"
+
+    full = Full("database or disk is full")
+    [prompt] = add_prompts(store, 1)
+    lost = sa.exc.OperationalError("INSERT", {}, full)
+    lose_answers(store, monkeypatch, 2, committed=False, error=lost)
+    caplog.set_level(logging.WARNING, logger="spo_ext.store.database")
+    assert store.append([trajectory(prompt, i, policy()) for i in range(3)]).new == 3
+    assert store.counters()["trajectories"] == 3
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "disk is full; trying again for up to 300 s" in line
 
 
 def test_waiting_has_an_end(

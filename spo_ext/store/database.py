@@ -32,12 +32,13 @@ _LOCK = 0x73706F5F657874  # PostgreSQL's advisory lock of all writers: "spo_ext"
 
 _FIRST_S = 10.0  # a server that never answered is more likely a wrong address
 _LONGEST_PAUSE_S = 5.0
-# SQLSTATE: broken connections, shutdown, crash, start, a transaction that was idle, no free slot.
-_AWAY = ("08", "57P01", "57P02", "57P03", "25P03", "53300")
+# SQLSTATE: broken connections, shutdown, crash, start, a transaction that was idle; no free slot,
+# memory or space on the disk, in a transaction or in the system under the server.
+_AWAY = ("08", "57P01", "57P02", "57P03", "25P03", "53", "58030")
 # A refused connection has no SQLSTATE, only words of the server or of the system.
 _STARTING = ("starting up", "shutting down", "recovery", "not yet accepting", "too many clients")
 _FOR_GOOD = ("authentication", "pg_hba", "does not exist", "translate host", "resolve host")
-_OF_SQLITE = ("locking protocol", "disk i/o error")
+_OF_SQLITE = ("locking protocol", "disk i/o error", "disk is full")
 # What SQLite says where it may not write: to the file, or beside it.
 _NO_ACCESS = (sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 # libpq's own form, which is no URL and would become the name of a file.
