@@ -135,7 +135,7 @@ class Rehearsal:
                 *("server", self.vllm, "serve", model, "--served-model-name", "policy"),
                 *("--host", "127.0.0.1", "--port", self._server_port),
                 *("--logprobs-mode", "processed_logprobs", "--max-num-batched-tokens", 32768),
-                *("--gpu-memory-utilization", 0.15),
+                *("--gpu-memory-utilization", 0.15, "--dtype", "float32"),
                 VLLM_SERVER_DEV_MODE="1",
             )
             self._wait_for_server()
