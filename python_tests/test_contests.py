@@ -213,7 +213,7 @@ def test_a_run_leaves_what_a_user_would_have_and_repeats_with_the_seed(
     with TrajectoryStore(tiny_run / "store.db") as store:
         rows = list(store.trajectories())
         tests = [prompt.tests for prompt in store.prompts("test")]
-    assert len(rows) == 512 and {row.reward for row in rows} <= {0.0, 1.0}
+    assert len(rows) == 2 * 128 and {row.reward for row in rows} <= {0.0, 1.0}  # steps, programs
     assert len(tests) == 3 and all(len(cases) == 10 for cases in tests)
     capsys.readouterr()
     assert main(words) == 0  # over what the first one left
