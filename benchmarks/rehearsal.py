@@ -32,12 +32,11 @@ import postgres_server
 import psycopg
 import yaml
 from data_cases import save_tokenizer, write_rows
-from end_to_end_cases import REWARD
-from processes import descendants
-from rollout_cases import tiny_model
+from end_to_end_cases import REWARD, SAME, contents, metrics
+from processes import descendants, free_port
+from rollout_cases import tiny_model, wait_for
 
 from spo_ext.store import TrajectoryStore
-from spo_ext.trainer.checkpoints import last_complete
 
 _BIN = Path(sys.executable).parent
 _ROWS = 4  # of a step, on each of the ranks
@@ -45,8 +44,6 @@ _RANKS = 2
 _PROMPTS = 64
 _RESTART_S = 2.0  # until what ended is started again
 _QUIET_S = 90.0  # before the first fault and after the last
-# Of a step that is taken again behind a checkpoint.
-_SAME = ("loss", "grad_norm", "learning_rate", "kl", "entropy", "spo/residual", "store/reward")
 
 
 class Part:
@@ -108,7 +105,7 @@ class Rehearsal:
         with psycopg.connect(f"{self._database.url}/postgres", autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET max_wal_size = '96MB'")  # the disk is small
             connection.execute("SELECT pg_reload_conf()")
-        self._relay_port, self._server_port = _free_port(), _free_port()
+        self._relay_port, self._server_port = free_port(), free_port()
         self.store = f"postgresql://postgres@127.0.0.1:{self._relay_port}/postgres"
         self._looking, self._lock = True, threading.Lock()
 
@@ -138,19 +135,23 @@ class Rehearsal:
                 *("--gpu-memory-utilization", 0.15, "--dtype", "float32"),
                 VLLM_SERVER_DEV_MODE="1",
             )
-            self._wait_for_server()
+            wait_for(self._answers, 600)
         self._train()
         for i in range(4):
             where = ("--store", self.store, "--follow", self._policies, "--run", "learner")
             how = ("--n", 2, "--max-new-tokens", 8, "--prompts-per-version", 16)
             batch = ("--batch-size", 2, "--reward", f"{self.folder / 'rewards.py'}:odd")
             words = [_BIN / "spo", "rollout", *where, *how, *batch, "--quiet", "--seed", i]
-            served = self.vllm is not None and i >= 2
+            served = self._server is not None and i >= 2
             if served:
-                words += ["--server", f"http://127.0.0.1:{self._server_port}/v1"]
-                words += ["--served-model", "policy", "--server-logprobs", "--tokenizer", model]
+                words += ["--server", self._server, "--served-model", "policy"]
+                words += ["--server-logprobs", "--tokenizer", model]
             add(f"producer {i}" + (" (server)" if served else ""), *words)
         threading.Thread(target=self._look, daemon=True).start()
+
+    @property
+    def _server(self) -> str | None:
+        return None if self.vllm is None else f"http://127.0.0.1:{self._server_port}/v1"
 
     @property
     def _policies(self) -> Path:
@@ -180,11 +181,8 @@ class Rehearsal:
             "use_cpu": True,
             "report_to": "none",
             "disable_tqdm": True,
-        } | (
-            {"publish_url": f"http://127.0.0.1:{self._server_port}/v1"}
-            if self.vllm is not None
-            else {}
-        )
+            "publish_url": self._server,
+        }
 
     def _train(self, *more: object) -> None:
         self._add(
@@ -199,13 +197,10 @@ class Rehearsal:
     def _add(self, name: str, *words: object, **environment: str) -> None:
         self.parts[name] = Part(self.folder, name, words, **environment)
 
-    def _wait_for_server(self) -> None:
-        deadline = time.monotonic() + 600
-        while time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self._server_port)):
-                return
-            time.sleep(0.5)
-        raise RuntimeError(self.parts["server"].last_words())
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self._server_port)):
+            return True
+        return False
 
     def _look(self) -> None:
         while self._looking:
@@ -215,25 +210,14 @@ class Rehearsal:
             time.sleep(0.2)
 
     def lines(self) -> dict[int, list[dict[str, Any]]]:
-        """Metrics of each step; several of one that was taken again."""
-        found: dict[int, list[dict[str, Any]]] = {}
-        with suppress(FileNotFoundError):
-            for line in (self.folder / "run" / "metrics.jsonl").read_bytes().splitlines():
-                with suppress(ValueError):  # the last line may not be whole
-                    values = json.loads(line)
-                    if "loss" in values:
-                        found.setdefault(values["step"], []).append(values)
-        return found
+        return metrics(self.folder / "run")
 
     def step(self) -> int:
         return max(self.lines(), default=0)
 
     def stored(self) -> dict[int, Any]:
         with TrajectoryStore(self.store) as store:
-            return {
-                row.id: (row.prompt_id, row.token_ids, row.reward, row.origin)
-                for row in store.trajectories()
-            }
+            return contents(store)
 
     def faults(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Each with what brings it about, and ends it."""
@@ -324,7 +308,7 @@ def rehearse(folder: Path, vllm: Path | None, minutes: float) -> dict[str, Any]:
     run = Rehearsal(folder, vllm)
     try:
         run.start()
-        _wait_for_step(run, 5)
+        wait_for(lambda: run.step() >= 5, 900)
         before = _steps_a_minute(run, _QUIET_S)
         deadline = time.monotonic() + 60 * minutes - 2 * _QUIET_S
         held: dict[int, Any] = {}
@@ -348,7 +332,7 @@ def rehearse(folder: Path, vllm: Path | None, minutes: float) -> dict[str, Any]:
             "steps_without_a_line": sorted({*range(1, steps + 1)} - set(lines)),
             "steps_taken_again": len(again),
             "of_these_with_other_values": sum(
-                any(one[name] != taken[0][name] for one in taken for name in _SAME)
+                any(one[name] != taken[0][name] for one in taken for name in SAME)
                 for taken in again
             ),
             "trajectories": len(found),
@@ -362,7 +346,6 @@ def rehearse(folder: Path, vllm: Path | None, minutes: float) -> dict[str, Any]:
             ),
             "steps_a_minute": {"before": before, "after": after},
             "ends": {name: part.ends for name, part in run.parts.items()},
-            "checkpoint": str(last_complete(folder / "run")),
         }
     except BaseException:
         for part in run.parts.values():
@@ -378,7 +361,7 @@ def _fault(run: Rehearsal, name: str, fault: Callable[[], None]) -> dict[str, An
     step, began = run.step(), time.monotonic()
     fault()
     over = time.monotonic()
-    _wait_for_step(run, step + 20)  # past a checkpoint
+    wait_for(lambda: run.step() >= step + 20, 900)  # past a checkpoint
     ended = {
         part.name: part.ends[ends[part.name] :]
         for part in run.parts.values()
@@ -386,14 +369,6 @@ def _fault(run: Rehearsal, name: str, fault: Callable[[], None]) -> dict[str, An
     }
     seconds = {"fault": over - began, "until_20_steps_later": time.monotonic() - over}
     return {"what": name, "step": step, "seconds": seconds, "ended": ended}
-
-
-def _wait_for_step(run: Rehearsal, step: int, seconds: float = 900.0) -> None:
-    deadline = time.monotonic() + seconds
-    while run.step() < step:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no step {step} within {seconds:.0f} s")
-        time.sleep(0.5)
 
 
 def _steps_a_minute(run: Rehearsal, seconds: float) -> float:
@@ -407,12 +382,6 @@ def _mount(folder: Path, mebibytes: int = 400) -> bool:
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=755", "tmpfs", str(folder)]
     return os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def relay(port: int, to: int) -> None:

@@ -17,6 +17,8 @@ import yaml
 from data_cases import write_rows
 from rollout_cases import save_policy
 
+from spo_ext.store import TrajectoryStore
+
 # A verdict that follows from the tokens. With HOLD_AFTER it waits, after so many calls, to be
 # killed: a test then knows how far the process has come.
 REWARD = """
@@ -45,6 +47,9 @@ DATA_SETS = {
     "livecodebench_stdin": data_cases.LIVECODEBENCH_STDIN,
 }
 TEST_PROMPTS = 6
+# Metrics of a step that is replayed with the same weights; the others tell the time, or what was
+# appended meanwhile.
+SAME = ("loss", "grad_norm", "learning_rate", "kl", "entropy", "spo/residual", "store/reward")
 
 
 class Workplace:
@@ -122,14 +127,8 @@ class Workplace:
         return self.start(name, "eval", *where, *how, *what, **environment)
 
     def metrics(self) -> dict[int, list[dict[str, Any]]]:
-        """The lines of optimiser steps by step; two of a step that was replayed."""
-        found: dict[int, list[dict[str, Any]]] = {}
-        with suppress(FileNotFoundError):
-            for line in (self.run / "metrics.jsonl").read_bytes().splitlines(keepends=True):
-                values = json.loads(line) if line.endswith(b"\n") else {}
-                if "loss" in values:
-                    found.setdefault(values["step"], []).append(values)
-        return found
+        """See `metrics`."""
+        return metrics(self.run)
 
     def check_running(self) -> bool:
         """True; fails if a process has ended by itself with an error."""
@@ -148,6 +147,25 @@ class Workplace:
         for name in self._processes:
             tail = (self.folder / f"{name}.log").read_text(errors="replace")[-4000:]
             print(f"--- {name}\n{tail}")
+
+
+def metrics(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """The lines of optimiser steps by step; two of a step that was replayed."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    with suppress(FileNotFoundError):
+        for line in (run / "metrics.jsonl").read_bytes().splitlines(keepends=True):
+            values = json.loads(line) if line.endswith(b"\n") else {}
+            if "loss" in values:
+                found.setdefault(values["step"], []).append(values)
+    return found
+
+
+def contents(store: TrajectoryStore) -> dict[int, Any]:
+    """What must stay of each trajectory."""
+    return {
+        row.id: (row.prompt_id, row.token_ids, row.reward, row.origin)
+        for row in store.trajectories()
+    }
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from processes import free_port
 
 _USERS = ("postgres", "nobody")  # the server refuses to run as root
 
@@ -41,9 +42,7 @@ class Server:
             os.chown(folder, account.pw_uid, account.pw_gid)
             self._prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}"]
             self._prefix += ["--clear-groups"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"postgresql://{user}@127.0.0.1:{self._port}"
         init = ("-D", "data", "-U", user, "--auth=trust", "--encoding=UTF8", "--no-sync")
         self._run("initdb", *init)

@@ -1,5 +1,6 @@
-"""Processes of this machine, which may end while somebody looks at them."""
+"""Processes of this machine, which may end while somebody looks at them, and its ports."""
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
     return condition()
+
+
+def free_port() -> int:
+    """Of loopback; free until somebody takes it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _read(pid: int | str, name: str) -> str:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
 
 import warm
+from processes import free_port
 from sandbox_cases import WHY_NOT
 from store_cases import ROOT
 
@@ -118,9 +118,7 @@ def run_served(clone: Path) -> Path:
     before = [block.split("spo train")[0] for block in before]
     [served] = [block for block in blocks("sh") if "vllm serve" in block]
     assert served.startswith(NOT_RUN) and shutil.which("curl") is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     activate = ". .venv/bin/activate\n"
     follow(clone, "".join([activate, *before, served.replace("8000", str(port))]))
     return clone / "mine"

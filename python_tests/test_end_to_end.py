@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import postgres_server
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from end_to_end_cases import DATA_SETS, TEST_PROMPTS, Workplace, kill, workplace
+from end_to_end_cases import DATA_SETS, SAME, TEST_PROMPTS, Workplace, contents, kill, workplace
 from rollout_cases import wait_for
 
 from spo_ext.cli import main
@@ -24,9 +23,6 @@ from spo_ext.trainer.checkpoints import last_complete, read_state
 
 STEPS = 25
 SECONDS = 600.0  # for what a process is waited for, on a busy machine
-# Of a step that is replayed with the same weights; the others tell the time, or what was appended
-# meanwhile.
-SAME = ("loss", "grad_norm", "learning_rate", "kl", "entropy", "spo/residual", "store/reward")
 
 
 @pytest.fixture
@@ -82,13 +78,6 @@ def versions(store: TrajectoryStore) -> list[int]:
     """Of the policies that have trajectories, in order."""
     rows = store.trajectories(run="learner")
     return sorted({row.origin.policy_version or 0 for row in rows})
-
-
-def contents(store: TrajectoryStore) -> dict[int, Any]:
-    return {
-        row.id: (row.prompt_id, row.token_ids, row.reward, row.origin)
-        for row in store.trajectories()
-    }
 
 
 def check_store(store: TrajectoryStore) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 import warm
+from processes import free_port
 from rollout_cases import END, save_policy, tiny_model
 
 from spo_ext.data.tokens import Tokenizer
@@ -29,9 +29,7 @@ for package in ("httpx", "fastapi", "uvicorn", "openai"):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = save_policy(tmp_path_factory.mktemp("policy"), end_weight=1.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = (folder / "log").open("w+")
     process = warm.Process(

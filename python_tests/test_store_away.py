@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import postgres_server
 import pytest
 import sqlalchemy as sa
+from processes import free_port
 from rollout_cases import wait_for
 from store_cases import add_prompts, policy, start_process, trajectory
 
@@ -196,7 +196,7 @@ def test_a_run_of_two_ranks_and_two_producers_outlives_a_restart(
     """Killed as by a power cut, and away for longer than a batch takes."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from end_to_end_cases import workplace
+    from end_to_end_cases import contents, workplace
 
     url = postgres_server.new_schema(server.url)
     with workplace(tmp_path, url) as place:
@@ -232,16 +232,3 @@ def test_a_run_of_two_ranks_and_two_producers_outlives_a_restart(
         # Who had nothing to ask meanwhile did not notice.
         assert 1 <= said.count("trying again for up to 300 s") <= 8
         assert "Traceback" not in said
-
-
-def contents(store: TrajectoryStore) -> dict[int, Any]:
-    return {
-        row.id: (row.prompt_id, row.token_ids, row.reward, row.origin)
-        for row in store.trajectories()
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from conftest import relative_error
+from processes import free_port
 from trainer_cases import fill, make_model, make_tokenizer
 from trainer_process import settings, spawn
 
@@ -45,9 +45,7 @@ def make_folder(path: Path) -> Path:
 
 def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
     """What the first rank ends with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     out = folder / "end.pt"
     started = []
     for rank in range(processes):

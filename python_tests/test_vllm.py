@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ pytest.importorskip("httpx")
 
 import torch
 from data_cases import contents, save_tokenizer
+from processes import free_port
 from rollout_cases import END, meanwhile, new_store, rollout, save_reward, tiny_model, wait_for
 from test_bring_your_own import make_clone, run_served
 from torch import nn
@@ -59,9 +59,7 @@ class Server:
     """`vllm serve` of a folder on a port of its own."""
 
     def __init__(self, model: Path, *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.log = model.parent / f"vllm-{self.port}.log"
         self._words = [str(VLLM), "serve", str(model), "--served-model-name", "policy"]
         self._words += ["--host", "127.0.0.1", "--port", str(self.port), *ON_CPU, *flags]

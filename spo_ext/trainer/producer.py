@@ -167,4 +167,5 @@ class Producer:
         return [self._prompts[place] for place in places]
 
     def _needed(self, steps: int) -> int:
+        """Prompts that so many steps learn from."""
         return max(1, math.ceil(self._prompts_a_step * steps))
